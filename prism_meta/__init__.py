@@ -1,0 +1,74 @@
+"""Bi-level meta-learning for multi-modal medical image segmentation with missing modalities."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from prism_meta import losses
+from prism_meta.cases import BRATS_LABELS, Case, LabelSet, load_cases
+from prism_meta.data import Preprocessing
+from prism_meta.errors import CaseError, ConfigError, PrismError
+from prism_meta.evaluate import evaluate
+from prism_meta.inference import predict
+from prism_meta.inner import SGD, InnerOptimizer
+from prism_meta.learner import MetaLearner
+from prism_meta.masking import (
+    BalancedMask,
+    DynamicMask,
+    FullMask,
+    SingleModalityMask,
+    StaticMask,
+    draw_availability,
+)
+from prism_meta.modalities import BRATS, Batch, subset_name, subsets
+from prism_meta.network import Prediction, PrismNet
+from prism_meta.objective import PrismObjective
+from prism_meta.strategies import (
+    ALL_STRATEGIES,
+    FirstOrder,
+    MetaGradient,
+    MetaStrategy,
+    SecondOrder,
+    SingleLevel,
+)
+from prism_meta.wrap import wrap
+
+try:
+    __version__ = version("prism-meta")
+except PackageNotFoundError:  # a source folder that was not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "ALL_STRATEGIES",
+    "BRATS",
+    "BRATS_LABELS",
+    "SGD",
+    "BalancedMask",
+    "Batch",
+    "Case",
+    "CaseError",
+    "ConfigError",
+    "DynamicMask",
+    "FirstOrder",
+    "FullMask",
+    "InnerOptimizer",
+    "LabelSet",
+    "MetaGradient",
+    "MetaLearner",
+    "MetaStrategy",
+    "Prediction",
+    "Preprocessing",
+    "PrismError",
+    "PrismNet",
+    "PrismObjective",
+    "SecondOrder",
+    "SingleLevel",
+    "SingleModalityMask",
+    "StaticMask",
+    "draw_availability",
+    "evaluate",
+    "load_cases",
+    "losses",
+    "predict",
+    "subset_name",
+    "subsets",
+    "wrap",
+]

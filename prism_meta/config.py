@@ -1,0 +1,326 @@
+"""The configuration: what a TOML file may say, and the objects that it stands for.
+
+Selector strings live here and nowhere else: ``build_*`` turns them into objects.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomlkit
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from tomlkit.exceptions import TOMLKitError
+from torch import nn
+
+from prism_meta import losses
+from prism_meta.cases import BRATS_LABELS, LabelSet
+from prism_meta.data import Preprocessing
+from prism_meta.errors import ConfigError, PrismError
+from prism_meta.inner import SGD
+from prism_meta.masking import (
+    BalancedMask,
+    DynamicMask,
+    FullMask,
+    MaskPolicy,
+    SingleModalityMask,
+    StaticMask,
+)
+from prism_meta.metrics import BratsEmpty, DiagonalEmpty, EmptyPolicy, NanEmpty
+from prism_meta.modalities import BRATS
+from prism_meta.network import PrismNet
+from prism_meta.objective import PrismObjective
+from prism_meta.strategies import FirstOrder, MetaStrategy, SecondOrder, SingleLevel
+
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Mask = Literal["dynamic", "static", "full", "single", "balanced"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(_Section):
+    """Cases, their labels, and the patches drawn from them."""
+
+    modalities: tuple[str, ...] = BRATS
+    label: str = "seg"
+    labels: dict[str, int] = dict(BRATS_LABELS.values)
+    #: Region -> classes. Unless given: WT, TC and ET for the BraTS labels, else one per class.
+    regions: dict[str, tuple[str, ...]] = {}
+    #: Of the model's grid, mm.
+    spacing: tuple[Positive, Positive, Positive] = (2.0, 2.0, 2.0)
+    #: Voxels; two numbers train on axial slices, three on volumes.
+    patch: Annotated[tuple[Count, ...], Field(min_length=2, max_length=3)] = (96, 96)
+    batch_size: Count = 8
+    #: Share of patches centred on a foreground class.
+    foreground: Share = 0.67
+    #: CSV of which modalities to use, see ``cases.read_availability``.
+    availability: Path | None = None
+    #: Instead of a table: make modalities missing in the training cases at these rates.
+    missing_rates: tuple[Rate, ...] | None = None
+    #: Cases kept for ``evaluate``: by name, or so many drawn with the seed.
+    test_cases: tuple[str, ...] = ()
+    holdout: Annotated[int, Field(ge=0)] = 0
+    #: Folder of prepared volumes; beside the run folder unless given.
+    cache: Path | None = None
+    #: Processes that load data beside the training one.
+    workers: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if len(set(self.modalities)) != len(self.modalities) or not self.modalities:
+            raise ValueError("modalities: give different names, at least one")
+        if self.missing_rates is not None and len(self.missing_rates) != len(self.modalities):
+            raise ValueError(f"missing_rates: give {len(self.modalities)} rates, one per modality")
+        if self.missing_rates is not None and self.availability is not None:
+            raise ValueError("missing_rates, availability: give one of the two")
+        if self.test_cases and self.holdout:
+            raise ValueError("test_cases, holdout: give one of the two")
+        return self
+
+    def label_set(self) -> LabelSet:
+        """What the label files hold."""
+        regions = self.regions
+        if not regions and self.labels == dict(BRATS_LABELS.values):
+            regions = dict(BRATS_LABELS.regions)  # type: ignore[arg-type]
+        return LabelSet(self.labels, regions)
+
+    def preprocessing(self) -> Preprocessing:
+        """How cases come to the model's grid."""
+        return Preprocessing(self.spacing)
+
+
+class MaskConfig(_Section):
+    """What the model is shown of each batch of an episode."""
+
+    train: Mask = "dynamic"
+    meta: Mask = "dynamic"
+
+    def build(self, rates: Sequence[float]) -> tuple[MaskPolicy, MaskPolicy]:
+        """The policies of the train and the meta batch, for cases with these missing rates."""
+        policies: Mapping[str, Callable[[], MaskPolicy]] = {
+            "dynamic": DynamicMask,
+            "static": StaticMask,
+            "full": FullMask,
+            "single": SingleModalityMask,
+            "balanced": lambda: BalancedMask(rates),
+        }
+        return policies[self.train](), policies[self.meta]()
+
+
+class ModelConfig(_Section):
+    """PrismNet's size."""
+
+    width: Count = 8
+    depth: Annotated[int, Field(ge=2)] = 4
+
+
+class ObjectiveConfig(_Section):
+    """Weights and options of E10."""
+
+    beta: NotNegative | tuple[NotNegative, ...] = 0.1
+    delta: NotNegative | tuple[NotNegative, ...] = 0.1
+    temperature: Positive = 4.0
+    direction: losses.Direction = "student_teacher"
+    prototype: Literal["l2", "similarity"] = "l2"
+    weighted: bool = True
+
+    def build(self) -> PrismObjective:
+        """The objective."""
+        prototypes = {"l2": losses.prototype_l2, "similarity": losses.prototype_similarity}
+        return PrismObjective(
+            beta=self.beta,
+            delta=self.delta,
+            temperature=self.temperature,
+            direction=self.direction,
+            prototype=prototypes[self.prototype],
+            weighted=self.weighted,
+        )
+
+
+class MetaConfig(_Section):
+    """The two levels: strategy, inner steps, and the pull of E2."""
+
+    strategy: Literal["single_level", "first_order", "second_order"] = "first_order"
+    inner_lr: NotNegative = 0.05
+    inner_momentum: Share = 0.0
+    inner_steps: Count = 1
+    alpha: Share = 0.5
+
+    def build(self) -> MetaStrategy:
+        """The strategy."""
+        inner = SGD(self.inner_lr, momentum=self.inner_momentum)
+        strategies: Mapping[str, Callable[[], MetaStrategy]] = {
+            "single_level": SingleLevel,
+            "first_order": lambda: FirstOrder(inner, self.inner_steps),
+            "second_order": lambda: SecondOrder(inner, self.inner_steps),
+        }
+        return strategies[self.strategy]()
+
+
+class TrainingConfig(_Section):
+    """The outer optimizer (AdamW with a polynomial decay to 0) and the length of training."""
+
+    steps: Count = 1000
+    lr: Positive = 2e-3
+    weight_decay: NotNegative = 1e-4
+    #: The meta-gradient is scaled down to this norm.
+    clip_norm: Positive = 10.0
+    augment: bool = True
+    checkpoint_every: Count = 100
+
+
+class FabricConfig(_Section):
+    """Where training runs: passed to Lightning Fabric."""
+
+    accelerator: str = "auto"
+    devices: int | str = 1
+    nodes: Count = 1
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+
+
+class EvaluationConfig(_Section):
+    """Sliding windows and what an empty mask gives."""
+
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    empty: Literal["brats", "nan", "diagonal"] = "brats"
+
+    def policy(self) -> EmptyPolicy:
+        """The policy for empty masks."""
+        policies: Mapping[str, Callable[[], EmptyPolicy]] = {
+            "brats": BratsEmpty,
+            "nan": NanEmpty,
+            "diagonal": DiagonalEmpty,
+        }
+        return policies[self.empty]()
+
+
+class Config(_Section):
+    """A whole configuration; every key has a default.
+
+    Example:
+        >>> Config().data.patch
+        (96, 96)
+        >>> load_config(overrides=["data.pach=[64, 64]"])
+        Traceback (most recent call last):
+        ...
+        prism_meta.errors.ConfigError: data.pach: unknown key; did you mean data.patch?
+    """
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    data: DataConfig = DataConfig()
+    masks: MaskConfig = MaskConfig()
+    model: ModelConfig = ModelConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    meta: MetaConfig = MetaConfig()
+    training: TrainingConfig = TrainingConfig()
+    fabric: FabricConfig = FabricConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        for name, weights in (("beta", self.objective.beta), ("delta", self.objective.delta)):
+            if isinstance(weights, tuple) and len(weights) != len(self.data.modalities):
+                raise ValueError(
+                    f"objective.{name}: give one weight, or {len(self.data.modalities)}, one per modality"
+                )
+        try:
+            self.data.label_set()
+        except PrismError as error:
+            raise ValueError("; ".join(error.faults)) from error
+        return self
+
+    def build_model(self) -> nn.Module:
+        """The network."""
+        return PrismNet(
+            num_modalities=len(self.data.modalities),
+            num_classes=len(self.data.labels) + 1,
+            spatial_dims=len(self.data.patch),
+            width=self.model.width,
+            depth=self.model.depth,
+        )
+
+    def to_toml(self) -> str:
+        """The resolved configuration; ``load_config`` reads it back."""
+        return tomlkit.dumps(self.model_dump(mode="json", exclude_none=True))
+
+
+def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file and apply ``section.key=value`` overrides to it.
+
+    Args:
+        path: TOML file; None for the defaults.
+        overrides: values are TOML (``[64, 64]``, ``true``, ``0.1``); a bare word is a string.
+
+    Raises:
+        ConfigError: all faults together, each with its key.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            values = tomlkit.parse(Path(path).read_text(encoding="utf-8")).unwrap()
+        except (OSError, UnicodeDecodeError, TOMLKitError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{path}: cannot be read as TOML ({reason})") from error
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError([_explain(fault) for fault in error.errors()]) from error
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"{override!r}: expected section.key=value, e.g. training.steps=500")
+    try:
+        value = tomlkit.parse(f"value = {text}").unwrap()["value"]
+    except TOMLKitError:
+        value = text.strip()
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{key.strip()}: {section} is a value, not a section")
+    values[last] = value
+
+
+def _explain(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        near = _nearest(key)
+        return f"{key}: unknown key; did you mean {near}?"
+    message = fault["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if fault["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: got {fault['input']!r}; {message}"
+
+
+def _nearest(key: str) -> str:
+    """The known key most like ``key``, first by its whole path, then by its last part."""
+    known = list(_keys(Config))
+    found = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not found:
+        last = {k.rpartition(".")[2]: k for k in known}
+        found = [
+            last[n]
+            for n in difflib.get_close_matches(key.rpartition(".")[2], last, n=1, cutoff=0.0)
+        ]
+    return found[0]
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _keys(info.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name

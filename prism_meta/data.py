@@ -1,0 +1,430 @@
+"""From cases to batches: preprocessing, a cache that is read lazily, patches, and episodes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from prism_meta.cases import Case, LabelSet, Volume
+from prism_meta.errors import CaseError, ConfigError, PrismError, raise_faults
+from prism_meta.files import atomic
+from prism_meta.masking import DynamicMask, MaskPolicy
+from prism_meta.modalities import Batch
+
+#: Voxels kept per class to centre patches on; more would only make the cache larger.
+_CENTRES_PER_CLASS = 10_000
+#: Raise it when preprocessing changes, so that old caches are not used.
+_CACHE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A case on the model's grid.
+
+    Args:
+        image: (m, D, H, W) float32, z-scored, of the modalities in ``names``.
+        names: the m modalities that exist.
+        brain: (D, H, W) bool, where any modality is not 0.
+        target: (D, H, W) uint8 class indices, or None.
+        affine: (4, 4), voxel of this grid to mm.
+    """
+
+    image: Tensor
+    names: tuple[str, ...]
+    brain: Tensor
+    target: Tensor | None
+    affine: Tensor
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Reorientation to RAS, z-score inside the brain, resampling.
+
+    Each modality is clipped to the percentiles of its non-zero voxels and scaled to mean 0 and
+    standard deviation 1 there; the background stays 0. Images are resampled linearly, labels to the
+    nearest voxel.
+
+    Args:
+        spacing: of the model's grid in mm, along right, anterior, superior.
+        percentiles: outside these, intensities are clipped.
+    """
+
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    percentiles: tuple[float, float] = (0.5, 99.5)
+
+    def __call__(self, volume: Volume, labels: LabelSet | None = None) -> Prepared:
+        """Bring ``volume`` to the model's grid; the label too, if ``labels`` says what it means."""
+        # Before the z-score, which is 0 inside the brain too where a voxel has the mean.
+        brain = torch.stack([torch.from_numpy(x != 0) for x in volume.images.values()]).any(0)
+        images = [torch.from_numpy(self._normalise(x)) for x in volume.images.values()]
+        affine = torch.from_numpy(volume.affine)
+        image, new_affine = self._resample(torch.stack(images), affine, mode="bilinear")
+        nearest = [brain[None]]
+        if labels is not None and volume.label is not None:
+            nearest.append(labels.encode(volume.label)[None])
+        masks, _ = self._resample(torch.cat(nearest).float(), affine, mode="nearest")
+        target = masks[1].round().to(torch.uint8) if len(nearest) > 1 else None
+        return Prepared(image, tuple(volume.images), masks[0] > 0.5, target, new_affine)
+
+    def restore(self, maps: Tensor, prepared: Prepared, volume: Volume) -> Tensor:
+        """Resample maps (C, d, h, w) on the model's grid to the case's own: (C, D, H, W)."""
+        from monai.data.meta_tensor import MetaTensor
+        from monai.transforms.spatial.array import SpatialResample
+
+        back = SpatialResample(mode="bilinear", padding_mode="border", dtype=torch.float32)
+        resampled = back(
+            MetaTensor(maps, affine=prepared.affine),
+            dst_affine=torch.from_numpy(volume.affine),
+            spatial_size=volume.shape,
+        )
+        return torch.as_tensor(resampled.as_tensor())
+
+    def _normalise(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
+        inside = image != 0
+        if not inside.any():
+            return image
+        low, high = np.percentile(image[inside], self.percentiles)
+        clipped = np.clip(image[inside], low, high)
+        # A constant image carries nothing; it becomes 0 and not NaN.
+        scaled = (clipped - clipped.mean()) / max(float(clipped.std()), 1e-8)
+        result = np.zeros_like(image)
+        result[inside] = scaled
+        return result
+
+    def _resample(self, maps: Tensor, affine: Tensor, *, mode: str) -> tuple[Tensor, Tensor]:
+        from monai.data.meta_tensor import MetaTensor
+        from monai.transforms.spatial.array import Orientation, Spacing
+
+        # labels=None: the axes' names come from the affine's own space, as NIfTI defines it.
+        oriented = Orientation(axcodes="RAS", labels=None)(MetaTensor(maps, affine=affine))
+        resample = Spacing(pixdim=self.spacing, mode=mode, scale_extent=True, dtype=torch.float32)
+        result = resample(oriented)
+        return torch.as_tensor(result.as_tensor()), torch.as_tensor(result.affine)
+
+
+@dataclass(frozen=True)
+class CachedCase:
+    """A prepared case on disk, of which only the patches that are asked for are read.
+
+    Args:
+        id: name of the case.
+        availability: bool (M,).
+        shape: (D, H, W) of the prepared volume.
+        path: the safetensors file.
+    """
+
+    id: str
+    availability: Tensor
+    shape: tuple[int, int, int]
+    path: Path
+
+    def centres(self) -> list[Tensor]:
+        """Flat voxel indices to centre patches on: of the brain, then of each foreground class."""
+        with safe_open(self.path, framework="pt") as stored:
+            count = int(stored.metadata()["centres"])
+            return [stored.get_tensor(f"centres_{k}") for k in range(count)]
+
+    def patch(
+        self, corner: Sequence[int], size: Sequence[int], shown: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Image (M, *size), zero where not shown, and target (*size) of a box; hidden channels stay unread."""
+        box = tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))
+        image = torch.zeros(len(shown), *size)
+        with safe_open(self.path, framework="pt") as stored:
+            for m in shown.nonzero().flatten().tolist():
+                image[m] = stored.get_slice(f"image_{m}")[box]
+            return image, stored.get_slice("target")[box].long()
+
+
+def prepare(
+    cases: Sequence[Case],
+    preprocessing: Preprocessing,
+    labels: LabelSet,
+    cache: Path | str,
+    *,
+    on_case: Callable[[str], None] | None = None,
+) -> list[CachedCase]:
+    """Preprocess every case once; a later call, or another run, finds it in the cache.
+
+    Args:
+        cases: with labels.
+        preprocessing: of all of them.
+        labels: what the label files hold.
+        cache: folder of the prepared volumes; made if need be.
+        on_case: called with the id of each case when it is ready.
+
+    Raises:
+        CaseError: the faults of all cases together: no label file, unreadable or NaN volumes,
+            labels outside the label set.
+    """
+    prepared: list[CachedCase] = []
+    faults: list[str] = []
+    for case in cases:
+        try:
+            prepared.append(_prepare_one(case, preprocessing, labels, Path(cache)))
+        except CaseError as error:
+            faults.extend(error.faults)
+        if on_case is not None:
+            on_case(case.id)
+    raise_faults(CaseError, faults)
+    return prepared
+
+
+def _prepare_one(
+    case: Case, preprocessing: Preprocessing, labels: LabelSet, cache: Path
+) -> CachedCase:
+    if case.label is None:
+        raise CaseError(f"case {case.id}: no label file; training and evaluation need one")
+    path = cache / f"{case.id}-{_fingerprint(case, preprocessing, labels)}.safetensors"
+    if not path.exists():
+        volume = case.read()
+        try:
+            ready = preprocessing(volume, labels)
+        except CaseError as error:
+            raise CaseError(
+                [f"case {case.id}: {case.label.name}: {f}" for f in error.faults]
+            ) from error
+        _store(path, case, ready, num_classes=len(labels.names))
+    with safe_open(path, framework="pt") as stored:
+        d, h, w = stored.get_slice("target").get_shape()
+    return CachedCase(case.id, case.availability, (d, h, w), path)
+
+
+def _store(path: Path, case: Case, ready: Prepared, *, num_classes: int) -> None:
+    if ready.target is None:
+        raise CaseError(f"case {case.id}: no label was read")
+    if not ready.brain.any():
+        names = ", ".join(p.name for p in case.files.values())
+        raise CaseError(
+            f"case {case.id}: nothing but zeros in {names}; restore the files or remove the case"
+        )
+    # One tensor per modality, so that a hidden one is not read; half precision halves the reading.
+    tensors = {
+        f"image_{case.modalities.index(name)}": image.half().contiguous()
+        for name, image in zip(ready.names, ready.image, strict=True)
+    }
+    tensors["target"] = ready.target.contiguous()
+    inside = [ready.brain, *(ready.target == k for k in range(1, num_classes))]
+    for k, voxels in enumerate(inside):
+        flat = voxels.flatten().nonzero().flatten()
+        every = max(1, len(flat) // _CENTRES_PER_CLASS)
+        tensors[f"centres_{k}"] = flat[::every].contiguous()
+    content = save(tensors, metadata={"case": case.id, "centres": str(len(inside))})
+    with atomic(path) as partial:
+        # save_file's own error would not be an OSError, and so not be explained.
+        partial.write_bytes(content)
+
+
+def _fingerprint(case: Case, preprocessing: Preprocessing, labels: LabelSet) -> str:
+    """Changes with the files, the modalities, the preprocessing or the labels."""
+    files = [*case.files.items(), ("label", case.label)]
+    stats = [(n, str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for n, p in files if p]
+    facts = (
+        _CACHE_VERSION, case.modalities, stats, preprocessing.spacing, preprocessing.percentiles,
+        list(labels.values.items()),  # their order gives the class indices
+    )  # fmt: skip
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+class Augmentation:
+    """Random flips, rotation and scaling, and intensity changes per modality, by MONAI.
+
+    Args:
+        spatial_dims: 2 or 3.
+        probability: of rotation and scaling.
+    """
+
+    def __init__(self, spatial_dims: int, *, probability: float = 0.3) -> None:
+        from monai.transforms.compose import Compose
+        from monai.transforms.intensity.dictionary import (
+            RandAdjustContrastd,
+            RandGaussianNoised,
+            RandScaleIntensityd,
+            RandShiftIntensityd,
+        )
+        from monai.transforms.spatial.dictionary import RandAffined, RandFlipd
+
+        keys, axes = ("image", "target"), range(spatial_dims)
+        turn = 0.26  # radians, 15 degrees
+        self._transform: Any = Compose(
+            [
+                *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in axes),
+                RandAffined(
+                    keys,
+                    prob=probability,
+                    rotate_range=[turn] * (1 if spatial_dims == 2 else 3),
+                    scale_range=[0.15] * spatial_dims,
+                    mode=("bilinear", "nearest"),
+                    padding_mode="zeros",
+                ),
+                RandScaleIntensityd("image", factors=0.2, prob=0.8, channel_wise=True),
+                RandShiftIntensityd("image", offsets=0.2, prob=0.8, channel_wise=True),
+                RandAdjustContrastd("image", gamma=(0.7, 1.5), prob=0.2, retain_stats=True),
+                RandGaussianNoised("image", std=0.1, prob=0.2),
+            ]
+        )
+
+    def __call__(self, image: Tensor, target: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+        """Change image (M, *S) and target (*S) together."""
+        self._transform.set_random_state(seed=seed)
+        out = self._transform({"image": image, "target": target[None].float()})
+        return _plain(out["image"]).float(), _plain(out["target"])[0].round().long()
+
+
+class Episodes(Dataset[tuple[Batch, Batch]]):
+    """Episode t of a training run: D_train and D_meta, from disjoint cases, each with its own masks.
+
+    Everything random in episode t comes from (seed, rank, t), so that a resumed run sees the same
+    episodes, in whatever number of worker processes.
+
+    Args:
+        cases: prepared cases, at least two.
+        patch: size in voxels, two numbers for axial slices, three for volumes.
+        batch_size: B of each of the two batches.
+        steps: number of episodes.
+        train_mask: what is shown of D_train.
+        meta_mask: what is shown of D_meta.
+        foreground: share of patches centred on a foreground class; the others lie in the brain.
+        augmentation: of every patch, or None.
+        seed: of everything.
+        rank: of this process; each process draws other episodes.
+
+    Raises:
+        ConfigError: the patch is larger than a volume, or there are too few cases for two batches.
+
+    Source: Meta-Drop of PRISM. The default is dynamic masks in both batches.
+    """
+
+    def __init__(
+        self,
+        cases: Sequence[CachedCase],
+        *,
+        patch: Sequence[int],
+        batch_size: int,
+        steps: int,
+        train_mask: MaskPolicy | None = None,
+        meta_mask: MaskPolicy | None = None,
+        foreground: float = 0.67,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        rank: int = 0,
+    ) -> None:
+        self.cases = list(cases)
+        self.size = tuple(patch) if len(patch) == 3 else (*patch, 1)
+        self.squeeze = len(patch) == 2
+        self.batch_size, self.steps = batch_size, steps
+        self.train_mask, self.meta_mask = train_mask or DynamicMask(), meta_mask or DynamicMask()
+        self.foreground, self.augmentation = foreground, augmentation
+        self.seed, self.rank = seed, rank
+        raise_faults(ConfigError, self._faults())
+        self.availability = torch.stack([case.availability for case in self.cases])
+        self._centres: dict[str, list[Tensor]] = {}
+        self._pools(torch.Generator().manual_seed(0))  # raises where no episode can be drawn
+
+    def _faults(self) -> list[str]:
+        faults = [
+            f"patch {self.size[: 2 if self.squeeze else 3]} is larger than the volume of case {case.id}, "
+            f"{case.shape} voxels at the model's spacing; use a smaller data.patch or a finer data.spacing"
+            for case in self.cases
+            if any(p > s for p, s in zip(self.size, case.shape, strict=True))
+        ]
+        if len(self.cases) < 2:
+            faults.append(
+                f"{len(self.cases)} training case: an episode needs at least 2, for its train and its "
+                "meta batch are drawn from different cases; add cases or hold fewer out"
+            )
+        return faults
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> tuple[Batch, Batch]:
+        entropy = np.random.SeedSequence((self.seed, self.rank, step))
+        generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
+        random = np.random.RandomState(entropy.generate_state(2)[1])
+        train, meta = self._pools(generator)
+        return (
+            self._batch(train, self.train_mask, generator, random),
+            self._batch(meta, self.meta_mask, generator, random),
+        )
+
+    def _pools(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Two disjoint halves of the cases, each fit for its policy, in random order."""
+        order = torch.randperm(len(self.cases), generator=generator)
+        fit_meta = order[self.meta_mask.eligible(self.availability[order])]
+        meta = fit_meta[: len(self.cases) // 2]
+        rest = order[~torch.isin(order, meta)]
+        train = rest[self.train_mask.eligible(self.availability[rest])]
+        if not len(train):
+            # The meta half has taken every case that fits the train mask: share them.
+            both = meta[self.train_mask.eligible(self.availability[meta])]
+            train = both[: -(-len(both) // 2)]
+            meta = fit_meta[~torch.isin(fit_meta, train)][: len(self.cases) // 2]
+        if not len(meta) or not len(train):
+            raise ConfigError(
+                f"masks: no episode can be drawn: {len(train)} cases fit the train mask and {len(meta)} "
+                "others the meta mask; the full policy needs complete cases, use dynamic instead"
+            )
+        return train, meta
+
+    def _batch(
+        self,
+        pool: Tensor,
+        policy: MaskPolicy,
+        generator: torch.Generator,
+        random: np.random.RandomState,
+    ) -> Batch:
+        rounds = -(-self.batch_size // len(pool))
+        chosen = pool.repeat(rounds)[: self.batch_size]
+        mask = policy(self.availability[chosen], generator)
+        cases = [self.cases[i] for i in chosen.tolist()]
+        patches = [self._patch(c, shown, random) for c, shown in zip(cases, mask, strict=True)]
+        images, targets = zip(*patches, strict=True)
+        return Batch(torch.stack(images), mask, torch.stack(targets), tuple(c.id for c in cases))
+
+    def _patch(
+        self, case: CachedCase, shown: Tensor, random: np.random.RandomState
+    ) -> tuple[Tensor, Tensor]:
+        from monai.transforms.utils import generate_label_classes_crop_centers
+
+        if case.id not in self._centres:
+            self._centres[case.id] = case.centres()
+        centres = self._centres[case.id]
+        classes = [len(c) > 0 for c in centres[1:]]
+        share = self.foreground / max(1, sum(classes))
+        ratios = [1 - self.foreground if any(classes) else 1.0, *(share * c for c in classes)]
+        (centre,) = generate_label_classes_crop_centers(
+            self.size, 1, case.shape, centres, ratios, random, warn=False
+        )
+        corner = [c - s // 2 for c, s in zip(centre, self.size, strict=True)]
+        image, target = case.patch(corner, self.size, shown)
+        if self.squeeze:
+            image, target = image[..., 0], target[..., 0]
+        if self.augmentation is not None:
+            image, target = self.augmentation(image, target, seed=random.randint(2**31))
+        return image, target
+
+
+def missing_rates(cases: Sequence[Case]) -> Mapping[str, float]:
+    """Missing rate FR^m of each modality over ``cases``."""
+    if not cases:
+        raise PrismError("cases: none given")
+    rates = 1 - torch.stack([case.availability for case in cases]).double().mean(0)
+    return dict(zip(cases[0].modalities, rates.tolist(), strict=True))
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Without MONAI's metadata, which costs time in every operation."""
+    return x.as_tensor() if hasattr(x, "as_tensor") else x

@@ -1,0 +1,252 @@
+"""PRISM's losses E5-E9 as pure functions, one number per sample.
+
+All take logits or features with channels second, in any number of spatial dimensions ``*S``, and
+labels as class indices. The batch is never reduced here: E10 weighs samples first.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812, torch's own convention
+
+Direction = Literal["student_teacher", "teacher_student"]
+
+
+def weighted_cross_entropy(logits: Tensor, target: Tensor, *, weighted: bool = True) -> Tensor:
+    """Cross-entropy in which a frequent class counts less, per sample.
+
+    mean over voxels v of -w_{y_v} log softmax(logits)_{y_v}, with w_k = 1 - (voxels of class k) /
+    (voxels) of that sample. The mean is over voxels; it is not divided by the sum of the weights.
+
+    Args:
+        logits: (B, K, *S).
+        target: (B, *S) long.
+        weighted: False gives plain cross-entropy.
+
+    Returns:
+        (B,).
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Source: PASSION (Shi et al., ACM MM 2024).
+
+    Example:
+        >>> logits, target = torch.zeros(1, 2, 4), torch.tensor([[0, 0, 0, 1]])
+        >>> weighted_cross_entropy(logits, target) / torch.tensor(2.0).log()
+        tensor([0.3750])
+    """
+    _check(logits, target)
+    per_voxel = F.cross_entropy(logits, target, reduction="none").flatten(1)
+    if weighted:
+        labels = target.flatten(1)
+        counts = per_voxel.new_zeros(logits.shape[:2]).scatter_add_(
+            1, labels, torch.ones_like(per_voxel)
+        )
+        weights = 1 - counts / labels.shape[1]
+        per_voxel = per_voxel * weights.gather(1, labels)
+    return per_voxel.mean(1)
+
+
+def soft_dice(logits: Tensor, target: Tensor, *, eps: float = 1e-7) -> Tensor:
+    """Soft Dice loss over all classes, background included, per sample.
+
+    1 - mean_k 2 sum_v p_k y_k / (sum_v p_k + sum_v y_k + eps), p = softmax(logits). A class that is
+    neither predicted nor present has a Dice of 0, so it adds 1/K to the loss.
+
+    Args:
+        logits: (B, K, *S).
+        target: (B, *S) long.
+        eps: keeps 0/0 away.
+
+    Returns:
+        (B,), in [0, 1].
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Source: V-Net (Milletari et al., 3DV 2016), in the form of DESIGN's E5.
+
+    Example:
+        >>> soft_dice(torch.tensor([[[30.0, -30.0], [-30.0, 30.0]]]), torch.tensor([[0, 1]])).item() < 1e-6
+        True
+    """
+    _check(logits, target)
+    probability = logits.softmax(1).flatten(2)
+    one_hot = _one_hot(target, logits.shape[1], probability)
+    overlap = 2 * (probability * one_hot).sum(2)
+    return 1 - (overlap / (probability.sum(2) + one_hot.sum(2) + eps)).mean(1)
+
+
+def segmentation(logits: Tensor, target: Tensor, *, weighted: bool = True) -> Tensor:
+    """CE + Dice, the segmentation loss of E5, E6 and E7, per sample.
+
+    Args:
+        logits: (B, K, *S).
+        target: (B, *S) long.
+        weighted: class weights in the cross-entropy.
+
+    Returns:
+        (B,).
+
+    Example:
+        >>> segmentation(torch.zeros(2, 4, 8, 8), torch.zeros(2, 8, 8).long()).shape
+        torch.Size([2])
+    """
+    return weighted_cross_entropy(logits, target, weighted=weighted) + soft_dice(logits, target)
+
+
+def pixel_distillation(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 4.0,
+    direction: Direction = "student_teacher",
+) -> Tensor:
+    """E8 for one map: T^2 KL(softmax(student/T) || softmax(teacher/T)), per sample.
+
+    Summed over classes, mean over voxels. The teacher is detached.
+
+    Args:
+        student: (B, K, *S) logits of one modality alone.
+        teacher: (B, K, *S) logits of the fused branch.
+        temperature: T > 0.
+        direction: ``teacher_student`` gives KL(teacher || student), as the published code has it.
+
+    Returns:
+        (B,), at least 0.
+
+    Raises:
+        ValueError: the shapes differ, or an argument is out of range.
+
+    Source: PASSION (Shi et al., ACM MM 2024); Hinton et al., 2015.
+
+    Example:
+        >>> z = torch.randn(2, 4, 8, 8)
+        >>> pixel_distillation(z, z)
+        tensor([0., 0.])
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student: got {tuple(student.shape)}, expected the teacher's {tuple(teacher.shape)}"
+        )
+    if temperature <= 0:
+        raise ValueError(f"temperature: got {temperature}, expected a number > 0")
+    log_student = (student / temperature).log_softmax(1)
+    log_teacher = (teacher.detach() / temperature).log_softmax(1)
+    if direction == "student_teacher":
+        divergence = log_student.exp() * (log_student - log_teacher)
+    elif direction == "teacher_student":
+        divergence = log_teacher.exp() * (log_teacher - log_student)
+    else:
+        raise ValueError(
+            f"direction: got {direction!r}, expected 'student_teacher' or 'teacher_student'"
+        )
+    return temperature**2 * divergence.sum(1).flatten(1).mean(1)
+
+
+def prototype_l2(student: Tensor, teacher: Tensor, target: Tensor, num_classes: int) -> Tensor:
+    """E9: sum over present classes k of ||c_k^student - c_k^teacher||^2, per sample.
+
+    c_k is the mean feature over the voxels of class k in that sample. A class that the sample lacks
+    adds 0. The teacher is detached.
+
+    Args:
+        student: (B, C, *S) features of one modality alone.
+        teacher: (B, C, *S) features of the fused branch.
+        target: (B, *S) long.
+        num_classes: K.
+
+    Returns:
+        (B,).
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Source: PASSION (Shi et al., ACM MM 2024).
+
+    Example:
+        >>> target = torch.tensor([[0, 0, 1, 1]])
+        >>> prototype_l2(torch.ones(1, 3, 4), torch.zeros(1, 3, 4), target, num_classes=4)
+        tensor([6.])
+    """
+    one_hot = _prototype_targets(student, teacher, target, num_classes)
+    distance = _prototypes(student, one_hot) - _prototypes(teacher.detach(), one_hot)
+    return distance.square().sum((1, 2))  # both prototypes of an absent class are exactly 0
+
+
+def prototype_similarity(
+    student: Tensor, teacher: Tensor, target: Tensor, num_classes: int
+) -> Tensor:
+    """E9, option ``similarity``: how differently voxels relate to their prototypes, per sample.
+
+    Mean over voxels and present classes of (cos(z^student, c_k^student) - cos(z^teacher,
+    c_k^teacher))^2. The teacher is detached.
+
+    Args:
+        student: (B, C, *S) features of one modality alone.
+        teacher: (B, C, *S) features of the fused branch.
+        target: (B, *S) long.
+        num_classes: K.
+
+    Returns:
+        (B,), in [0, 4].
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Source: PASSION (Shi et al., ACM MM 2024).
+
+    Example:
+        >>> z = torch.randn(2, 3, 8)
+        >>> bool((prototype_similarity(z, 2 * z, torch.zeros(2, 8).long(), 4) < 1e-10).all())
+        True
+    """
+    one_hot = _prototype_targets(student, teacher, target, num_classes)
+    present = one_hot.any(2)
+    difference = _similarity(student, one_hot) - _similarity(teacher.detach(), one_hot)
+    per_class = difference.square().mean(2) * present
+    return per_class.sum(1) / present.sum(1)
+
+
+def _similarity(features: Tensor, one_hot: Tensor) -> Tensor:
+    """cos(z_v, c_k): (B, K, V). An absent class's zero prototype is replaced, for 0/0 has no gradient."""
+    prototypes = _prototypes(features, one_hot)
+    prototypes = torch.where(one_hot.any(2, keepdim=True), prototypes, torch.ones_like(prototypes))
+    return torch.einsum(
+        "bkc,bcv->bkv", F.normalize(prototypes, dim=2), F.normalize(features.flatten(2), dim=1)
+    )
+
+
+def _prototypes(features: Tensor, one_hot: Tensor) -> Tensor:
+    """c_k: (B, K, C), exactly 0 for an absent class."""
+    sums = torch.einsum("bkv,bcv->bkc", one_hot, features.flatten(2))
+    return sums / one_hot.sum(2, keepdim=True).clamp(min=1)
+
+
+def _prototype_targets(
+    student: Tensor, teacher: Tensor, target: Tensor, num_classes: int
+) -> Tensor:
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student: got {tuple(student.shape)}, expected the teacher's {tuple(teacher.shape)}"
+        )
+    _check(student, target, what="features")
+    return _one_hot(target, num_classes, student)
+
+
+def _one_hot(target: Tensor, num_classes: int, like: Tensor) -> Tensor:
+    """(B, K, V) in the dtype of ``like``; scatter, for F.one_hot makes int64 with the classes last."""
+    labels = target.flatten(1)[:, None]
+    shape = (target.shape[0], num_classes, labels.shape[2])
+    return torch.zeros(shape, dtype=like.dtype, device=like.device).scatter_(1, labels, 1)
+
+
+def _check(maps: Tensor, target: Tensor, *, what: str = "logits") -> None:
+    if (maps.shape[0], *maps.shape[2:]) != target.shape:
+        raise ValueError(
+            f"target: got {tuple(target.shape)}, expected (B, *S) = "
+            f"{(maps.shape[0], *maps.shape[2:])} for {what} {tuple(maps.shape)}"
+        )

@@ -1,0 +1,92 @@
+"""Modalities, their subsets, and the batch that carries both: the words all modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+#: Modality order of the BraTS challenges as PRISM and PASSION use it.
+BRATS: tuple[str, ...] = ("flair", "t1ce", "t1", "t2")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images, what the model is shown of them, and their labels.
+
+    Args:
+        image: (B, M, *S) float; a channel that ``mask`` hides holds any value and is never used.
+        mask: (B, M) bool, the modalities that the model is shown; every row has at least one.
+        target: (B, *S) long, class indices.
+        case_ids: names of the B cases, for messages and logs.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+
+    Example:
+        >>> batch = Batch(torch.zeros(2, 4, 8, 8), torch.ones(2, 4).bool(), torch.zeros(2, 8, 8).long())
+        >>> batch.to("cpu").image.shape
+        torch.Size([2, 4, 8, 8])
+    """
+
+    image: Tensor
+    mask: Tensor
+    target: Tensor
+    case_ids: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.mask.dtype != torch.bool or self.mask.shape != self.image.shape[:2]:
+            raise ValueError(
+                f"mask: got {self.mask.dtype} {tuple(self.mask.shape)}, expected torch.bool "
+                f"{tuple(self.image.shape[:2])}, the first two sizes of the image"
+            )
+        if self.target.shape != (self.image.shape[0], *self.image.shape[2:]):
+            raise ValueError(
+                f"target: got {tuple(self.target.shape)}, expected (B, *S) = "
+                f"{(self.image.shape[0], *self.image.shape[2:])} for image {tuple(self.image.shape)}"
+            )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on ``device``."""
+        return Batch(
+            self.image.to(device), self.mask.to(device), self.target.to(device), self.case_ids
+        )
+
+
+def subsets(num_modalities: int) -> Tensor:
+    """All non-empty subsets of modalities, by size, then in modality order.
+
+    Args:
+        num_modalities: M, at least 1.
+
+    Returns:
+        bool (2^M - 1, M).
+
+    Raises:
+        ValueError: ``num_modalities`` is less than 1.
+
+    Example:
+        >>> subsets(2).int().tolist()
+        [[1, 0], [0, 1], [1, 1]]
+    """
+    if num_modalities < 1:
+        raise ValueError(f"num_modalities: got {num_modalities}, expected at least 1")
+    rows = [
+        [m in chosen for m in range(num_modalities)]
+        for size in range(1, num_modalities + 1)
+        for chosen in combinations(range(num_modalities), size)
+    ]
+    return torch.tensor(rows)
+
+
+def subset_name(subset: Tensor | Sequence[bool], modalities: Sequence[str]) -> str:
+    """The name of one subset in tables and files.
+
+    Example:
+        >>> subset_name([True, False, True], ("flair", "t1ce", "t1"))
+        'flair+t1'
+    """
+    return "+".join(name for name, shown in zip(modalities, subset, strict=True) if shown)

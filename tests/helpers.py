@@ -1,0 +1,132 @@
+"""Small declared problems that the strategies are checked on, and how updates are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812, torch's own convention
+
+from prism_meta.modalities import Batch
+from prism_meta.network import PrismNet
+from prism_meta.objective import PrismObjective
+
+F64 = torch.float64
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, an objective and the two batches of one episode, all in float64."""
+
+    name: str
+    model: nn.Module
+    objective: Callable[..., Any]
+    train: Any
+    meta: Any
+
+
+def relative_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """||actual - expected|| / ||expected|| over all entries; the names must be the same."""
+    assert list(actual) == list(expected), (list(actual), list(expected))
+    difference = sum((actual[n] - expected[n]).square().sum().item() for n in expected)
+    norm = sum(e.square().sum().item() for e in expected.values())
+    return float((difference / norm) ** 0.5)
+
+
+def trainable(model: nn.Module) -> dict[str, Tensor]:
+    """phi, detached."""
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def norm(values: Mapping[str, Tensor]) -> float:
+    return float(sum(v.square().sum().item() for v in values.values()) ** 0.5)
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def labels(*shape: int, classes: int, seed: int) -> Tensor:
+    return torch.randint(classes, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randomize(model: nn.Module, *, seed: int, scale: float = 0.5) -> nn.Module:
+    """float64, every parameter drawn anew: no zero bias or unit gain hides a mistake."""
+    model.double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            gain = param.ndim == 1 and name.endswith("weight")
+            param.copy_(gain + scale * torch.randn(param.shape, dtype=F64, generator=generator))
+    return model
+
+
+def mse(forward: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    return (forward(x) - y).square().mean()
+
+
+def cross_entropy(forward: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> Tensor:
+    x, y = batch
+    return F.cross_entropy(forward(x), y)
+
+
+def mlp() -> Problem:
+    """3 -> 5 -> 2 with tanh: curved, and smooth everywhere."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
+    return Problem(
+        "mlp",
+        randomize(model, seed=0),
+        mse,
+        (randn(6, 3, seed=1), randn(6, 2, seed=2)),
+        (randn(5, 3, seed=3), randn(5, 2, seed=4)),
+    )
+
+
+def conv() -> Problem:
+    """A small segmentation net with InstanceNorm, two channels to three classes."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.InstanceNorm2d(4, affine=True),
+        nn.LeakyReLU(0.01),
+        nn.Conv2d(4, 3, 1),
+    )
+    return Problem(
+        "conv",
+        randomize(model, seed=10),
+        cross_entropy,
+        (randn(2, 2, 6, 5, seed=11), labels(2, 6, 5, classes=3, seed=12)),
+        (randn(3, 2, 6, 5, seed=13), labels(3, 6, 5, classes=3, seed=14)),
+    )
+
+
+def prism_net(**changes: Any) -> PrismNet:
+    """A 2-D PrismNet of 3 modalities and 3 classes, in float64."""
+    sizes = {"num_modalities": 3, "num_classes": 3, "spatial_dims": 2, "width": 2, "depth": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(20)
+        return PrismNet(**{**sizes, **changes}).double()
+
+
+def prism_batch(mask: list[list[bool]], *size: int, seed: int, classes: int = 3) -> Batch:
+    """Random images and labels for the rows of ``mask``."""
+    shape = (len(mask), len(mask[0]), *size)
+    target = labels(len(mask), *size, classes=classes, seed=seed + 1)
+    return Batch(randn(*shape, seed=seed), torch.tensor(mask), target)
+
+
+def prism() -> Problem:
+    """PrismNet and PrismObjective; the train batch never shows the last modality."""
+    return Problem(
+        "prism",
+        prism_net(),
+        PrismObjective(),
+        prism_batch([[True, False, False], [True, True, False]], 7, 6, seed=21),
+        prism_batch([[True, True, True], [False, False, True]], 7, 6, seed=31),
+    )
+
+
+PROBLEMS = (mlp, conv, prism)

@@ -1,0 +1,150 @@
+"""Small synthetic cases written as NIfTI files, and where real cases are to be found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel import orientations
+from numpy.typing import NDArray
+
+from prism_meta.modalities import BRATS
+
+#: Three different sizes, so that a swapped axis shows.
+SHAPE = (20, 24, 16)
+#: Where the blob lies, as a share of each half axis: off centre, so that a flip shows.
+CENTRE = (0.2, -0.15, 0.1)
+#: Radii of the shells of the blob, one class each, from the outside in.
+RADII = (0.55, 0.42, 0.28)
+
+FloatArray = NDArray[np.float32]
+
+
+def real_data() -> Path:
+    """Folder of real cases; skips the test where there is none."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("PRISM_META_DATA") or default)
+    if not (folder / "brats-tcga").is_dir():
+        pytest.skip(
+            f"no real cases in {folder}; set PRISM_META_DATA to the folder that has brats-tcga"
+        )
+    return folder
+
+
+def grid(shape: Sequence[int]) -> list[NDArray[np.float64]]:
+    """Coordinates of the voxels, -1 to 1 from edge to edge along each axis."""
+    axes = [(np.arange(n) + 0.5) / n * 2 - 1 for n in shape]
+    return list(np.meshgrid(*axes, indexing="ij"))
+
+
+def draw_label(
+    shape: Sequence[int] = SHAPE, values: Sequence[int] = (2, 1, 4)
+) -> NDArray[np.int16]:
+    """A blob of shells, one for each of ``values``, from the outside in; 0 elsewhere."""
+    distance = np.sqrt(sum((x - c) ** 2 for x, c in zip(grid(shape), CENTRE, strict=True)))
+    label = np.zeros(shape, np.int16)
+    for value, radius in zip(values, RADII, strict=False):
+        label[distance < radius] = value
+    return label
+
+
+def draw_image(shape: Sequence[int] = SHAPE, *, index: int = 0, seed: int = 0) -> FloatArray:
+    """Modality ``index``: an ellipsoid with another slope along each axis, the blob, and noise; 0 outside."""
+    x, y, z = grid(shape)
+    noise = np.random.default_rng((seed, index)).normal(0, 2, shape)
+    image = 100 * (index + 1) + 30 * x + 20 * y - 10 * z + noise
+    image += 40 * (draw_label(shape) > 0) * (1 if index % 2 else -0.5)
+    image[x**2 + y**2 + z**2 > 0.9] = 0
+    return image.astype(np.float32)
+
+
+def affine_of(
+    spacing: Sequence[float], origin: Sequence[float] = (-9.0, 5.0, 31.0)
+) -> NDArray[Any]:
+    """Affine of a RAS grid."""
+    affine = np.diag([*spacing, 1.0])
+    affine[:3, 3] = origin
+    return affine
+
+
+def reorient(
+    array: NDArray[Any], affine: NDArray[Any], codes: str
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The same anatomy, from a RAS grid, stored with axes that point to ``codes``, e.g. ``LPS``."""
+    change = orientations.ornt_transform(
+        orientations.axcodes2ornt("RAS"), orientations.axcodes2ornt(tuple(codes))
+    )
+    moved = orientations.apply_orientation(array, change)
+    return moved, affine @ orientations.inv_ornt_aff(change, array.shape)
+
+
+def save(array: NDArray[Any], path: Path, affine: NDArray[Any] | None = None) -> Path:
+    """Write one NIfTI file, and its folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def write_case(
+    folder: Path,
+    *,
+    modalities: Sequence[str] = BRATS,
+    missing: Sequence[str] = (),
+    label: str | None = "seg",
+    values: Sequence[int] = (2, 1, 4),
+    names: str = "{case}_{modality}.nii.gz",
+    shape: Sequence[int] = SHAPE,
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    codes: str = "RAS",
+    seed: int = 0,
+) -> Path:
+    """Write one case: every modality but the ``missing`` ones, and a label file unless ``label`` is None.
+
+    Args:
+        folder: of the case; its name is the case's.
+        modalities: all of them; the intensities of one depend on its place here.
+        missing: of which no file is written.
+        label: name of the label file.
+        values: of the label's classes, from the outside in.
+        names: of the files.
+        shape: voxels to the right, anterior and superior, before ``codes`` reorders them.
+        spacing: in mm, of the same axes.
+        codes: where the axes of the files point.
+        seed: of the noise.
+    """
+    arrays: dict[str, NDArray[Any]] = {
+        name: draw_image(shape, index=k, seed=seed)
+        for k, name in enumerate(modalities)
+        if name not in missing
+    }
+    if label is not None:
+        arrays[label] = draw_label(shape, values)
+    for name, array in arrays.items():
+        moved, affine = reorient(array, affine_of(spacing), codes)
+        save(moved, folder / names.format(case=folder.name, modality=name), affine)
+    return folder
+
+
+def write_cases(root: Path, count: int, **options: Any) -> Path:
+    """Write ``count`` cases p0, p1, ... below ``root``, each with its own noise."""
+    for k in range(count):
+        write_case(root / f"p{k}", seed=k, **options)
+    return root
+
+
+def record_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A list that grows by each file that nibabel opens from now on."""
+    opened: list[Path] = []
+    load = nib.load
+
+    def recording(path: Path, *args: Any, **options: Any) -> Any:
+        opened.append(Path(path))
+        return load(path, *args, **options)
+
+    monkeypatch.setattr(nib, "load", recording)
+    return opened

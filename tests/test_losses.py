@@ -1,0 +1,376 @@
+"""Every loss against numbers worked out by hand, explicit loops, and MONAI."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from monai.losses.dice import DiceLoss
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812, torch's own convention
+
+from helpers import F64, labels, randn
+from prism_meta import losses
+
+CLASSES = 3
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def teacher_for(maps: Tensor) -> Tensor:
+    return torch.roll(maps.detach(), 1, dims=-1) + 0.3
+
+
+#: Every loss as a function of maps (B, C, *S) and labels, with C = CLASSES.
+LOSSES: dict[str, Loss] = {
+    "weighted_cross_entropy": losses.weighted_cross_entropy,
+    "plain_cross_entropy": lambda z, y: losses.weighted_cross_entropy(z, y, weighted=False),
+    "soft_dice": losses.soft_dice,
+    "segmentation": losses.segmentation,
+    "pixel student_teacher": lambda z, _: losses.pixel_distillation(z, teacher_for(z)),
+    "pixel teacher_student": lambda z, _: losses.pixel_distillation(
+        z, teacher_for(z), direction="teacher_student"
+    ),
+    "prototype_l2": lambda z, y: losses.prototype_l2(z, teacher_for(z), y, CLASSES),
+    "prototype_similarity": lambda z, y: losses.prototype_similarity(
+        z, teacher_for(z), y, CLASSES
+    ),
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+# ---------------------------------------------------------------- one suite for all
+
+
+@pytest.mark.parametrize("size", [(4, 5), (3, 4, 2)], ids=["2-D", "3-D"])
+@pytest.mark.parametrize("batch", [1, 5])
+@every_loss
+def test_one_number_per_sample_that_depends_on_it_alone(
+    loss: Loss, batch: int, size: tuple[int, ...]
+) -> None:
+    maps = randn(batch, CLASSES, *size, seed=1)
+    target = labels(batch, *size, classes=CLASSES, seed=2)
+    target[0] = 0  # a sample that lacks classes must not touch the others
+    whole = loss(maps, target)
+    assert whole.shape == (batch,)
+    assert whole.dtype == F64
+    single = torch.cat([loss(maps[n : n + 1], target[n : n + 1]) for n in range(batch)])
+    torch.testing.assert_close(whole, single, rtol=1e-12, atol=1e-14)
+    assert bool((whole > 0).all())
+
+
+@every_loss
+def test_space_is_only_a_set_of_voxels(loss: Loss) -> None:
+    maps, target = randn(2, CLASSES, 12, seed=3), labels(2, 12, classes=CLASSES, seed=4)
+    teacher_is_per_line = loss(maps, target)
+    volume = loss(maps.view(2, CLASSES, 1, 1, 12), target.view(2, 1, 1, 12))
+    torch.testing.assert_close(volume, teacher_is_per_line, rtol=1e-12, atol=0)
+
+
+@every_loss
+def test_derivatives_of_first_and_second_order(loss: Loss) -> None:
+    maps, target = randn(2, CLASSES, 3, 2, seed=5), labels(2, 3, 2, classes=CLASSES, seed=6)
+    teacher = teacher_for(maps)
+
+    def of_maps(z: Tensor) -> Tensor:
+        return loss(z, target)
+
+    # The teacher follows the student in LOSSES but is detached there, so it is held still here.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "teacher_for", lambda _: teacher)
+        z = maps.requires_grad_()
+        assert torch.autograd.gradcheck(of_maps, z)
+        assert torch.autograd.gradgradcheck(of_maps, z)
+
+
+@pytest.mark.parametrize("present", [[0], [2], [0, 2]], ids=str)
+@every_loss
+def test_absent_classes_leave_every_derivative_finite(loss: Loss, present: list[int]) -> None:
+    maps = randn(2, CLASSES, 4, 4, seed=7).requires_grad_()
+    target = torch.tensor(present)[labels(2, 4, 4, classes=len(present), seed=8)]
+    value = loss(maps, target).sum()
+    (gradient,) = torch.autograd.grad(value, maps, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), maps, materialize_grads=True)
+    for tensor in (value, gradient, second):
+        assert bool(tensor.isfinite().all())
+
+
+@every_loss
+def test_far_logits_leave_value_and_gradient_finite(loss: Loss) -> None:
+    maps = (200 * randn(2, CLASSES, 4, 4, seed=9)).requires_grad_()
+    value = loss(maps, labels(2, 4, 4, classes=CLASSES, seed=10)).sum()
+    (gradient,) = torch.autograd.grad(value, maps)
+    assert bool(value.isfinite()) and bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    "loss", [losses.weighted_cross_entropy, losses.soft_dice, losses.segmentation]
+)
+def test_a_target_of_another_shape_is_refused(loss: Loss) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"target: got \(2, 4, 4\), expected \(B, \*S\) = \(2, 4, 5\) "
+        r"for logits \(2, 3, 4, 5\)",
+    ):
+        loss(torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 4).long())
+
+
+@pytest.mark.parametrize("loss", [losses.prototype_l2, losses.prototype_similarity])
+def test_prototypes_refuse_shapes_that_do_not_fit(loss: Callable[..., Tensor]) -> None:
+    z = torch.zeros(2, 3, 4)
+    with pytest.raises(
+        ValueError, match=r"student: got \(2, 3, 4\), expected the teacher's \(2, 3, 5\)"
+    ):
+        loss(z, torch.zeros(2, 3, 5), torch.zeros(2, 4).long(), 3)
+    with pytest.raises(
+        ValueError,
+        match=r"target: got \(1, 4\), expected \(B, \*S\) = \(2, 4\) for features \(2, 3, 4\)",
+    ):
+        loss(z, z, torch.zeros(1, 4).long(), 3)
+
+
+# ---------------------------------------------------------------- cross-entropy
+
+
+def test_weighted_cross_entropy_by_hand() -> None:
+    # Half of the voxels are class 0, a quarter each class 1 and 2: w = 1/2, 3/4, 3/4.
+    probability = torch.tensor(
+        [[0.5, 0.25, 0.25], [0.8, 0.1, 0.1], [0.2, 0.6, 0.2], [0.1, 0.2, 0.7]], dtype=F64
+    )
+    logits, target = probability.log().T[None], torch.tensor([[0, 0, 1, 2]])
+    expected = -(
+        0.5 * math.log(0.5) + 0.5 * math.log(0.8) + 0.75 * math.log(0.6) + 0.75 * math.log(0.7)
+    ) / 4
+    actual = losses.weighted_cross_entropy(logits, target)
+    assert actual.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_weights_are_those_of_each_sample() -> None:
+    # Uniform predictions: sample 0 has w = 1/4, 3/4 (3 x 1/4 + 3/4), sample 1 has one class, w = 0.
+    logits = torch.zeros(2, 2, 4, dtype=F64)
+    target = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
+    actual = losses.weighted_cross_entropy(logits, target)
+    assert actual.tolist() == pytest.approx([1.5 / 4 * math.log(2), 0.0], rel=1e-12)
+
+
+def test_weighted_cross_entropy_equals_loops() -> None:
+    logits, target = randn(3, 4, 5, 2, seed=11), labels(3, 5, 2, classes=4, seed=12)
+    for n, value in enumerate(losses.weighted_cross_entropy(logits, target).tolist()):
+        z, y = logits[n].flatten(1).T.tolist(), target[n].flatten().tolist()
+        total = 0.0
+        for voxel, label in zip(z, y, strict=True):
+            weight = 1 - y.count(label) / len(y)
+            total -= weight * (voxel[label] - math.log(sum(math.exp(v) for v in voxel)))
+        assert value == pytest.approx(total / len(y), rel=1e-12)
+
+
+def test_plain_cross_entropy_is_torch() -> None:
+    logits, target = randn(3, 4, 5, 2, seed=11), labels(3, 5, 2, classes=4, seed=12)
+    expected = F.cross_entropy(logits, target, reduction="none").mean((1, 2))
+    actual = losses.weighted_cross_entropy(logits, target, weighted=False)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+
+
+# ---------------------------------------------------------------- Dice
+
+
+def test_soft_dice_by_hand() -> None:
+    # p = (0.75, 0.25), (0.5, 0.5); y = 0, 1. Class 0: 2 * 0.75 / (1.25 + 1 + eps); class 1:
+    # 2 * 0.5 / (0.75 + 1 + eps). eps is large so that leaving it out shows.
+    logits = torch.tensor([[[0.75, 0.5], [0.25, 0.5]]], dtype=F64).log()
+    actual = losses.soft_dice(logits, torch.tensor([[0, 1]]), eps=0.25)
+    assert actual.item() == pytest.approx(1 - (1.5 / 2.5 + 1.0 / 2.0) / 2, rel=1e-12)
+
+
+def test_soft_dice_counts_the_background_and_absent_classes() -> None:
+    # All is background and so predicted: Dice 1 for class 0, 0 for the two absent classes.
+    logits = torch.zeros(1, 3, 8, dtype=F64)
+    logits[:, 0] = 800
+    actual = losses.soft_dice(logits, torch.zeros(1, 8).long())
+    assert actual.item() == pytest.approx(2 / 3, rel=1e-7)
+
+
+def test_soft_dice_default_eps() -> None:
+    logits, target = torch.tensor([[[800.0], [0.0]]], dtype=F64), torch.tensor([[0]])
+    actual = losses.soft_dice(logits, target)
+    assert actual.item() == pytest.approx(1 - 2 / (2 + 1e-7) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [(6, 5), (3, 4, 5)], ids=["2-D", "3-D"])
+def test_soft_dice_is_monai(size: tuple[int, ...]) -> None:
+    logits, target = randn(3, 4, *size, seed=13), labels(3, *size, classes=4, seed=14)
+    monai = DiceLoss(
+        softmax=True, to_onehot_y=True, include_background=True, reduction="none",
+        smooth_nr=0, smooth_dr=1e-7,
+    )
+    expected = monai(logits, target[:, None]).flatten(1).mean(1)
+    torch.testing.assert_close(losses.soft_dice(logits, target), expected, rtol=1e-12, atol=0)
+
+
+def test_segmentation_is_the_sum() -> None:
+    logits, target = randn(3, 4, 5, seed=15), labels(3, 5, classes=4, seed=16)
+    for weighted in (True, False):
+        expected = losses.weighted_cross_entropy(
+            logits, target, weighted=weighted
+        ) + losses.soft_dice(logits, target)
+        assert torch.equal(losses.segmentation(logits, target, weighted=weighted), expected)
+
+
+# ---------------------------------------------------------------- pixel distillation
+
+
+def test_pixel_distillation_by_hand() -> None:
+    # At T = 2 the softmax of 2 log p is p. Two voxels; the second agrees and adds 0.
+    student = 2 * torch.tensor([[[0.5, 0.3], [0.5, 0.7]]], dtype=F64).log()
+    teacher = 2 * torch.tensor([[[0.8, 0.3], [0.2, 0.7]]], dtype=F64).log()
+    forward = 0.5 * math.log(0.5 / 0.8) + 0.5 * math.log(0.5 / 0.2)
+    backward = 0.8 * math.log(0.8 / 0.5) + 0.2 * math.log(0.2 / 0.5)
+    default = losses.pixel_distillation(student, teacher, 2.0)
+    published = losses.pixel_distillation(student, teacher, 2.0, "teacher_student")
+    assert default.item() == pytest.approx(4 * forward / 2, rel=1e-12)
+    assert published.item() == pytest.approx(4 * backward / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_pixel_distillation_is_torch_kl(temperature: float) -> None:
+    student, teacher = randn(3, 4, 5, 2, seed=17), randn(3, 4, 5, 2, seed=18)
+    p, q = ((z / temperature).log_softmax(1) for z in (student, teacher))
+    scale = temperature**2
+    # torch's kl_div(input, target) is KL(target || input).
+    default = scale * F.kl_div(q, p, log_target=True, reduction="none").sum(1).mean((1, 2))
+    published = scale * F.kl_div(p, q, log_target=True, reduction="none").sum(1).mean((1, 2))
+    torch.testing.assert_close(
+        losses.pixel_distillation(student, teacher, temperature), default, rtol=1e-10, atol=0
+    )
+    torch.testing.assert_close(
+        losses.pixel_distillation(student, teacher, temperature, "teacher_student"),
+        published, rtol=1e-10, atol=0,
+    )
+
+
+def test_the_default_temperature_is_4() -> None:
+    student, teacher = randn(1, 4, 5, seed=19), randn(1, 4, 5, seed=20)
+    assert torch.equal(
+        losses.pixel_distillation(student, teacher),
+        losses.pixel_distillation(student, teacher, 4.0, "student_teacher"),
+    )
+
+
+def test_pixel_distillation_refuses_bad_arguments() -> None:
+    z = torch.zeros(1, 2, 3)
+    with pytest.raises(
+        ValueError, match=r"student: got \(1, 2, 3\), expected the teacher's \(1, 2, 4\)"
+    ):
+        losses.pixel_distillation(z, torch.zeros(1, 2, 4))
+    with pytest.raises(ValueError, match="temperature: got 0, expected a number > 0"):
+        losses.pixel_distillation(z, z, 0)
+    with pytest.raises(
+        ValueError, match="direction: got 'both', expected 'student_teacher' or 'teacher_student'"
+    ):
+        losses.pixel_distillation(z, z, 4.0, "both")  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- prototypes
+
+
+def prototypes_by_loops(features: Tensor, target: Tensor, k: int) -> list[list[float] | None]:
+    """c_k of one sample, (C, V) and (V,); None for a class that it lacks."""
+    columns, y = features.T.tolist(), target.tolist()
+    found: list[list[float] | None] = []
+    for label in range(k):
+        own = [c for c, other in zip(columns, y, strict=True) if other == label]
+        mean = [sum(values) / len(own) for values in zip(*own, strict=True)]
+        found.append(mean if own else None)
+    return found
+
+
+def cosine(a: list[float], b: list[float]) -> float:
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+@pytest.fixture(params=[(6, 5), (3, 4, 2)], ids=["2-D", "3-D"])
+def sample_set(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor, Tensor]:
+    """Five samples of five channels; class 3 of four is in the last one only."""
+    size = request.param
+    target = labels(5, *size, classes=3, seed=21)
+    target[0] = 2
+    target[4].flatten()[:4] = 3
+    return randn(5, 5, *size, seed=22), randn(5, 5, *size, seed=23), target
+
+
+def test_prototype_l2_by_hand() -> None:
+    student = torch.tensor([[[1.0, 3.0, 5.0], [0.0, 0.0, 2.0]]], dtype=F64)
+    teacher = torch.tensor([[[0.0, 0.0, 1.0], [1.0, 1.0, 0.0]]], dtype=F64)
+    # Class 0: (2, 0) against (0, 1); class 2: (5, 2) against (1, 0); class 1 is absent.
+    actual = losses.prototype_l2(student, teacher, torch.tensor([[0, 0, 2]]), 3)
+    assert actual.item() == pytest.approx((4 + 1) + (16 + 4), rel=1e-12)
+
+
+def test_prototype_l2_equals_loops(sample_set: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, teacher, target = sample_set
+    for n, value in enumerate(losses.prototype_l2(*sample_set, 4).tolist()):
+        s, t = (prototypes_by_loops(z[n].flatten(1), target[n].flatten(), 4)
+                for z in (student, teacher))
+        expected = sum(
+            (a - b) ** 2
+            for c, d in zip(s, t, strict=True) if c is not None and d is not None
+            for a, b in zip(c, d, strict=True)
+        )
+        assert value == pytest.approx(expected, rel=1e-10)
+
+
+def test_prototype_similarity_equals_loops(sample_set: tuple[Tensor, Tensor, Tensor]) -> None:
+    student, teacher, target = sample_set
+    for n, value in enumerate(losses.prototype_similarity(*sample_set, 4).tolist()):
+        z, w = student[n].flatten(1), teacher[n].flatten(1)
+        y = target[n].flatten()
+        terms = [
+            (cosine(a, c) - cosine(b, d)) ** 2
+            for c, d in zip(prototypes_by_loops(z, y, 4), prototypes_by_loops(w, y, 4),
+                            strict=True)
+            if c is not None and d is not None
+            for a, b in zip(z.T.tolist(), w.T.tolist(), strict=True)
+        ]
+        assert value == pytest.approx(sum(terms) / len(terms), rel=1e-10)
+
+
+def test_prototype_similarity_by_hand() -> None:
+    # One class: c = (1, 1) / 2 for the student, both voxels at 45 degrees; (1, 0) for the teacher,
+    # both voxels on it. (sqrt(1/2) - 1)^2 per voxel.
+    student = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]], dtype=F64)
+    teacher = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]], dtype=F64)
+    actual = losses.prototype_similarity(student, teacher, torch.tensor([[0, 0]]), 4)
+    assert actual.item() == pytest.approx((math.sqrt(0.5) - 1) ** 2, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", [losses.prototype_l2, losses.prototype_similarity])
+def test_more_absent_classes_change_nothing(loss: Callable[..., Tensor]) -> None:
+    student, teacher = randn(2, 5, 6, seed=24), randn(2, 5, 6, seed=25)
+    target = labels(2, 6, classes=2, seed=26)
+    few, many = (loss(student, teacher, target, k) for k in (2, 9))
+    torch.testing.assert_close(few, many, rtol=1e-12, atol=0)
+
+
+# ---------------------------------------------------------------- the teacher
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.pixel_distillation,
+        lambda s, t: losses.pixel_distillation(s, t, direction="teacher_student"),
+        lambda s, t: losses.prototype_l2(s, t, torch.tensor([[0, 1, 1], [0, 0, 0]]), 3),
+        lambda s, t: losses.prototype_similarity(s, t, torch.tensor([[0, 1, 1], [0, 0, 0]]), 3),
+    ],
+    ids=["pixel", "pixel published", "prototype_l2", "prototype_similarity"],
+)
+def test_the_teacher_gets_no_gradient_and_none_is_needed_to_agree(loss: Loss) -> None:
+    student, teacher = (randn(2, 3, 3, seed=s).requires_grad_() for s in (27, 28))
+    of_student, of_teacher = torch.autograd.grad(
+        loss(student, teacher).sum(), (student, teacher), allow_unused=True
+    )
+    assert of_teacher is None
+    assert of_student.abs().sum() > 0
+    assert loss(student, student).abs().max() < 1e-15
