@@ -1,9 +1,11 @@
-"""Small synthetic cases written as NIfTI files, and where real cases are to be found."""
+"""Small synthetic cases as NIfTI files, recorders of what is read, and where real cases are."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import numpy as np
 import pytest
 from nibabel import orientations
 from numpy.typing import NDArray
+from safetensors import safe_open
 
+from prism_meta import data
 from prism_meta.modalities import BRATS
 
 #: Three different sizes, so that a swapped axis shows.
@@ -54,7 +58,7 @@ def draw_label(
 
 
 def draw_image(shape: Sequence[int] = SHAPE, *, index: int = 0, seed: int = 0) -> FloatArray:
-    """Modality ``index``: an ellipsoid with another slope along each axis, the blob, and noise; 0 outside."""
+    """Modality ``index``: an ellipsoid with a slope along each axis, a blob, noise; 0 outside."""
     x, y, z = grid(shape)
     noise = np.random.default_rng((seed, index)).normal(0, 2, shape)
     image = 100 * (index + 1) + 30 * x + 20 * y - 10 * z + noise
@@ -103,7 +107,7 @@ def write_case(
     codes: str = "RAS",
     seed: int = 0,
 ) -> Path:
-    """Write one case: every modality but the ``missing`` ones, and a label file unless ``label`` is None.
+    """Write one case: all modalities but the missing ones, and a label unless ``label`` is None.
 
     Args:
         folder: of the case; its name is the case's.
@@ -148,3 +152,56 @@ def record_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
     monkeypatch.setattr(nib, "load", recording)
     return opened
+
+
+def record_slices(monkeypatch: pytest.MonkeyPatch, read: list[str]) -> list[Path]:
+    """From now on ``read`` grows by each tensor of a cache, the result by each file of it."""
+    opened: list[Path] = []
+
+    class Recording:
+        def __init__(self, path: Path, **options: Any) -> None:
+            opened.append(path)
+            self._stored = safe_open(path, **options)
+
+        def __enter__(self) -> Recording:
+            self._entered = self._stored.__enter__()
+            return self
+
+        def __exit__(self, *exception: Any) -> None:
+            self._stored.__exit__(*exception)
+
+        def get_slice(self, name: str) -> Any:
+            read.append(name)
+            return self._entered.get_slice(name)
+
+        def get_tensor(self, name: str) -> Any:
+            read.append(name)
+            return self._entered.get_tensor(name)
+
+    monkeypatch.setattr(data, "safe_open", Recording)
+    return opened
+
+
+@contextmanager
+def forbidden(folder: Path) -> Iterator[None]:
+    """Nobody may write in ``folder``; root, who may write anywhere, is somebody else meanwhile."""
+    if not hasattr(os, "geteuid"):
+        pytest.skip("this system has no POSIX permissions")
+    mode, user = stat.S_IMODE(folder.stat().st_mode), os.geteuid()
+    # The folders above belong to root alone: let another user pass through them.
+    parents = [
+        p for p in folder.parents if p.stat().st_uid == user and p.stat().st_mode & 0o077 == 0
+    ]
+    folder.chmod(0o555)
+    for parent in parents:
+        parent.chmod(0o711)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if user == 0:
+            os.seteuid(0)
+        for parent in parents:
+            parent.chmod(0o700)
+        folder.chmod(mode)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import niftis
@@ -175,7 +176,11 @@ def test_t1_never_matches_t1ce(tmp_path: Path, names: str) -> None:
 
 def test_custom_modalities_and_label(tmp_path: Path) -> None:
     modalities = ("flair", "t1", "t1post", "t2")
-    options = {"modalities": modalities, "label": "lesion", "names": "{modality}.nii.gz"}
+    options: dict[str, Any] = {
+        "modalities": modalities,
+        "label": "lesion",
+        "names": "{modality}.nii.gz",
+    }
     write_case(tmp_path / "p0", **options)
     write_case(tmp_path / "p1", missing=("t1",), **options)
     first, second = load_cases(tmp_path, modalities, label="lesion")
@@ -644,7 +649,8 @@ def test_all_faults_of_a_table_are_reported_together(tmp_path: Path) -> None:
 def test_columns_of_neither_form(tmp_path: Path, text: str, got: str) -> None:
     path = table(tmp_path, text)
     assert faults_of(lambda: read_availability(path, ("t1", "t2"))) == (
-        f"{path}: got the columns {got}; expected case,t1,t2 or data_name,mask_id,mask,pos_mask_ids",
+        f"{path}: got the columns {got}; "
+        "expected case,t1,t2 or data_name,mask_id,mask,pos_mask_ids",
     )
 
 

@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from niftis import forbidden
 
 from prism_meta.errors import OutputError
 from prism_meta.files import atomic, writable_folder
-
-
-@contextmanager
-def forbidden(folder: Path) -> Iterator[None]:
-    """Nobody may write in ``folder``; root, who may write anywhere, is somebody else meanwhile."""
-    if not hasattr(os, "geteuid"):
-        pytest.skip("this system has no POSIX permissions")
-    mode, user = stat.S_IMODE(folder.stat().st_mode), os.geteuid()
-    # The folders above belong to root alone: let another user pass through them.
-    parents = [
-        p for p in folder.parents if p.stat().st_uid == user and p.stat().st_mode & 0o077 == 0
-    ]
-    folder.chmod(0o555)
-    for parent in parents:
-        parent.chmod(0o711)
-    if user == 0:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if user == 0:
-            os.seteuid(0)
-        for parent in parents:
-            parent.chmod(0o700)
-        folder.chmod(mode)
 
 
 def names(folder: Path) -> list[str]:
@@ -51,6 +23,16 @@ def test_atomic_replaces_the_old_file(tmp_path: Path) -> None:
         assert path.read_text() == "old", "the old file must stand until the block has ended"
     assert path.read_text() == "new"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_who_reads_meanwhile_keeps_the_old_file(tmp_path: Path) -> None:
+    """The name moves to the new file in one step; the old one is not written over."""
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with path.open() as reader:
+        with atomic(path) as partial:
+            partial.write_text("new")
+        assert reader.read() == "old"
 
 
 def test_atomic_makes_the_folder(tmp_path: Path) -> None:

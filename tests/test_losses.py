@@ -7,37 +7,36 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers import F64, labels, randn
 from monai.losses.dice import DiceLoss
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
-from helpers import F64, labels, randn
 from prism_meta import losses
 
 CLASSES = 3
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
 
-
-def teacher_for(maps: Tensor) -> Tensor:
-    return torch.roll(maps.detach(), 1, dims=-1) + 0.3
-
-
-#: Every loss as a function of maps (B, C, *S) and labels, with C = CLASSES.
+#: Every loss as a function of student (B, C, *S), teacher and labels, with C = CLASSES.
 LOSSES: dict[str, Loss] = {
-    "weighted_cross_entropy": losses.weighted_cross_entropy,
-    "plain_cross_entropy": lambda z, y: losses.weighted_cross_entropy(z, y, weighted=False),
-    "soft_dice": losses.soft_dice,
-    "segmentation": losses.segmentation,
-    "pixel student_teacher": lambda z, _: losses.pixel_distillation(z, teacher_for(z)),
-    "pixel teacher_student": lambda z, _: losses.pixel_distillation(
-        z, teacher_for(z), direction="teacher_student"
+    "weighted_cross_entropy": lambda z, _, y: losses.weighted_cross_entropy(z, y),
+    "plain_cross_entropy": lambda z, _, y: losses.weighted_cross_entropy(z, y, weighted=False),
+    "soft_dice": lambda z, _, y: losses.soft_dice(z, y),
+    "segmentation": lambda z, _, y: losses.segmentation(z, y),
+    "pixel student_teacher": lambda z, t, _: losses.pixel_distillation(z, t),
+    "pixel teacher_student": lambda z, t, _: losses.pixel_distillation(
+        z, t, direction="teacher_student"
     ),
-    "prototype_l2": lambda z, y: losses.prototype_l2(z, teacher_for(z), y, CLASSES),
-    "prototype_similarity": lambda z, y: losses.prototype_similarity(
-        z, teacher_for(z), y, CLASSES
-    ),
+    "prototype_l2": lambda z, t, y: losses.prototype_l2(z, t, y, CLASSES),
+    "prototype_similarity": lambda z, t, y: losses.prototype_similarity(z, t, y, CLASSES),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+def arguments(batch: int, *size: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Student, teacher and labels for LOSSES."""
+    student, teacher = (randn(batch, CLASSES, *size, seed=seed + i) for i in (0, 1))
+    return student, teacher, labels(batch, *size, classes=CLASSES, seed=seed + 2)
 
 
 # ---------------------------------------------------------------- one suite for all
@@ -49,59 +48,70 @@ every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_one_number_per_sample_that_depends_on_it_alone(
     loss: Loss, batch: int, size: tuple[int, ...]
 ) -> None:
-    maps = randn(batch, CLASSES, *size, seed=1)
-    target = labels(batch, *size, classes=CLASSES, seed=2)
-    target[0] = 0  # a sample that lacks classes must not touch the others
-    whole = loss(maps, target)
+    student, teacher, target = arguments(batch, *size, seed=100)
+    target[0] %= 2  # a sample that lacks a class must not touch the others
+    whole = loss(student, teacher, target)
     assert whole.shape == (batch,)
     assert whole.dtype == F64
-    single = torch.cat([loss(maps[n : n + 1], target[n : n + 1]) for n in range(batch)])
-    torch.testing.assert_close(whole, single, rtol=1e-12, atol=1e-14)
     assert bool((whole > 0).all())
+    for n in range(batch):
+        single = loss(student[n : n + 1], teacher[n : n + 1], target[n : n + 1])
+        assert single.item() == pytest.approx(whole[n].item(), rel=1e-12)
 
 
 @every_loss
 def test_space_is_only_a_set_of_voxels(loss: Loss) -> None:
-    maps, target = randn(2, CLASSES, 12, seed=3), labels(2, 12, classes=CLASSES, seed=4)
-    teacher_is_per_line = loss(maps, target)
-    volume = loss(maps.view(2, CLASSES, 1, 1, 12), target.view(2, 1, 1, 12))
-    torch.testing.assert_close(volume, teacher_is_per_line, rtol=1e-12, atol=0)
+    student, teacher, target = arguments(2, 12, seed=110)
+    line = loss(student, teacher, target)
+    volume = loss(
+        student.view(2, CLASSES, 2, 3, 2),
+        teacher.view(2, CLASSES, 2, 3, 2),
+        target.view(2, 2, 3, 2),
+    )
+    torch.testing.assert_close(volume, line, rtol=1e-12, atol=0)
 
 
 @every_loss
 def test_derivatives_of_first_and_second_order(loss: Loss) -> None:
-    maps, target = randn(2, CLASSES, 3, 2, seed=5), labels(2, 3, 2, classes=CLASSES, seed=6)
-    teacher = teacher_for(maps)
-
-    def of_maps(z: Tensor) -> Tensor:
-        return loss(z, target)
-
-    # The teacher follows the student in LOSSES but is detached there, so it is held still here.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "teacher_for", lambda _: teacher)
-        z = maps.requires_grad_()
-        assert torch.autograd.gradcheck(of_maps, z)
-        assert torch.autograd.gradgradcheck(of_maps, z)
+    student, teacher, target = arguments(2, 3, 2, seed=120)
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: loss(z, teacher, target), student)
+    assert torch.autograd.gradgradcheck(lambda z: loss(z, teacher, target), student)
 
 
 @pytest.mark.parametrize("present", [[0], [2], [0, 2]], ids=str)
 @every_loss
 def test_absent_classes_leave_every_derivative_finite(loss: Loss, present: list[int]) -> None:
-    maps = randn(2, CLASSES, 4, 4, seed=7).requires_grad_()
-    target = torch.tensor(present)[labels(2, 4, 4, classes=len(present), seed=8)]
-    value = loss(maps, target).sum()
-    (gradient,) = torch.autograd.grad(value, maps, create_graph=True)
-    (second,) = torch.autograd.grad(gradient.square().sum(), maps, materialize_grads=True)
+    student, teacher, _ = arguments(2, 4, 4, seed=130)
+    student.requires_grad_()
+    target = torch.tensor(present)[labels(2, 4, 4, classes=len(present), seed=133)]
+    value = loss(student, teacher, target).sum()
+    (gradient,) = torch.autograd.grad(value, student, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), student, materialize_grads=True)
     for tensor in (value, gradient, second):
         assert bool(tensor.isfinite().all())
 
 
 @every_loss
 def test_far_logits_leave_value_and_gradient_finite(loss: Loss) -> None:
-    maps = (200 * randn(2, CLASSES, 4, 4, seed=9)).requires_grad_()
-    value = loss(maps, labels(2, 4, 4, classes=CLASSES, seed=10)).sum()
-    (gradient,) = torch.autograd.grad(value, maps)
+    student, teacher, target = arguments(2, 4, 4, seed=140)
+    student = (2000 * student).requires_grad_()
+    value = loss(student, 2000 * teacher, target).sum()
+    (gradient,) = torch.autograd.grad(value, student)
     assert bool(value.isfinite()) and bool(gradient.isfinite().all())
+
+
+@pytest.mark.parametrize("name", [n for n in LOSSES if n.startswith(("pixel", "prototype"))])
+def test_the_teacher_gets_no_gradient_and_none_is_needed_to_agree(name: str) -> None:
+    loss = LOSSES[name]
+    student, teacher, target = arguments(2, 3, 4, seed=150)
+    student.requires_grad_(), teacher.requires_grad_()
+    of_student, of_teacher = torch.autograd.grad(
+        loss(student, teacher, target).sum(), (student, teacher), allow_unused=True
+    )
+    assert of_teacher is None
+    assert of_student.abs().sum() > 0
+    assert loss(student, student, target).abs().max() < 1e-15
 
 
 @pytest.mark.parametrize(
@@ -139,9 +149,10 @@ def test_weighted_cross_entropy_by_hand() -> None:
         [[0.5, 0.25, 0.25], [0.8, 0.1, 0.1], [0.2, 0.6, 0.2], [0.1, 0.2, 0.7]], dtype=F64
     )
     logits, target = probability.log().T[None], torch.tensor([[0, 0, 1, 2]])
-    expected = -(
-        0.5 * math.log(0.5) + 0.5 * math.log(0.8) + 0.75 * math.log(0.6) + 0.75 * math.log(0.7)
-    ) / 4
+    expected = (
+        -(0.5 * math.log(0.5) + 0.5 * math.log(0.8) + 0.75 * math.log(0.6) + 0.75 * math.log(0.7))
+        / 4
+    )
     actual = losses.weighted_cross_entropy(logits, target)
     assert actual.item() == pytest.approx(expected, rel=1e-12)
 
@@ -201,8 +212,12 @@ def test_soft_dice_default_eps() -> None:
 def test_soft_dice_is_monai(size: tuple[int, ...]) -> None:
     logits, target = randn(3, 4, *size, seed=13), labels(3, *size, classes=4, seed=14)
     monai = DiceLoss(
-        softmax=True, to_onehot_y=True, include_background=True, reduction="none",
-        smooth_nr=0, smooth_dr=1e-7,
+        softmax=True,
+        to_onehot_y=True,
+        include_background=True,
+        reduction="none",
+        smooth_nr=0,
+        smooth_dr=1e-7,
     )
     expected = monai(logits, target[:, None]).flatten(1).mean(1)
     torch.testing.assert_close(losses.soft_dice(logits, target), expected, rtol=1e-12, atol=0)
@@ -245,7 +260,9 @@ def test_pixel_distillation_is_torch_kl(temperature: float) -> None:
     )
     torch.testing.assert_close(
         losses.pixel_distillation(student, teacher, temperature, "teacher_student"),
-        published, rtol=1e-10, atol=0,
+        published,
+        rtol=1e-10,
+        atol=0,
     )
 
 
@@ -311,11 +328,13 @@ def test_prototype_l2_by_hand() -> None:
 def test_prototype_l2_equals_loops(sample_set: tuple[Tensor, Tensor, Tensor]) -> None:
     student, teacher, target = sample_set
     for n, value in enumerate(losses.prototype_l2(*sample_set, 4).tolist()):
-        s, t = (prototypes_by_loops(z[n].flatten(1), target[n].flatten(), 4)
-                for z in (student, teacher))
+        s, t = (
+            prototypes_by_loops(z[n].flatten(1), target[n].flatten(), 4) for z in (student, teacher)
+        )
         expected = sum(
             (a - b) ** 2
-            for c, d in zip(s, t, strict=True) if c is not None and d is not None
+            for c, d in zip(s, t, strict=True)
+            if c is not None and d is not None
             for a, b in zip(c, d, strict=True)
         )
         assert value == pytest.approx(expected, rel=1e-10)
@@ -328,8 +347,7 @@ def test_prototype_similarity_equals_loops(sample_set: tuple[Tensor, Tensor, Ten
         y = target[n].flatten()
         terms = [
             (cosine(a, c) - cosine(b, d)) ** 2
-            for c, d in zip(prototypes_by_loops(z, y, 4), prototypes_by_loops(w, y, 4),
-                            strict=True)
+            for c, d in zip(prototypes_by_loops(z, y, 4), prototypes_by_loops(w, y, 4), strict=True)
             if c is not None and d is not None
             for a, b in zip(z.T.tolist(), w.T.tolist(), strict=True)
         ]
@@ -351,26 +369,3 @@ def test_more_absent_classes_change_nothing(loss: Callable[..., Tensor]) -> None
     target = labels(2, 6, classes=2, seed=26)
     few, many = (loss(student, teacher, target, k) for k in (2, 9))
     torch.testing.assert_close(few, many, rtol=1e-12, atol=0)
-
-
-# ---------------------------------------------------------------- the teacher
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        losses.pixel_distillation,
-        lambda s, t: losses.pixel_distillation(s, t, direction="teacher_student"),
-        lambda s, t: losses.prototype_l2(s, t, torch.tensor([[0, 1, 1], [0, 0, 0]]), 3),
-        lambda s, t: losses.prototype_similarity(s, t, torch.tensor([[0, 1, 1], [0, 0, 0]]), 3),
-    ],
-    ids=["pixel", "pixel published", "prototype_l2", "prototype_similarity"],
-)
-def test_the_teacher_gets_no_gradient_and_none_is_needed_to_agree(loss: Loss) -> None:
-    student, teacher = (randn(2, 3, 3, seed=s).requires_grad_() for s in (27, 28))
-    of_student, of_teacher = torch.autograd.grad(
-        loss(student, teacher).sum(), (student, teacher), allow_unused=True
-    )
-    assert of_teacher is None
-    assert of_student.abs().sum() > 0
-    assert loss(student, student).abs().max() < 1e-15

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import F64, prism_batch, prism_net
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
-from helpers import F64, prism_batch, prism_net
 from prism_meta import losses
 from prism_meta.modalities import Batch
 from prism_meta.network import PrismNet
@@ -23,7 +23,10 @@ MASKS = {
     "M=2, B=5": [[True, True], [True, False], [False, True], [True, True], [True, False]],
     "M=3, B=1": [[True, False, True]],
     "M=3, B=5": [
-        [True, True, True], [True, False, False], [False, True, True], [True, True, False],
+        [True, True, True],
+        [True, False, False],
+        [False, True, True],
+        [True, True, False],
         [False, True, False],
     ],
 }
@@ -83,9 +86,9 @@ def total_by_loops(
 
 def gradients(loss: Tensor, net: nn.Module) -> Tensor:
     params = list(net.parameters())
-    return torch.cat([
-        g.flatten() for g in torch.autograd.grad(loss, params, materialize_grads=True)
-    ])
+    return torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, params, materialize_grads=True)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,9 +102,7 @@ def gradients(loss: Tensor, net: nn.Module) -> Tensor:
     ids=["default", "published direction", "similarity", "plain"],
 )
 @every_mask
-def test_total_and_gradient_equal_loops(
-    mask: list[list[bool]], options: dict[str, Any]
-) -> None:
+def test_total_and_gradient_equal_loops(mask: list[list[bool]], options: dict[str, Any]) -> None:
     net, batch = net_for(mask), prism_batch(mask, 9, 8, seed=50)
     beta, delta = [0.7, 1.9, 0.3][: len(mask[0])], [1.1, 0.2, 2.3][: len(mask[0])]
     objective = PrismObjective(beta=beta, delta=delta, **options)
@@ -163,8 +164,7 @@ def test_a_sample_with_one_modality_has_nothing_to_distill() -> None:
     assert (terms["uni"] > 0).tolist() == [False, True, False]
 
 
-def test_published_weights_of_the_prm_maps() -> None:
-    """Without the fused output's own term, doubling from scale to scale: 1/2, 1/4."""
+def test_prm_maps_weigh_a_half_and_a_quarter_finest_first() -> None:
     mask = [[True, True, True]]
     net, batch = net_for(mask), prism_batch(mask, 8, 8, seed=55)
     out = net(batch.image, batch.mask)

@@ -52,9 +52,6 @@ every_variant = pytest.mark.parametrize("strategy", VARIANTS)
 every_problem = pytest.mark.parametrize("make_problem", PROBLEMS)
 TRAIN = randn(4, 3, seed=40), randn(4, 2, seed=41)
 META = randn(4, 3, seed=42), randn(4, 2, seed=43)
-    (randn(4, 3, seed=40), randn(4, 2, seed=41)),
-    (randn(4, 3, seed=42), randn(4, 2, seed=43)),
-)
 
 
 class Corners(nn.Module):
