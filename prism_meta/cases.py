@@ -209,6 +209,8 @@ class Case:
         Raises:
             CaseError: a file cannot be read, the grids differ, or a volume holds NaN or infinity.
         """
+        if not self.files:
+            raise CaseError(f"case {self.id}: no modality to read; show at least one")
         raise_faults(CaseError, self.header_faults())
         faults: list[str] = []
         images: dict[str, NDArray[np.float32]] = {}
@@ -446,4 +448,4 @@ def _matching(names: Sequence[str], modality: str) -> list[str]:
 
 def _open(path: Path) -> Any:
     """nibabel is only half typed."""
-    return nib.load(path)  # type: ignore[attr-defined]
+    return nib.load(path)

@@ -36,7 +36,7 @@ console = Console()
 class _Commands(TyperGroup):
     """Every command ends a ``PrismError`` the same way: a line per fault, exit code 2."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except PrismError as error:
@@ -132,7 +132,8 @@ def train(
 
 
 @app.command(
-    epilog="[bold]Examples[/bold]  prism-meta evaluate runs/a  ·  prism-meta evaluate runs/a other_hospital --out eval"
+    epilog="[bold]Examples[/bold]  prism-meta evaluate runs/a  ·  "
+    "prism-meta evaluate runs/a other_hospital --out eval"
 )
 def evaluate(
     run: RunFolder,

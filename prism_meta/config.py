@@ -125,8 +125,8 @@ class ModelConfig(_Section):
 class ObjectiveConfig(_Section):
     """Weights and options of E10."""
 
-    beta: NotNegative | tuple[NotNegative, ...] = 0.1
-    delta: NotNegative | tuple[NotNegative, ...] = 0.1
+    beta: NotNegative | tuple[NotNegative, ...] = 0.02
+    delta: NotNegative | tuple[NotNegative, ...] = 0.01
     temperature: Positive = 4.0
     direction: losses.Direction = "student_teacher"
     prototype: Literal["l2", "similarity"] = "l2"
@@ -169,7 +169,7 @@ class TrainingConfig(_Section):
     """The outer optimizer (AdamW with a polynomial decay to 0) and the length of training."""
 
     steps: Count = 1000
-    lr: Positive = 2e-3
+    lr: Positive = 1e-2
     weight_decay: NotNegative = 1e-4
     #: The meta-gradient is scaled down to this norm.
     clip_norm: Positive = 10.0

@@ -26,7 +26,7 @@ from prism_meta.modalities import Batch
 #: Voxels kept per class to centre patches on; more would only make the cache larger.
 _CENTRES_PER_CLASS = 10_000
 #: Raise it when preprocessing changes, so that old caches are not used.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Preprocessing:
     """Reorientation to RAS, z-score inside the brain, resampling.
 
     Each modality is clipped to the percentiles of its non-zero voxels and scaled to mean 0 and
-    standard deviation 1 there; the background stays 0. Images are resampled linearly, labels to the
-    nearest voxel.
+    standard deviation 1 there; the background stays 0. Images are resampled linearly, and so is
+    each class of the labels, of which the likeliest is taken.
 
     Args:
         spacing: of the model's grid in mm, along right, anterior, superior.
@@ -70,13 +70,18 @@ class Preprocessing:
         brain = torch.stack([torch.from_numpy(x != 0) for x in volume.images.values()]).any(0)
         images = [torch.from_numpy(self._normalise(x)) for x in volume.images.values()]
         affine = torch.from_numpy(volume.affine)
-        image, new_affine = self._resample(torch.stack(images), affine, mode="bilinear")
-        nearest = [brain[None]]
+        image, new_affine = self._resample(torch.stack(images), affine)
+        inside = self._resample(brain[None].float(), affine)[0][0] > 0.5
+        target = None
         if labels is not None and volume.label is not None:
-            nearest.append(labels.encode(volume.label)[None])
-        masks, _ = self._resample(torch.cat(nearest).float(), affine, mode="nearest")
-        target = masks[1].round().to(torch.uint8) if len(nearest) > 1 else None
-        return Prepared(image, tuple(volume.images), masks[0] > 0.5, target, new_affine)
+            # Each class linearly and then the likeliest: nearest voxels would be ties at a factor
+            # of 2, and shift the labels by up to half a voxel against the images.
+            one_hot = torch.nn.functional.one_hot(
+                labels.encode(volume.label).long(), len(labels.names)
+            )
+            shares, _ = self._resample(one_hot.movedim(-1, 0).float(), affine)
+            target = shares.argmax(0).to(torch.uint8)
+        return Prepared(image, tuple(volume.images), inside, target, new_affine)
 
     def restore(self, maps: Tensor, prepared: Prepared, volume: Volume) -> Tensor:
         """Resample maps (C, d, h, w) on the model's grid to the case's own: (C, D, H, W)."""
@@ -103,13 +108,13 @@ class Preprocessing:
         result[inside] = scaled
         return result
 
-    def _resample(self, maps: Tensor, affine: Tensor, *, mode: str) -> tuple[Tensor, Tensor]:
+    def _resample(self, maps: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:
         from monai.data.meta_tensor import MetaTensor
         from monai.transforms.spatial.array import Orientation, Spacing
 
         # labels=None: the axes' names come from the affine's own space, as NIfTI defines it.
         oriented = Orientation(axcodes="RAS", labels=None)(MetaTensor(maps, affine=affine))
-        resample = Spacing(pixdim=self.spacing, mode=mode, scale_extent=True, dtype=torch.float32)
+        resample = Spacing(self.spacing, mode="bilinear", scale_extent=True, dtype=torch.float32)
         result = resample(oriented)
         return torch.as_tensor(result.as_tensor()), torch.as_tensor(result.affine)
 
@@ -139,7 +144,7 @@ class CachedCase:
     def patch(
         self, corner: Sequence[int], size: Sequence[int], shown: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Image (M, *size), zero where not shown, and target (*size) of a box; hidden channels stay unread."""
+        """Image (M, *size) and target (*size) of a box; what is not shown is zero, and not read."""
         box = tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))
         image = torch.zeros(len(shown), *size)
         with safe_open(self.path, framework="pt") as stored:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from prism_meta.config import Config, load_config
 from prism_meta.masking import draw_availability
 from prism_meta.phantom import write_phantoms
 
-#: The published missing rates of flair, t1ce, t1 and t2.
+#: Missing rates of flair, t1ce, t1 and t2 in the training cases.
 RATES = (0.2, 0.4, 0.6, 0.8)
 
 
@@ -52,7 +53,7 @@ class Demo:
                 seed=set_seed,
                 shape=self.shape,
                 spacing=self.spacing,
-                on_case=lambda i, offset=offset: on_case(offset + i + 1),
+                on_case=partial(_later, on_case, offset),
             )
         return folder / "train", folder / "test"
 
@@ -78,3 +79,8 @@ QUICK = Demo(
         "training.steps=40",
     ),
 )
+
+
+def _later(on_case: Callable[[int], None], offset: int, case: int) -> None:
+    """Count case ``case`` of the second set on from the first."""
+    on_case(offset + case + 1)

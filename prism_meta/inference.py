@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -127,16 +128,16 @@ def predict(
 
 def save_labels(path: Path | str, labels: NDArray[np.int16], case: Case) -> None:
     """Write a label volume with the affine and the coordinate codes of the case's files."""
-    source = nib.load(next(iter(case.files.values())))  # type: ignore[attr-defined]
-    image = nib.Nifti1Image(labels, source.affine)  # type: ignore[attr-defined, no-untyped-call]
-    if isinstance(source.header, nib.Nifti1Header):  # type: ignore[attr-defined]
+    source: Any = nib.load(next(iter(case.files.values())))
+    image = nib.Nifti1Image(labels, source.affine)
+    if isinstance(source.header, nib.Nifti1Header):
         for kind in ("sform", "qform"):
             affine, code = getattr(source, f"get_{kind}")(coded=True)
             if affine is not None:
                 getattr(image, f"set_{kind}")(affine, code=int(code))
         image.header.set_xyzt_units(*source.header.get_xyzt_units())
     with atomic(path) as partial:
-        nib.save(image, partial)  # type: ignore[attr-defined]
+        nib.save(image, partial)
 
 
 def _bounding_box(inside: Tensor) -> tuple[slice, ...]:

@@ -22,7 +22,7 @@ class MetaLearner:
         model: any module; it is trained in place.
         objective: ``objective(forward, batch)``, see ``MetaStrategy``.
         strategy: how the meta-gradient is computed.
-        optimizer: the outer optimizer, over the parameters of ``model``.
+        optimizer: the outer optimizer, over parameters of ``model``; others stay as they are.
         alpha: weight of phi~ - phi_0, in [0, 1].
 
     Raises:
@@ -56,7 +56,8 @@ class MetaLearner:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: got {alpha}, expected a number in [0, 1]")
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in held for p in model.parameters()):
+        self._learned = {n for n, p in model.named_parameters() if id(p) in held}
+        if not self._learned:
             raise ValueError(
                 "optimizer: holds no parameter of the model; make it from model.parameters() "
                 "after the model is on its device"
@@ -77,7 +78,11 @@ class MetaLearner:
     @torch.no_grad()
     def apply(self, result: MetaGradient) -> None:
         """The second half: E2. What lies between (averaging over processes, clipping) is the caller's."""
-        params = {n: p for n, p in self.model.named_parameters() if n in result.gradient}
+        params = {
+            name: param
+            for name, param in self.model.named_parameters()
+            if name in self._learned and name in result.gradient
+        }
         # The pull is taken at phi_0, before the optimizer moves it.
         pulls = {n: self.alpha * (result.adapted[n] - p) for n, p in params.items()}
         for name, param in params.items():

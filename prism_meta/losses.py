@@ -215,9 +215,12 @@ def _similarity(features: Tensor, one_hot: Tensor) -> Tensor:
     """cos(z_v, c_k): (B, K, V). An absent class's zero prototype is replaced, for 0/0 has no gradient."""
     prototypes = _prototypes(features, one_hot)
     prototypes = torch.where(one_hot.any(2, keepdim=True), prototypes, torch.ones_like(prototypes))
-    return torch.einsum(
-        "bkc,bcv->bkv", F.normalize(prototypes, dim=2), F.normalize(features.flatten(2), dim=1)
-    )
+    return torch.einsum("bkc,bcv->bkv", _unit(prototypes, 2), _unit(features.flatten(2), 1))
+
+
+def _unit(x: Tensor, dim: int) -> Tensor:
+    """Length 1 along ``dim``; unlike F.normalize, with both derivatives at 0."""
+    return x / (x.square().sum(dim, keepdim=True) + 1e-12).sqrt()
 
 
 def _prototypes(features: Tensor, one_hot: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def draw_availability(n: int, rates: Sequence[float], *, seed: int = 0) -> Tenso
     for row in (~available.any(1)).nonzero().flatten().tolist():
         donors = (available & (available.sum(1, keepdim=True) > 1)).nonzero()
         donor, modality = donors[
-            torch.randint(len(donors), (1,), generator=generator).item()
+            int(torch.randint(len(donors), (1,), generator=generator))
         ].tolist()
         available[donor, modality], available[row, modality] = False, True
     return available
@@ -137,10 +137,11 @@ class SingleModalityMask(_AnyCase):
 
 
 class BalancedMask(_AnyCase):
-    """Drops frequent modalities more often, so that each is shown about equally often.
+    """Drops frequent modalities more often, which evens out how often each is shown.
 
     Modality m of a case that has it is kept with probability min_j (1 - FR^j) / (1 - FR^m); a row
-    left empty keeps one modality, drawn with weight 1 / (1 - FR^m).
+    left empty keeps one modality, drawn with weight 1 / (1 - FR^m). Exactly equal shares would need
+    cases without any shown modality where the rarest one is missing.
 
     Args:
         rates: missing rate FR^m of each modality in the training cases, in [0, 1).

@@ -187,7 +187,7 @@ class PrismNet(nn.Module):
         self.unimodal_decoder = _Decoder(channels, num_classes, spatial_dims, with_prm=False)
         if spatial_dims == 3:
             # torch's CPU conv3d takes a slow path for small batches in the default layout.
-            self.to(memory_format=torch.channels_last_3d)
+            self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def forward(self, image: Tensor, mask: Tensor) -> Prediction:
         pairs = self._pairs(image, mask)
@@ -216,6 +216,12 @@ class PrismNet(nn.Module):
             raise ValueError(
                 f"image, mask: got {tuple(image.shape)}, {tuple(mask.shape)}; expected "
                 f"(B, {expected[1]}, *S) and (B, {expected[1]}) for this model's modalities"
+            )
+        coarsest = 2 ** (len(self.fusions) - 1)
+        if max(image.shape[2:]) <= coarsest:
+            raise ValueError(
+                f"image: {tuple(image.shape[2:])} voxels leave a single one at the coarsest of "
+                f"{len(self.fusions)} scales; use more than {coarsest}, or a smaller depth"
             )
         return Pairs.of(mask)
 
@@ -266,9 +272,9 @@ class _Decoder(nn.Module):
         # Channels are halved before upsampling, where a voxel costs an eighth (a quarter in 2-D).
         self.narrow = nn.ModuleList(conv(coarse, fine, 1) for fine, coarse in pairs)
         self.blocks = nn.ModuleList(_block(2 * fine, fine, spatial_dims) for fine, _ in pairs)
-        self.head = conv(channels[0], num_classes, 1)
+        self.head = conv(channels[0], num_classes, 3, padding=1)
         self.prm_heads = nn.ModuleList(
-            conv(c, num_classes, 1) for c in (channels[1:] if with_prm else ())
+            conv(c, num_classes, 3, padding=1) for c in (channels[1:] if with_prm else ())
         )
 
     def forward(self, scales: Sequence[Tensor]) -> Branch:

@@ -57,8 +57,8 @@ class PrismObjective:
     def __init__(
         self,
         *,
-        beta: float | Sequence[float] = 0.1,
-        delta: float | Sequence[float] = 0.1,
+        beta: float | Sequence[float] = 0.02,
+        delta: float | Sequence[float] = 0.01,
         temperature: float = 4.0,
         direction: losses.Direction = "student_teacher",
         prototype: PrototypeLoss = losses.prototype_l2,

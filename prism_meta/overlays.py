@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
@@ -60,14 +62,14 @@ class _Slice:
         self.truth = self.cut(truth.numpy())
         self.predictions: dict[str, NDArray[np.int64]] = {}
 
-    def cut(self, array: NDArray[np.generic]) -> NDArray[np.int64]:
+    def cut(self, array: NDArray[Any]) -> NDArray[Any]:
         """The slice with the nose up, and the patient's right on the left."""
         plane = np.take(array, self.index, axis=self.axis)
         if self.swap:
             plane = plane.T
         for axis in self.flips:
             plane = np.flip(plane, axis)
-        return plane.T  # type: ignore[return-value]
+        return np.asarray(plane.T)
 
     def _orientation(self, affine: NDArray[np.float64]) -> tuple[bool, list[int]]:
         """Whether to swap the two axes left, and which of (x, y) to turn: x to the left, y to the back."""

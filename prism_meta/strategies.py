@@ -235,9 +235,10 @@ class _Problem:
     def evaluate(self, params: Params, batch: Any) -> _Value:
         """The objective at ``params``, from a copy of the model's buffers."""
         buffers = {name: b.clone() for name, b in self.model.named_buffers()}
+        state = {**params, **buffers}
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(self.model, {**params, **buffers}, args, kwargs)
+            return functional_call(self.model, state, args, kwargs)
 
         value = self.objective(forward, batch)
         loss, terms = (value, {}) if isinstance(value, Tensor) else (value.loss, value.terms)
@@ -245,7 +246,8 @@ class _Problem:
             raise ValueError(
                 f"objective: got a loss of shape {tuple(loss.shape)}, expected a scalar"
             )
-        return _Value(loss.reshape(()), terms, buffers)
+        # A buffer is changed in place (BatchNorm) or replaced in ``state`` (a plain assignment).
+        return _Value(loss.reshape(()), terms, {name: state[name] for name in buffers})
 
 
 def _gradient(loss: Tensor, params: Params, *, create_graph: bool = False) -> Params:

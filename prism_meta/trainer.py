@@ -130,7 +130,7 @@ class Trainer:
             return result
 
         def mean(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            averaged: dict[str, Tensor] = self.fabric.all_reduce(tensors, reduce_op="mean")  # type: ignore[assignment]
+            averaged: dict[str, Tensor] = self.fabric.all_reduce(tensors, reduce_op="mean")
             return averaged
 
         floating = {n: b for n, b in result.buffers.items() if b.is_floating_point()}
@@ -257,7 +257,8 @@ def train(
     fabric.launch()
     episodes = build_episodes(run, cases, rank=fabric.global_rank)
     torch.manual_seed(config.seed)  # the same initial weights in every process
-    model = fabric.to_device(config.build_model())
+    model = config.build_model()
+    fabric.to_device(model)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.training.lr, weight_decay=config.training.weight_decay
     )
@@ -281,4 +282,5 @@ def train(
     trainer.fit(resume=resume, on_step=on_step)
     if fabric.is_global_zero:
         run.save_weights(model)
-    return model.eval()
+    model.eval()
+    return model

@@ -200,7 +200,8 @@ def predict_folder(
     # Labels are not needed, and a damaged one does not matter.
     cases = [_unlabelled(case) for case in load_from_config(config, root)]
     model = _model(run)
-    written, faults = [], []
+    written: list[Path] = []
+    faults: list[str] = []
     for number, case in enumerate(cases, start=1):
         wanted = (
             [name in subset for name in case.modalities] if subset else case.availability.tolist()

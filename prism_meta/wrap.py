@@ -19,6 +19,9 @@ class WrappedNet(nn.Module):
         super().__init__()
         self.net = net
         self.modalities = tuple(modalities)
+        # The wrapper's state is the net's own, also where the wrapper is part of another module.
+        self.register_state_dict_post_hook(_without_prefix)
+        self.register_load_state_dict_pre_hook(_with_prefix)
 
     def forward(self, image: Tensor, mask: Tensor) -> Prediction:
         pairs = self._pairs(image, mask)
@@ -42,15 +45,11 @@ class WrappedNet(nn.Module):
                 f"image: got {image.shape[1]} channels, expected {len(self.modalities)} "
                 f"({', '.join(self.modalities)})"
             )
+        if mask.shape != image.shape[:2]:
+            raise ValueError(
+                f"mask: got {tuple(mask.shape)}, expected (B, M) = {tuple(image.shape[:2])}"
+            )
         return Pairs.of(mask)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The wrapped net's own, so that its weights load without the wrapper."""
-        return self.net.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Load the wrapped net's own weights."""
-        return self.net.load_state_dict(*args, **kwargs)
 
 
 def wrap(net: nn.Module, modalities: Sequence[str] = BRATS) -> WrappedNet:
@@ -88,3 +87,14 @@ def _hide(image: Tensor, mask: Tensor) -> Tensor:
     """``where``, not a product: NaN * 0 is NaN."""
     shown = mask.view(*mask.shape, *[1] * (image.ndim - 2))
     return torch.where(shown, image, image.new_zeros(()))
+
+
+def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    inner = f"{prefix}net."
+    for name in [name for name in state if name.startswith(inner)]:
+        state[prefix + name[len(inner) :]] = state.pop(name)
+
+
+def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[f"{prefix}net.{name[len(prefix) :]}"] = state.pop(name)

@@ -163,7 +163,7 @@ def test_records_that_do_not_pair() -> None:
         "evaluate both runs on the same cases and subsets",
     ):
         compare(a, lost)
-    with pytest.raises(PrismError, match="region .., only in b; evaluate both"):
+    with pytest.raises(PrismError, match=r"region .., only in b; evaluate both"):
         compare(lost, b)
     with pytest.raises(PrismError, match="resamples: got 0, expected at least 1"):
         compare(a, b, resamples=0)
