@@ -60,7 +60,7 @@ class DataConfig(_Section):
     patch: Annotated[tuple[Count, ...], Field(min_length=2, max_length=3)] = (96, 96)
     batch_size: Count = 8
     #: Share of patches centred on a foreground class.
-    foreground: Share = 0.67
+    foreground: Share = 0.5
     #: CSV of which modalities to use, see ``cases.read_availability``.
     availability: Path | None = None
     #: Instead of a table: make modalities missing in the training cases at these rates.
@@ -130,7 +130,9 @@ class ObjectiveConfig(_Section):
     temperature: Positive = 4.0
     direction: losses.Direction = "student_teacher"
     prototype: Literal["l2", "similarity"] = "l2"
-    weighted: bool = True
+    #: Class weights in the cross-entropy (E5). They are off here: a patch without foreground has the
+    #: weight 0 for its only class, and axial slices without tumour are most of a brain.
+    weighted: bool = False
 
     def build(self) -> PrismObjective:
         """The objective."""
@@ -172,7 +174,7 @@ class TrainingConfig(_Section):
     lr: Positive = 1e-2
     weight_decay: NotNegative = 1e-4
     #: The meta-gradient is scaled down to this norm.
-    clip_norm: Positive = 10.0
+    clip_norm: Positive = 5.0
     augment: bool = True
     checkpoint_every: Count = 100
 

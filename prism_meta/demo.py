@@ -63,7 +63,12 @@ FULL = Demo(
     test=6,
     shape=(80, 96, 72),
     spacing=2.0,
-    overrides=("data.patch=[64, 64]", "training.steps=300"),
+    overrides=(
+        "data.spacing=[3, 3, 3]",
+        "data.patch=[48, 48]",
+        "training.steps=450",
+        "evaluation.overlap=0.25",
+    ),
 )
 
 #: The same path for tests: too short to learn much.

@@ -20,8 +20,8 @@ class WrappedNet(nn.Module):
         self.net = net
         self.modalities = tuple(modalities)
         # The wrapper's state is the net's own, also where the wrapper is part of another module.
-        self.register_state_dict_post_hook(_without_prefix)
-        self.register_load_state_dict_pre_hook(_with_prefix)
+        self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
 
     def forward(self, image: Tensor, mask: Tensor) -> Prediction:
         pairs = self._pairs(image, mask)
