@@ -27,7 +27,7 @@ from prism_meta.modalities import Batch
 #: Voxels kept per class to centre patches on; more would only make the cache larger.
 _CENTRES_PER_CLASS = 10_000
 #: Raise it when preprocessing changes, so that old caches are not used.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -226,11 +226,26 @@ def _store(path: Path, case: Case, ready: Prepared, *, num_classes: int) -> None
     for k, voxels in enumerate(inside):
         flat = voxels.flatten().nonzero().flatten()
         every = max(1, len(flat) // _CENTRES_PER_CLASS)
-        tensors[f"centres_{k}"] = flat[::every].contiguous()
+        tensors[f"centres_{k}"] = flat[::every].contiguous() if k else _even_over_slices(voxels)
     content = save(tensors, metadata={"case": case.id, "centres": str(len(inside))})
     with atomic(path) as partial:
         # save_file's own error would not be an OSError, and so not be explained.
         partial.write_bytes(content)
+
+
+def _even_over_slices(brain: Tensor) -> Tensor:
+    """Flat indices of brain voxels, as many from each axial slice.
+
+    Drawn evenly over voxels, the small slices at the top and bottom of a brain would hardly be seen,
+    and that is where a model of axial slices then finds tumours.
+    """
+    flat = brain.flatten().nonzero().flatten()
+    axial = flat % brain.shape[2]
+    weights = 1 / torch.bincount(axial)[axial].double()
+    drawn = torch.multinomial(
+        weights, _CENTRES_PER_CLASS, replacement=True, generator=torch.Generator().manual_seed(0)
+    )
+    return flat[drawn]
 
 
 def _fingerprint(case: Case, preprocessing: Preprocessing, labels: LabelSet) -> str:

@@ -60,13 +60,13 @@ class Demo:
 
 FULL = Demo(
     train=24,
-    test=6,
+    test=4,
     shape=(80, 96, 72),
     spacing=2.0,
     overrides=(
         "data.spacing=[3, 3, 3]",
         "data.patch=[48, 48]",
-        "training.steps=450",
+        "training.steps=420",
         "evaluation.overlap=0.25",
     ),
 )
