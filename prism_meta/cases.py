@@ -428,7 +428,14 @@ def _published_mask(text: str, modalities: Sequence[str]) -> tuple[bool | None, 
 
 def _leaves(root: Path) -> Iterator[tuple[Path, list[str]]]:
     """Every folder without subfolders, and what NIfTI files it holds; hidden names are skipped."""
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+
+    def unreadable(error: OSError) -> None:
+        raise CaseError(
+            f"{error.filename}: cannot be read ({(error.strerror or str(error)).lower()}); "
+            "make the folder readable"
+        )
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
         subfolders[:] = sorted(n for n in subfolders if not n.startswith("."))
         nifti = sorted(n for n in names if not n.startswith(".") and n.lower().endswith(_SUFFIXES))
         if nifti or not subfolders:

@@ -107,6 +107,7 @@ def dice_hd95(
         ValueError: the shapes differ, or the spacing has another number of axes.
 
     Example:
+        >>> import torch
         >>> a = torch.zeros(8, 8, 8, dtype=torch.bool)
         >>> a[2:4, 2:4, 2:4] = True
         >>> dice_hd95(a, a.roll(1, 0), spacing=(2.0, 1.0, 1.0))
