@@ -3,12 +3,13 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from prism_meta import losses
-from prism_meta.cases import BRATS_LABELS, Case, LabelSet, load_cases
+from prism_meta.cases import Case, load_cases
 from prism_meta.data import Preprocessing
 from prism_meta.errors import CaseError, ConfigError, PrismError
 from prism_meta.evaluate import evaluate
 from prism_meta.inference import predict
 from prism_meta.inner import SGD, InnerOptimizer
+from prism_meta.labels import BRATS_LABELS, LabelSet
 from prism_meta.learner import MetaLearner
 from prism_meta.masking import (
     BalancedMask,

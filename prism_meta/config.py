@@ -16,10 +16,10 @@ from tomlkit.exceptions import TOMLKitError
 from torch import nn
 
 from prism_meta import losses
-from prism_meta.cases import BRATS_LABELS, LabelSet
 from prism_meta.data import Preprocessing
 from prism_meta.errors import ConfigError, PrismError
 from prism_meta.inner import SGD
+from prism_meta.labels import BRATS_LABELS, LabelSet
 from prism_meta.masking import (
     BalancedMask,
     DynamicMask,

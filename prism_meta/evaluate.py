@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from prism_meta.cases import BRATS_LABELS, Case, LabelSet, Volume
+from prism_meta.cases import Case, Volume
 from prism_meta.data import Preprocessing
 from prism_meta.errors import CaseError, raise_faults
 from prism_meta.inference import Predictor
+from prism_meta.labels import BRATS_LABELS, LabelSet
 from prism_meta.metrics import BratsEmpty, EmptyPolicy, Record, dice_hd95
 from prism_meta.modalities import subset_name
 from prism_meta.modalities import subsets as all_subsets

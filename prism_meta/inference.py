@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prism_meta.cases import BRATS_LABELS, Case, LabelSet, Volume
+from prism_meta.cases import Case, Volume
 from prism_meta.data import Prepared, Preprocessing
 from prism_meta.files import atomic
+from prism_meta.labels import BRATS_LABELS, LabelSet
 
 
 class Predictor:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from prism_meta.data import Augmentation, CachedCase, Episodes
+from prism_meta.data import CachedCase
+from prism_meta.episodes import Augmentation, Episodes
 from prism_meta.errors import PrismError
 from prism_meta.files import atomic
 from prism_meta.learner import MetaLearner

@@ -15,14 +15,13 @@ import torch
 from niftis import SHAPE, save, write_case, write_cases
 
 from prism_meta.cases import (
-    BRATS_LABELS,
     Case,
-    LabelSet,
     apply_availability,
     load_cases,
     read_availability,
 )
 from prism_meta.errors import CaseError, PrismError
+from prism_meta.labels import BRATS_LABELS, LabelSet
 from prism_meta.modalities import BRATS
 
 KEEP = "restore it or remove it (a missing modality is allowed)"

@@ -15,17 +15,16 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.utils.data import DataLoader
 
-from prism_meta.cases import BRATS_LABELS, Case, LabelSet, Volume, load_cases
+from prism_meta.cases import Case, Volume, load_cases
 from prism_meta.data import (
-    Augmentation,
     CachedCase,
-    Episodes,
     Prepared,
     Preprocessing,
-    missing_rates,
     prepare,
 )
-from prism_meta.errors import CaseError, ConfigError, OutputError, PrismError
+from prism_meta.episodes import Augmentation, Episodes
+from prism_meta.errors import CaseError, ConfigError, OutputError
+from prism_meta.labels import BRATS_LABELS, LabelSet
 from prism_meta.masking import DynamicMask, FullMask, SingleModalityMask, StaticMask
 from prism_meta.modalities import BRATS, Batch
 
@@ -439,15 +438,6 @@ def test_centres_lie_in_the_brain_and_in_each_class(cases: list[Case], tmp_path:
     assert [len(c) > 0 for c in classes] == [True, True, True, False], "no case has a cyst"
     for k, centres in enumerate(classes, start=1):
         assert torch.equal(centres, (ready.target == k).flatten().nonzero().flatten()), k
-
-
-def test_missing_rates(tmp_path: Path) -> None:
-    write_cases(tmp_path, 3, missing=("t1",))
-    write_case(tmp_path / "p3", missing=("t1", "t2"))
-    rates = missing_rates(load_cases(tmp_path))
-    assert rates == {"flair": 0.0, "t1ce": 0.0, "t1": 1.0, "t2": 0.25}
-    with pytest.raises(PrismError, match=r"^cases: none given$"):
-        missing_rates([])
 
 
 # Episodes
