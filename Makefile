@@ -1,7 +1,8 @@
 # Two commands do everything from a fresh checkout: `make demo` and `make test`.
 PYTHON ?= python3
-# A CPU build is enough; another one, e.g. for CUDA: make test TORCH="torch --index-url ..."
-TORCH ?= torch==2.13.0
+# A CPU build is enough. learn2learn, which the tests use, needs the torchvision of the same release.
+# Another one, e.g. for CUDA: make test TORCH="torch torchvision --index-url ..."
+TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
 .PHONY: demo quick-demo test lint clean
@@ -14,17 +15,33 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --editable ".[test]"
 	touch $@
 
+# learn2learn 0.2.0 has no wheels, and its C files do not compile on Python 3.11 and newer: it is built
+# from its .pyx files.
+.venv/learn2learn: .venv/installed
+	$(BIN)/pip install --quiet cython setuptools wheel
+	$(BIN)/pip install --quiet --no-build-isolation --config-settings="--global-option=build_ext" \
+		learn2learn==0.2.0
+	touch $@
+
 demo: .venv/installed
 	$(BIN)/prism-meta demo --out demo
 
-quick-demo: .venv/installed
+quick-# learn2learn 0.2.0 has no wheels, and its C files do not compile on Python 3.11 and newer: it is built
+# from its .pyx files.
+.venv/learn2learn: .venv/installed
+	$(BIN)/pip install --quiet cython setuptools wheel
+	$(BIN)/pip install --quiet --no-build-isolation --config-settings="--global-option=build_ext" \
+		learn2learn==0.2.0
+	touch $@
+
+demo: .venv/installed
 	rm -rf demo-quick
 	$(BIN)/prism-meta demo --quick --out demo-quick
 
-test: .venv/installed
+test: .venv/learn2learn
 	$(BIN)/pytest
 
-lint: .venv/installed
+lint: .venv/learn2learn
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -8,7 +8,7 @@ from prism_meta.data import Preprocessing
 from prism_meta.errors import CaseError, ConfigError, PrismError
 from prism_meta.evaluate import evaluate
 from prism_meta.inference import predict
-from prism_meta.inner import SGD, InnerOptimizer
+from prism_meta.inner import SGD, Adam, AdamW, InnerOptimizer, MetaSGD
 from prism_meta.labels import BRATS_LABELS, LabelSet
 from prism_meta.learner import MetaLearner
 from prism_meta.masking import (
@@ -22,11 +22,15 @@ from prism_meta.masking import (
 from prism_meta.modalities import BRATS, Batch, subset_name, subsets
 from prism_meta.network import Prediction, PrismNet
 from prism_meta.objective import PrismObjective
+from prism_meta.preflight import Preflight, preflight
 from prism_meta.strategies import (
     ALL_STRATEGIES,
+    FiniteDifference,
     FirstOrder,
+    ImplicitMAML,
     MetaGradient,
     MetaStrategy,
+    Reptile,
     SecondOrder,
     SingleLevel,
 )
@@ -42,24 +46,31 @@ __all__ = [
     "BRATS",
     "BRATS_LABELS",
     "SGD",
+    "Adam",
+    "AdamW",
     "BalancedMask",
     "Batch",
     "Case",
     "CaseError",
     "ConfigError",
     "DynamicMask",
+    "FiniteDifference",
     "FirstOrder",
     "FullMask",
+    "ImplicitMAML",
     "InnerOptimizer",
     "LabelSet",
     "MetaGradient",
     "MetaLearner",
+    "MetaSGD",
     "MetaStrategy",
     "Prediction",
+    "Preflight",
     "Preprocessing",
     "PrismError",
     "PrismNet",
     "PrismObjective",
+    "Reptile",
     "SecondOrder",
     "SingleLevel",
     "SingleModalityMask",
@@ -69,6 +80,7 @@ __all__ = [
     "load_cases",
     "losses",
     "predict",
+    "preflight",
     "subset_name",
     "subsets",
     "wrap",

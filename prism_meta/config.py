@@ -13,12 +13,12 @@ from typing import Annotated, Any, Literal
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from tomlkit.exceptions import TOMLKitError
-from torch import nn
+from torch import Tensor, nn
 
 from prism_meta import losses
 from prism_meta.data import Preprocessing
 from prism_meta.errors import ConfigError, PrismError
-from prism_meta.inner import SGD
+from prism_meta.inner import SGD, AdamW, InnerOptimizer
 from prism_meta.labels import BRATS_LABELS, LabelSet
 from prism_meta.masking import (
     BalancedMask,
@@ -32,7 +32,15 @@ from prism_meta.metrics import BratsEmpty, DiagonalEmpty, EmptyPolicy, NanEmpty
 from prism_meta.modalities import BRATS
 from prism_meta.network import PrismNet
 from prism_meta.objective import PrismObjective
-from prism_meta.strategies import FirstOrder, MetaStrategy, SecondOrder, SingleLevel
+from prism_meta.strategies import (
+    FiniteDifference,
+    FirstOrder,
+    ImplicitMAML,
+    MetaStrategy,
+    Reptile,
+    SecondOrder,
+    SingleLevel,
+)
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -150,19 +158,53 @@ class ObjectiveConfig(_Section):
 class MetaConfig(_Section):
     """The two levels: strategy, inner steps, and the pull of E2."""
 
-    strategy: Literal["single_level", "first_order", "second_order"] = "first_order"
+    strategy: Literal[
+        "single_level", "first_order", "second_order", "reptile", "finite_difference", "implicit"
+    ] = "first_order"
+    inner: Literal["sgd", "adamw"] = "sgd"
     inner_lr: NotNegative = 0.05
     inner_momentum: Share = 0.0
+    #: The inner rate decays with the outer one.
+    inner_decay: bool = True
     inner_steps: Count = 1
+    #: Of the inner optimizer between outer steps: fresh, carried, or shared with the outer AdamW.
+    inner_state: Literal["fresh", "carried", "shared"] = "fresh"
+    #: Weight of phi~ - phi in E2. Reptile has its own epsilon, from 0.1 to 1 over training.
     alpha: Share = 0.5
+    #: Episodes that an outer step averages over.
+    episodes: Count = 1
+    #: Lambda and conjugate-gradient steps of ``implicit``.
+    proximal: Positive = 1.0
+    cg_steps: Count = 5
 
-    def build(self) -> MetaStrategy:
-        """The strategy."""
-        inner = SGD(self.inner_lr, momentum=self.inner_momentum)
+    @model_validator(mode="after")
+    def _consistent(self) -> MetaConfig:
+        if self.inner_state == "shared" and self.inner != "adamw":
+            raise ValueError(
+                "inner_state: shared needs inner = adamw, the optimizer of the outer step"
+            )
+        if self.inner_state == "shared" and self.strategy in ("single_level", "reptile"):
+            raise ValueError(
+                f"inner_state: shared does not go with {self.strategy}; use fresh or carried"
+            )
+        return self
+
+    def build(self, inner_lr: Tensor, *, weight_decay: float) -> MetaStrategy:
+        """The strategy, with an inner rate that the trainer may change; decay is AdamW's alone."""
+        inner: InnerOptimizer
+        if self.inner == "adamw":
+            inner = AdamW(inner_lr, weight_decay=weight_decay)
+        else:
+            inner = SGD(inner_lr, momentum=self.inner_momentum)
         strategies: Mapping[str, Callable[[], MetaStrategy]] = {
             "single_level": SingleLevel,
             "first_order": lambda: FirstOrder(inner, self.inner_steps),
             "second_order": lambda: SecondOrder(inner, self.inner_steps),
+            "reptile": lambda: Reptile(inner, self.inner_steps),
+            "finite_difference": lambda: FiniteDifference(inner, self.inner_steps),
+            "implicit": lambda: ImplicitMAML(
+                inner, self.inner_steps, proximal=self.proximal, cg_steps=self.cg_steps
+            ),
         }
         return strategies[self.strategy]()
 

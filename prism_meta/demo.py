@@ -66,7 +66,12 @@ FULL = Demo(
     overrides=(
         "data.spacing=[3, 3, 3]",
         "data.patch=[48, 48]",
-        "training.steps=420",
+        # As PRISM's training script has it: one Adam makes both steps.
+        "meta.inner=adamw",
+        "meta.inner_lr=0.01",
+        "meta.inner_state=shared",
+        "meta.alpha=1.0",
+        "training.steps=700",
         "evaluation.overlap=0.25",
     ),
 )

@@ -55,9 +55,12 @@ class Augmentation:
             ]
         )
 
-    def __call__(self, image: Tensor, target: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
-        """Change image (M, *S) and target (*S) together."""
+    def seed(self, seed: int) -> None:
+        """Start anew; it costs more than a patch, so do it once per episode."""
         self._transform.set_random_state(seed=seed)
+
+    def __call__(self, image: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Change image (M, *S) and target (*S) together."""
         with _without_metadata():
             out = self._transform({"image": image, "target": target[None].float()})
         return out["image"].float(), out["target"][0].round().long()
@@ -134,6 +137,8 @@ class Episodes(Dataset[tuple[Batch, Batch]]):
         entropy = np.random.SeedSequence((self.seed, self.rank, step))
         generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
         random = np.random.RandomState(entropy.generate_state(2)[1])
+        if self.augmentation is not None:
+            self.augmentation.seed(random.randint(2**31))
         train, meta = self._pools(generator)
         return (
             self._batch(train, self.train_mask, generator, random),
@@ -193,7 +198,7 @@ class Episodes(Dataset[tuple[Batch, Batch]]):
         if self.squeeze:
             image, target = image[..., 0], target[..., 0]
         if self.augmentation is not None:
-            image, target = self.augmentation(image, target, seed=random.randint(2**31))
+            image, target = self.augmentation(image, target)
         return image, target
 
 

@@ -192,15 +192,21 @@ class PrismNet(nn.Module):
     def forward(self, image: Tensor, mask: Tensor) -> Prediction:
         pairs = self._pairs(image, mask)
         scales = self._encode(image, pairs)
-        batch, count = mask.shape[0], len(pairs.sample)
+        batch = mask.shape[0]
         # One pass of the decoder serves the fused branch and every modality alone: the pairs are
-        # appended to the batch as samples that are shown a single modality.
-        alone = torch.arange(count, device=pairs.sample.device) + batch
-        index = torch.cat((pairs.sample, alone))
-        both = self._decode([torch.cat((s, s)) for s in scales], index, batch + count)
+        # appended to the batch as samples that are shown a single modality. A sample that is shown
+        # only one is its own such pass already.
+        several = (mask.sum(1) > 1)[pairs.sample]
+        extra = several.nonzero()[:, 0]
+        appended = batch + several.cumsum(0) - 1
+        both = self._decode(
+            [torch.cat((s, s[extra])) for s in scales],
+            torch.cat((pairs.sample, appended[extra])),
+            batch + len(extra),
+        )
         return Prediction(
-            branch=_split(both, slice(None, batch)),
-            alone=_split(both, slice(batch, None)),
+            branch=_take(both, slice(batch)),
+            alone=_take(both, torch.where(several, appended, pairs.sample)),
             unimodal_packed=self.unimodal_decoder(scales).logits,
             pairs=pairs,
         )
@@ -228,7 +234,7 @@ class PrismNet(nn.Module):
     def _encode(self, image: Tensor, pairs: Pairs) -> list[Tensor]:
         """Features of the shown pairs at every scale, (P, C, *s) each, modality by modality."""
         per_modality = [
-            encoder(image[pairs.sample[pairs.modality == m], m, None])
+            _without_slow_path(encoder, image[pairs.sample[pairs.modality == m], m, None])
             for m, encoder in enumerate(self.encoders)
             if pairs.mask[:, m].any()
         ]
@@ -290,21 +296,33 @@ class _Decoder(nn.Module):
 
 
 def _block(ins: int, outs: int, spatial_dims: int, *, stride: int = 1) -> nn.Sequential:
-    norm = nn.InstanceNorm3d if spatial_dims == 3 else nn.InstanceNorm2d
     conv = _conv(spatial_dims)
     return nn.Sequential(
         conv(ins, outs, 3, stride=stride, padding=1, bias=False),
-        norm(outs, affine=True),
+        _norm(outs),
         nn.LeakyReLU(0.01),
         conv(outs, outs, 3, padding=1, bias=False),
-        norm(outs, affine=True),
+        _norm(outs),
         nn.LeakyReLU(0.01),
     )
+
+
+def _without_slow_path(encoder: nn.Module, x: Tensor) -> list[Tensor]:
+    """torch's CPU conv3d takes a kernel that is ten times slower for a batch of one: make it two."""
+    if len(x) > 1 or x.ndim == 4 or x.device.type != "cpu":
+        scales: list[Tensor] = encoder(x)
+        return scales
+    return [scale[:1] for scale in encoder(torch.cat((x, x)))]
+
+
+def _norm(channels: int) -> nn.Module:
+    """Instance normalisation; as a GroupNorm it costs a third of torch's InstanceNorm on a CPU."""
+    return nn.GroupNorm(channels, channels)
 
 
 def _conv(spatial_dims: int) -> type[nn.Conv2d] | type[nn.Conv3d]:
     return nn.Conv3d if spatial_dims == 3 else nn.Conv2d
 
 
-def _split(branch: Branch, part: slice) -> Branch:
-    return Branch(branch.logits[part], branch.features[part], tuple(p[part] for p in branch.prm))
+def _take(branch: Branch, rows: Tensor | slice) -> Branch:
+    return Branch(branch.logits[rows], branch.features[rows], tuple(p[rows] for p in branch.prm))

@@ -10,23 +10,27 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
+from prism_meta.config import Config
 from prism_meta.data import CachedCase
 from prism_meta.episodes import Augmentation, Episodes
 from prism_meta.errors import PrismError
 from prism_meta.files import atomic
+from prism_meta.inner import Params
 from prism_meta.learner import MetaLearner
 from prism_meta.modalities import Batch
 from prism_meta.run import Run
-from prism_meta.strategies import MetaGradient
+from prism_meta.strategies import MetaGradient, Reptile
 
 #: Losses stay on the device for so many steps, since reading them makes the device wait.
 _STEPS_PER_READING = 10
@@ -37,12 +41,13 @@ class Trainer:
 
     Args:
         learner: its model must be on the device of ``fabric``.
-        episodes: item t is (D_train, D_meta) of step t and depends on t alone.
+        episodes: item t is (D_train, D_meta) of episode t and depends on t alone.
         scheduler: of the learner's optimizer, one step per episode.
         fabric: launched.
         checkpoint: file for the state.
         metrics: JSON lines, one per step.
-        clip_norm: the meta-gradient is scaled down to this norm.
+        inner_lr: the tensor that is the inner optimizer's rate, if it shall decay with the outer rate.
+        episodes_per_step: an outer step averages over so many.
         checkpoint_every: steps.
         workers: processes that load data.
         seed: of what is random in the model (dropout).
@@ -57,7 +62,8 @@ class Trainer:
         fabric: Fabric,
         checkpoint: Path,
         metrics: Path,
-        clip_norm: float,
+        inner_lr: Tensor | None = None,
+        episodes_per_step: int = 1,
         checkpoint_every: int = 100,
         workers: int = 0,
         seed: int = 0,
@@ -69,7 +75,10 @@ class Trainer:
             fabric,
         )
         self.checkpoint, self.metrics = checkpoint, metrics
-        self.clip_norm, self.checkpoint_every = clip_norm, checkpoint_every
+        self.checkpoint_every = checkpoint_every
+        self.inner_lr = inner_lr
+        self._first_inner_lr = None if inner_lr is None else inner_lr.clone()
+        self.episodes_per_step = episodes_per_step
         self.workers, self.seed = workers, seed
 
     def fit(
@@ -86,21 +95,25 @@ class Trainer:
         """
         start = self._restore() if resume else 0
         self._truncate(start)
-        total = len(self.episodes)  # type: ignore[arg-type]
+        count = self.episodes_per_step
+        total = len(self.episodes) // count  # type: ignore[arg-type]
         loader = DataLoader(
             self.episodes,
             batch_size=None,
-            sampler=range(start, total),
+            sampler=range(start * count, total * count),
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
         )
         self.learner.model.train()
         pending: list[tuple[int, float, MetaGradient, Tensor]] = []
-        for step, (train, meta) in enumerate(loader, start=start):
+        episodes = iter(loader)
+        for step in range(start, total):
+            group = list(islice(episodes, count))
             lr = float(self.scheduler.get_last_lr()[0])
-            result, norm = self._step(step, train, meta)
+            result, norm = self._step(step, group)
             # Gradients would keep a model's worth of memory alive per pending step.
-            pending.append((step, lr, replace(result, gradient={}, adapted={}, buffers={}), norm))
+            small = replace(result, gradient={}, adapted={}, buffers={}, inner_buffers={}, state={})
+            pending.append((step, lr, small, norm))
             done = step + 1
             save = done % self.checkpoint_every == 0 or done == total
             if save or done % _STEPS_PER_READING == 0:
@@ -111,17 +124,21 @@ class Trainer:
             if save:
                 self._save(done)
 
-    def _step(self, step: int, train: Batch, meta: Batch) -> tuple[MetaGradient, Tensor]:
+    def _step(
+        self, step: int, episodes: Sequence[tuple[Batch, Batch]]
+    ) -> tuple[MetaGradient, Tensor]:
         torch.manual_seed(self.seed * 1_000_003 + step)
         device = self.fabric.device
+        if self.inner_lr is not None and self._first_inner_lr is not None:
+            (first,), (now,) = self.scheduler.base_lrs, self.scheduler.get_last_lr()
+            self.inner_lr.copy_(self._first_inner_lr * (now / first))
         with self.fabric.autocast():
-            result = self.learner.meta_gradient(train.to(device), meta.to(device))
-        result = self._averaged(result)
-        gradients = list(result.gradient.values())
-        norm = torch.nn.utils.get_total_norm(gradients)
-        scale = (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        clipped = {name: g * scale for name, g in result.gradient.items()}
-        self.learner.apply(replace(result, gradient=clipped))
+            results = [
+                self.learner.meta_gradient(train.to(device), meta.to(device))
+                for train, meta in episodes
+            ]
+        result = self._averaged(MetaGradient.mean(results))
+        norm = self.learner.apply(result)
         self.scheduler.step()
         return result, norm
 
@@ -130,16 +147,20 @@ class Trainer:
         if self.fabric.world_size == 1:
             return result
 
-        def mean(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            averaged: dict[str, Tensor] = self.fabric.all_reduce(tensors, reduce_op="mean")
-            return averaged
+        def mean(values: Any) -> Any:
+            return self.fabric.all_reduce(values, reduce_op="mean")
 
-        floating = {n: b for n, b in result.buffers.items() if b.is_floating_point()}
+        def floating(buffers: Params) -> Params:
+            return {n: b for n, b in buffers.items() if b.is_floating_point()}
+
         return replace(
             result,
             gradient=mean(result.gradient),
             adapted=mean(result.adapted),
-            buffers={**result.buffers, **mean(floating)},
+            hyper_gradient=mean(result.hyper_gradient),
+            state=mean(result.state),
+            buffers={**result.buffers, **mean(floating(result.buffers))},
+            inner_buffers={**result.inner_buffers, **mean(floating(result.inner_buffers))},
         )
 
     def _log(self, pending: Sequence[tuple[int, float, MetaGradient, Tensor]]) -> dict[str, Any]:
@@ -184,6 +205,7 @@ class Trainer:
         state = {
             "step": step,
             "model": self.learner.model.state_dict(),
+            "learner": self.learner.state_dict(),
             "optimizer": self.learner.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
@@ -198,6 +220,7 @@ class Trainer:
                 f"{self.checkpoint}: no checkpoint to resume from; start the run anew with another --out"
             ) from error
         self.learner.model.load_state_dict(state["model"])
+        self.learner.load_state_dict(state["learner"])
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         return int(state["step"])
@@ -217,7 +240,7 @@ def build_episodes(run: Run, cases: Sequence[CachedCase], *, rank: int = 0) -> E
         cases,
         patch=config.data.patch,
         batch_size=config.data.batch_size,
-        steps=config.training.steps,
+        steps=config.training.steps * config.meta.episodes,
         train_mask=train_mask,
         meta_mask=meta_mask,
         foreground=config.data.foreground,
@@ -260,22 +283,28 @@ def train(
     torch.manual_seed(config.seed)  # the same initial weights in every process
     model = config.build_model()
     fabric.to_device(model)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.training.lr, weight_decay=config.training.weight_decay
-    )
-    scheduler = torch.optim.lr_scheduler.PolynomialLR(
-        optimizer, total_iters=config.training.steps, power=0.9
+    optimizer, scheduler = _outer(config, model)
+    meta = config.meta
+    inner_lr = torch.tensor(meta.inner_lr)
+    learner = MetaLearner(
+        model,
+        config.objective.build(),
+        meta.build(inner_lr, weight_decay=config.training.weight_decay),
+        optimizer,
+        0.0 if meta.strategy == "reptile" else meta.alpha,
+        inner_state=meta.inner_state,
+        buffers="outer",
+        clip_norm=config.training.clip_norm,
     )
     trainer = Trainer(
-        MetaLearner(
-            model, config.objective.build(), config.meta.build(), optimizer, config.meta.alpha
-        ),
+        learner,
         episodes,
         scheduler=scheduler,
         fabric=fabric,
         checkpoint=run.checkpoint,
         metrics=run.metrics,
-        clip_norm=config.training.clip_norm,
+        inner_lr=inner_lr if meta.inner_decay and meta.strategy != "reptile" else None,
+        episodes_per_step=meta.episodes,
         checkpoint_every=config.training.checkpoint_every,
         workers=config.data.workers,
         seed=config.seed,
@@ -285,3 +314,18 @@ def train(
         run.save_weights(model)
     model.eval()
     return model
+
+
+def _outer(config: Config, model: torch.nn.Module) -> tuple[Optimizer, LRScheduler]:
+    """The outer optimizer and its schedule."""
+    training = config.training
+    if config.meta.strategy == "reptile":
+        optimizer: Optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        return optimizer, Reptile.schedule(optimizer, training.steps)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=training.lr, weight_decay=training.weight_decay
+    )
+    scheduler = torch.optim.lr_scheduler.PolynomialLR(
+        optimizer, total_iters=training.steps, power=0.9
+    )
+    return optimizer, scheduler

@@ -3,18 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
+from prism_meta.inner import SGD
 from prism_meta.modalities import Batch
 from prism_meta.network import PrismNet
 from prism_meta.objective import PrismObjective
+from prism_meta.strategies import (
+    FiniteDifference,
+    FirstOrder,
+    ImplicitMAML,
+    MetaGradient,
+    MetaStrategy,
+    Reptile,
+    SecondOrder,
+    SingleLevel,
+)
 
 F64 = torch.float64
+#: Of STRATEGIES: the rate of SGD inside, and K.
+LR = 0.1
+STEPS = 3
+#: One instance of every strategy, both ways of the second order.
+STRATEGIES: list[Any] = [
+    pytest.param(SingleLevel(), id="single"),
+    pytest.param(FirstOrder(SGD(LR), STEPS), id="first"),
+    pytest.param(SecondOrder(SGD(LR), STEPS, graph="stored"), id="stored"),
+    pytest.param(SecondOrder(SGD(LR), STEPS, graph="recomputed"), id="recomputed"),
+    pytest.param(Reptile(SGD(LR), STEPS), id="reptile"),
+    pytest.param(FiniteDifference(SGD(LR), STEPS), id="differences"),
+    pytest.param(ImplicitMAML(SGD(LR), STEPS, proximal=20.0, cg_steps=20), id="implicit"),
+]
 
 
 @dataclass(frozen=True)
@@ -34,6 +59,30 @@ def relative_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor])
     difference = sum((actual[n] - expected[n]).square().sum().item() for n in expected)
     norm = sum(e.square().sum().item() for e in expected.values())
     return float((difference / norm) ** 0.5)
+
+
+def equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Bit by bit."""
+    assert list(actual) == list(expected), (list(actual), list(expected))
+    return all(torch.equal(actual[n], expected[n]) for n in expected)
+
+
+def copies(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: v.detach().clone() for n, v in values.items()}
+
+
+def meta_gradient(strategy: MetaStrategy, problem: Problem, **options: Any) -> MetaGradient:
+    """``strategy`` on the episode of ``problem``."""
+    return strategy.meta_gradient(
+        problem.model, problem.objective, problem.train, problem.meta, **options
+    )
+
+
+def derivative(function: Callable[[float], float], at: float = 0.0, step: float = 1e-3) -> float:
+    """By central differences of fourth order: truncation about step^4, rounding 1e-16 / step."""
+    near = function(at + step) - function(at - step)
+    far = function(at + 2 * step) - function(at - 2 * step)
+    return (8 * near - far) / (12 * step)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
@@ -84,6 +133,82 @@ def mlp() -> Problem:
         (randn(6, 3, seed=1), randn(6, 2, seed=2)),
         (randn(5, 3, seed=3), randn(5, 2, seed=4)),
     )
+
+
+def linear() -> Problem:
+    """A linear regression: the loss is a quadratic of the parameters."""
+    return Problem(
+        "linear",
+        randomize(nn.Linear(3, 2), seed=60),
+        mse,
+        (randn(8, 3, seed=61), randn(8, 2, seed=62)),
+        (randn(7, 3, seed=63), randn(7, 2, seed=64)),
+    )
+
+
+def episodes(count: int) -> list[tuple[Any, Any]]:
+    """Different batches of the MLP for every outer step."""
+    batches = [
+        (randn(5, 3, seed=s), randn(5, 2, seed=s + 1)) for s in range(200, 200 + 4 * count, 2)
+    ]
+    return list(zip(batches[::2], batches[1::2], strict=True))
+
+
+def dropout() -> Problem:
+    """The MLP with Dropout, which draws anew in every forward pass."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Dropout(0.4), nn.Linear(5, 2))
+    return replace(mlp(), name="dropout", model=randomize(model, seed=65))
+
+
+def batch_norm() -> Problem:
+    """The MLP with BatchNorm in training mode."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2))
+    return replace(mlp(), name="batch_norm", model=randomize(model, seed=66))
+
+
+class Corners(nn.Module):
+    """A frozen layer, an unused parameter, a tied weight and BatchNorm, in one model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.square = nn.Linear(3, 3)
+        self.norm = nn.BatchNorm1d(3)
+        self.again = nn.Linear(3, 3)
+        self.again.weight = self.square.weight
+        self.unused = nn.Parameter(torch.ones(2))
+        self.head = nn.Linear(3, 2)
+        randomize(self, seed=5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(torch.tanh(self.square(self.frozen(x))))
+        out: Tensor = self.head(torch.tanh(self.again(x)))
+        return out
+
+
+def corners() -> Problem:
+    return replace(mlp(), name="corners", model=Corners())
+
+
+class Average(nn.Module):
+    """A buffer that gathers activations with their graph, as no BatchNorm does."""
+
+    average: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("average", torch.zeros(2))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.tanh(self.linear(x))
+        self.average.mul_(0.9).add_(0.1 * out.mean(0))
+        return out - self.average
+
+
+def average() -> Problem:
+    return replace(mlp(), name="average", model=Average())
 
 
 def conv() -> Problem:

@@ -1,4 +1,4 @@
-"""The meta-gradients E3 and E4, unrolled by hand; nothing here comes from prism_meta.strategies."""
+"""Meta-gradients unrolled by hand; nothing here comes from prism_meta.strategies or its inner.py."""
 
 from __future__ import annotations
 
@@ -10,85 +10,209 @@ from helpers import Problem
 from torch import Tensor, nn
 from torch.func import functional_call
 
-Scalar = Callable[[list[Tensor]], Tensor]
+Values = dict[str, Tensor]
+#: One unrolling's optimizer, from parameters and gradients to parameters; it keeps its own memory.
+Move = Callable[[Values, Values], Values]
+#: Starts such an optimizer without memory.
+Rule = Callable[[], Move]
+Moves = Callable[[str], bool]
 
 
-def losses_of(problem: Problem) -> tuple[list[str], list[Tensor], Scalar, Scalar]:
-    """Names of phi, phi as fresh leaves, and L_train and L_meta as functions of a list."""
-    names = [n for n, p in problem.model.named_parameters() if p.requires_grad]
-    phi = [
-        p.detach().clone().requires_grad_() for p in problem.model.parameters() if p.requires_grad
-    ]
+def sgd(lr: Any, momentum: Any = 0.0) -> Rule:
+    """phi - lr * v with v = momentum * v + g, from v = 0."""
 
-    def at(batch: Any) -> Scalar:
-        def scalar(params: list[Tensor]) -> Tensor:
-            given = dict(zip(names, params, strict=True))
-            buffers = {n: b.clone() for n, b in problem.model.named_buffers()}
+    def start() -> Move:
+        velocity: Values = {}
 
-            def forward(*args: Any) -> Any:
-                return functional_call(problem.model, {**given, **buffers}, args)
+        def move(params: Values, grads: Values) -> Values:
+            for n, g in grads.items():
+                velocity[n] = momentum * velocity.get(n, 0.0) + g
+            return {n: p - lr * velocity[n] for n, p in params.items()}
 
-            value = problem.objective(forward, batch)
-            return value if isinstance(value, Tensor) else value.loss
+        return move
 
-        return scalar
-
-    return names, phi, at(problem.train), at(problem.meta)
+    return start
 
 
-def adapt(train: Scalar, phi: list[Tensor], lr: float, steps: int) -> list[Tensor]:
-    """phi~ after ``steps`` of phi - lr * grad, with the graph of every step."""
-    params = list(phi)
-    for _ in range(steps):
+def adam(
+    lr: Any,
+    beta1: Any = 0.9,
+    beta2: Any = 0.999,
+    eps: Any = 1e-8,
+    l2: Any = 0.0,
+    decay: Any = 0.0,
+) -> Rule:
+    """Adam with an L2 penalty and AdamW's decay, as the papers write them."""
+
+    def root(square: Tensor) -> Tensor:
+        zero = (square == 0).to(square.dtype)  # where the root has no derivative
+        return (square + zero).sqrt() * (1 - zero)
+
+    def start() -> Move:
+        first: dict[str, Any] = {}
+        second: dict[str, Any] = {}
+        steps: dict[str, int] = {}
+
+        def one(n: str, p: Tensor, g: Tensor) -> Tensor:
+            g = g + l2 * p
+            steps[n] = steps.get(n, 0) + 1
+            first[n] = beta1 * first.get(n, 0.0) + (1 - beta1) * g
+            second[n] = beta2 * second.get(n, 0.0) + (1 - beta2) * g**2
+            mean = first[n] / (1 - beta1 ** steps[n])
+            square = second[n] / (1 - beta2 ** steps[n])
+            moved: Tensor = p - lr * decay * p - lr * mean / (root(square) + eps)
+            return moved
+
+        return lambda params, grads: {n: one(n, p, grads[n]) for n, p in params.items()}
+
+    return start
+
+
+def rates(values: Values) -> Rule:
+    """Meta-SGD: phi - rate * g, elementwise."""
+    return lambda: lambda params, grads: {n: p - values[n] * grads[n] for n, p in params.items()}
+
+
+def every(name: str) -> bool:
+    return True
+
+
+def leaves(values: Values) -> Values:
+    return {n: v.detach().clone().requires_grad_() for n, v in values.items()}
+
+
+def phi_of(problem: Problem) -> Values:
+    """phi as fresh leaves."""
+    return leaves({n: p for n, p in problem.model.named_parameters() if p.requires_grad})
+
+
+def loss(problem: Problem, params: Values, batch: Any) -> Tensor:
+    """The objective on ``batch`` at ``params``, on copies of the model's buffers."""
+    buffers = {n: b.clone() for n, b in problem.model.named_buffers()}
+
+    def forward(*args: Any) -> Any:
+        return functional_call(problem.model, {**params, **buffers}, args)
+
+    value = problem.objective(forward, batch)
+    return value if isinstance(value, Tensor) else value.loss
+
+
+def derivatives(scalar: Tensor, inputs: Values, *, create_graph: bool = False) -> Values:
+    """d scalar / d inputs, by name."""
+    grads = torch.autograd.grad(
+        scalar, list(inputs.values()), create_graph=create_graph, materialize_grads=True
+    )
+    return dict(zip(inputs, grads, strict=True))
+
+
+def adapt(
+    problem: Problem, phi: Values, rule: float | Rule, steps: int, moves: Moves = every
+) -> Values:
+    """phi~, with the graph of every step; a float is the rate of plain SGD."""
+    move = sgd(rule)() if isinstance(rule, float) else rule()
+    batches = problem.train if isinstance(problem.train, list) else [problem.train]
+    params = dict(phi)
+    for k in range(steps):
+        chosen = {n: p for n, p in params.items() if moves(n)}
         grads = torch.autograd.grad(
-            train(params), params, create_graph=True, materialize_grads=True
+            loss(problem, params, batches[k % len(batches)]),
+            list(chosen.values()),
+            create_graph=True,
+            allow_unused=True,
         )
-        params = [p - lr * g for p, g in zip(params, grads, strict=True)]
+        # As torch's optimizers do: without a gradient there is no step, no decay and no momentum.
+        given = {n: g for n, g in zip(chosen, grads, strict=True) if g is not None}
+        params |= move({n: params[n] for n in given}, given)
     return params
 
 
-def first_order(problem: Problem, lr: float, steps: int) -> dict[str, Tensor]:
+def meta_loss(
+    problem: Problem, phi: Values, rule: float | Rule, steps: int, moves: Moves = every
+) -> Tensor:
+    """L_meta(phi~(phi)), with its graph."""
+    return loss(problem, adapt(problem, phi, rule, steps, moves), problem.meta)
+
+
+def first_order(problem: Problem, rule: float | Rule, steps: int, moves: Moves = every) -> Values:
     """E3."""
-    names, phi, train, meta = losses_of(problem)
-    adapted = [p.detach().requires_grad_() for p in adapt(train, phi, lr, steps)]
-    grads = torch.autograd.grad(meta(adapted), adapted, materialize_grads=True)
-    return dict(zip(names, grads, strict=True))
+    adapted = leaves(adapt(problem, phi_of(problem), rule, steps, moves))
+    return derivatives(loss(problem, adapted, problem.meta), adapted)
 
 
-def second_order(problem: Problem, lr: float, steps: int) -> dict[str, Tensor]:
+def second_order(problem: Problem, rule: float | Rule, steps: int, moves: Moves = every) -> Values:
     """E4."""
-    names, phi, train, meta = losses_of(problem)
-    grads = torch.autograd.grad(meta(adapt(train, phi, lr, steps)), phi, materialize_grads=True)
-    return dict(zip(names, grads, strict=True))
+    phi = phi_of(problem)
+    return derivatives(meta_loss(problem, phi, rule, steps, moves), phi)
 
 
-def adapted_parameters(problem: Problem, lr: float, steps: int) -> dict[str, Tensor]:
+def hyper(problem: Problem, rule: Rule, steps: int, inputs: Values) -> Values:
+    """d L_meta(phi~) / d hyper-parameters that ``rule`` was made of."""
+    return derivatives(meta_loss(problem, phi_of(problem), rule, steps), inputs)
+
+
+def adapted_parameters(
+    problem: Problem, rule: float | Rule, steps: int, moves: Moves = every
+) -> Values:
     """phi~."""
-    names, phi, train, _ = losses_of(problem)
-    return {n: p.detach() for n, p in zip(names, adapt(train, phi, lr, steps), strict=True)}
+    adapted = adapt(problem, phi_of(problem), rule, steps, moves)
+    return {n: p.detach() for n, p in adapted.items()}
 
 
-def meta_loss_after_adapting(problem: Problem, phi: list[Tensor], lr: float, steps: int) -> float:
-    """L_meta(phi~(phi)) at any phi, for finite differences."""
-    _, _, train, meta = losses_of(problem)
-    leaves = [p.detach().clone().requires_grad_() for p in phi]
-    return meta(adapt(train, leaves, lr, steps)).item()
-
-
-def hessian_vector(train: Scalar, phi: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
-    """H_train(phi) v as the derivative of <grad L_train, v>: neither a step nor its graph."""
-    grads = torch.autograd.grad(train(phi), phi, create_graph=True, materialize_grads=True)
-    inner = sum((g * v).sum() for g, v in zip(grads, vector, strict=True))
-    return list(torch.autograd.grad(inner, phi, materialize_grads=True))
-
-
-def gradient(problem: Problem, params: dict[str, Tensor], batch: Any) -> dict[str, Tensor]:
+def gradient(problem: Problem, params: Values, batch: Any) -> Values:
     """grad of the objective on ``batch`` at ``params``."""
-    changed = Problem(problem.name, problem.model, problem.objective, batch, batch)
-    names, _, loss, _ = losses_of(changed)
-    leaves = [params[n].detach().clone().requires_grad_() for n in names]
-    grads = torch.autograd.grad(loss(leaves), leaves, materialize_grads=True)
-    return dict(zip(names, grads, strict=True))
+    given = leaves(params)
+    return derivatives(loss(problem, given, batch), given)
+
+
+def hessian_vector(problem: Problem, params: Values, vector: Values) -> Values:
+    """H_train v as the derivative of <grad L_train, v>: neither a step nor its graph."""
+    given = leaves(params)
+    grads = derivatives(loss(problem, given, problem.train), given, create_graph=True)
+    return derivatives(torch.stack([(grads[n] * v).sum() for n, v in vector.items()]).sum(), given)
+
+
+def flat(values: Values) -> Tensor:
+    return torch.cat([v.flatten() for v in values.values()])
+
+
+def shaped(vector: Tensor, like: Values) -> Values:
+    """The inverse of ``flat``."""
+    parts = vector.split([v.numel() for v in like.values()])
+    return {n: part.reshape(like[n].shape) for (n, part) in zip(like, parts, strict=True)}
+
+
+def hessian(problem: Problem, params: Values, moves: Moves = every) -> Tensor:
+    """All of H_train, of the parameters that are adapted."""
+    chosen = {n: p.detach() for n, p in params.items() if moves(n)}
+
+    def of_vector(vector: Tensor) -> Tensor:
+        return loss(problem, {**params, **shaped(vector, chosen)}, problem.train)
+
+    return torch.autograd.functional.hessian(of_vector, flat(chosen))
+
+
+def implicit(problem: Problem, adapted: Values, proximal: float) -> Values:
+    """(I + H_train(phi~) / lambda)^-1 grad L_meta(phi~), by a dense solver."""
+    system = hessian(problem, adapted) / proximal
+    system += torch.eye(len(system), dtype=system.dtype)
+    right = flat(gradient(problem, adapted, problem.meta))
+    return shaped(torch.linalg.solve(system, right), adapted)
+
+
+def proximal_minimum(
+    problem: Problem, phi: Values, proximal: float, moves: Moves = every
+) -> Values:
+    """argmin over the adapted p of L_train(p) + lambda / 2 ||p - phi||^2, by Newton's method."""
+    start = {n: p.detach() for n, p in phi.items() if moves(n)}
+    params = {n: p.detach() for n, p in phi.items()}
+    for _ in range(12):
+        here = {n: params[n] for n in start}
+        slope = gradient(problem, params, problem.train)
+        pulled = flat({n: slope[n] + proximal * (here[n] - start[n]) for n in start})
+        system = hessian(problem, params, moves)
+        system += proximal * torch.eye(len(system), dtype=system.dtype)
+        params.update(shaped(flat(here) - torch.linalg.solve(system, pulled), start))
+    return params
 
 
 def mlp_second_order(model: nn.Sequential, train: Any, meta: Any, lr: float) -> list[Tensor]:

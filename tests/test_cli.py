@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import nibabel as nib
 import numpy as np
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from prism_meta import trainer
 from prism_meta.cases import Case
 from prism_meta.cli import app
+from prism_meta.config import MetaConfig
 
 SMALL = (
     "data.spacing=[1,1,1]", "data.patch=[16,16]", "data.batch_size=2", "model.width=2",
@@ -48,6 +50,13 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_cases(tmp_path_factory.mktemp("cases"), 4)
     (root / "p0" / "p0_t2.nii.gz").unlink()
     return root
+
+
+@pytest.mark.parametrize("strategy", get_args(MetaConfig.model_fields["strategy"].annotation))
+def test_every_strategy_trains(cases: Path, tmp_path: Path, strategy: str) -> None:
+    options = settings("training.steps=2", f"meta.strategy={strategy}", "meta.cg_steps=1")
+    assert run("train", cases, "--out", tmp_path / "run", *options)[0] == 0
+    assert (tmp_path / "run" / "weights.safetensors").exists()
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +131,20 @@ def test_volumes_and_another_label_set(tmp_path: Path) -> None:
     assert head == "case,subset,region,dice,hd95_mm" and first.startswith("p0,flair,lesion,")
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(cases: Path, tmp_path: Path) -> None:
-    options = settings("training.checkpoint_every=2", "meta.inner_steps=2")
+@pytest.mark.parametrize(
+    "meta",
+    [
+        ("meta.inner_steps=2",),
+        ("meta.inner=adamw", "meta.inner_state=carried"),
+        ("meta.inner=adamw", "meta.inner_state=shared", "meta.episodes=2"),
+        ("meta.strategy=reptile",),
+    ],
+    ids=" ".join,
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    cases: Path, tmp_path: Path, meta: tuple[str, ...]
+) -> None:
+    options = settings("training.checkpoint_every=2", *meta)
     assert run("train", cases, "--out", tmp_path / "whole", *options)[0] == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     # As if it had been cut off in step 4: the checkpoint of step 2, lines up to step 3, no weights.

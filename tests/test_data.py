@@ -711,8 +711,10 @@ def test_augmentation_keeps_image_and_target_together(dims: int) -> None:
     augment = Augmentation(dims, probability=1.0)
     changes = 0
     for seed in range(5):
-        changed, target = augment(image.clone(), label.clone(), seed=seed)
-        again, again_target = augment(image.clone(), label.clone(), seed=seed)
+        augment.seed(seed)
+        changed, target = augment(image.clone(), label.clone())
+        augment.seed(seed)
+        again, again_target = augment(image.clone(), label.clone())
         assert torch.equal(changed, again) and torch.equal(target, again_target)
         assert type(changed) is Tensor and type(target) is Tensor
         assert changed.shape == image.shape and changed.dtype == torch.float32

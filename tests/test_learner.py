@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import oracles
 import pytest
 import torch
-from helpers import PROBLEMS, Problem, conv, mlp, mse, randn, relative_error, trainable
+from helpers import (
+    PROBLEMS,
+    Problem,
+    batch_norm,
+    conv,
+    copies,
+    equal,
+    mlp,
+    mse,
+    randn,
+    relative_error,
+    trainable,
+)
 from torch import Tensor, nn
 
 from prism_meta.inner import SGD
@@ -37,7 +50,7 @@ def update(
 ) -> tuple[Values, MetaGradient]:
     """How one step with torch.optim.SGD moves the parameters."""
     model = deepcopy(problem.model)
-    before = {n: p.clone() for n, p in trainable(model).items()}
+    before = copies(trainable(model))
     learner = MetaLearner(
         model, problem.objective, strategy, torch.optim.SGD(model.parameters(), lr=outer), alpha
     )
@@ -124,7 +137,7 @@ def test_adam_sees_the_meta_gradient_and_nothing_else(strategy: MetaStrategy) ->
     reference = torch.optim.Adam(twin.parameters(), lr=OUTER)
     learner = MetaLearner(model, problem.objective, strategy, optimizer, alpha=0.5)
     for _ in range(3):
-        before = {n: p.clone() for n, p in trainable(model).items()}
+        before = copies(trainable(model))
         twin.load_state_dict(model.state_dict())
         result = learner.step(problem.train, problem.meta)
         for name, param in twin.named_parameters():
@@ -151,7 +164,7 @@ def test_meta_gradient_then_apply_is_step(
     learner = MetaLearner(
         model, problem.objective, strategy, torch.optim.SGD(model.parameters(), lr=OUTER)
     )
-    phi = {n: p.clone() for n, p in trainable(model).items()}
+    phi = copies(trainable(model))
     result = learner.meta_gradient(problem.train, problem.meta)
     assert all(torch.equal(p, phi[n]) for n, p in trainable(model).items())
     assert all(p.grad is None for p in model.parameters())
@@ -174,21 +187,81 @@ def test_a_step_leaves_its_result_as_it_was(strategy: MetaStrategy) -> None:
         assert all(torch.equal(t, before[n]) for n, t in part.items())
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_batch_norm_statistics_are_committed_once(strategy: MetaStrategy) -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
-    train, meta = ((randn(5, 3, seed=s), randn(5, 2, seed=s + 1)) for s in (50, 60))
-    learner = MetaLearner(
-        model, mse, strategy, torch.optim.SGD(model.parameters(), lr=OUTER), alpha=0.5
-    )
-    initial = {n: b.clone() for n, b in model.named_buffers()}
-    result = learner.meta_gradient(train, meta)
-    assert all(torch.equal(b, initial[n]) for n, b in model.named_buffers())
+# ---------------------------------------------------------------- buffers
+
+
+@pytest.mark.parametrize(("buffers", "updates"), [("inner", 2), ("outer", 1)])
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_batch_norm_statistics_are_those_of_the_chosen_level(
+    strategy: MetaStrategy, buffers: Any, updates: int
+) -> None:
+    problem = batch_norm()
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=OUTER)
+    learner = MetaLearner(problem.model, mse, strategy, optimizer, buffers=buffers)
+    initial = copies(dict(problem.model.named_buffers()))
+    result = learner.meta_gradient(problem.train, problem.meta)
+    assert equal(dict(problem.model.named_buffers()), initial)
     learner.apply(result)
-    for name, buffer in model.named_buffers():
-        assert torch.equal(buffer, result.buffers[name])
-        assert not torch.equal(buffer, initial[name]), name
-    assert model[1].num_batches_tracked.item() == 1
+    expected = result.inner_buffers if buffers == "inner" else result.buffers
+    assert equal(dict(problem.model.named_buffers()), expected)
+    assert expected["1.num_batches_tracked"].item() == updates
+    assert not torch.equal(expected["1.running_mean"], initial["1.running_mean"])
+
+
+def test_single_level_takes_the_statistics_of_the_train_batch() -> None:
+    problem = batch_norm()
+    twin = deepcopy(problem.model)
+    twin(problem.train[0])
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=OUTER)
+    learner = MetaLearner(problem.model, mse, SingleLevel(), optimizer, buffers="outer")
+    learner.step(problem.train, problem.meta)
+    assert equal(dict(problem.model.named_buffers()), dict(twin.named_buffers()))
+
+
+def test_isolated_statistics_stay_and_the_user_is_told() -> None:
+    problem = batch_norm()
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=OUTER)
+    with pytest.warns(
+        UserWarning,
+        match=r"^buffers: the model has BatchNorm statistics, and 'isolated' leaves them as they "
+        r"are; give buffers='outer' to use the model with model.eval\(\) later$",
+    ) as caught:
+        learner = MetaLearner(problem.model, mse, FirstOrder(SGD(INNER)), optimizer)
+    assert caught[0].filename == __file__
+    initial = copies(dict(problem.model.named_buffers()))
+    learner.step(problem.train, problem.meta)
+    assert equal(dict(problem.model.named_buffers()), initial)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.InstanceNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False)]
+)
+def test_a_model_without_batch_norm_statistics_gives_no_warning(layer: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), layer)
+    MetaLearner(model, mse, SingleLevel(), torch.optim.SGD(model.parameters(), lr=1))
+
+
+def test_a_step_over_episodes_is_made_from_their_mean() -> None:
+    problem = mlp()
+    others = [((randn(4, 3, seed=s), randn(4, 2, seed=s + 1)), problem.meta) for s in (130, 132)]
+    episodes = [(problem.train, problem.meta), *others]
+    phi, model = copies(trainable(problem.model)), deepcopy(problem.model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=OUTER)
+    learner = MetaLearner(model, mse, SecondOrder(SGD(INNER), 2), optimizer, 0.4)
+    results = [learner.meta_gradient(*episode) for episode in episodes]
+    mean = learner.step_episodes(episodes)
+    moved = {n: p - phi[n] for n, p in trainable(model).items()}
+    expected = {
+        n: torch.stack([0.4 * (r.adapted[n] - p) - OUTER * r.gradient[n] for r in results]).mean(0)
+        for n, p in phi.items()
+    }
+    assert relative_error(moved, expected) <= 1e-12
+    assert mean.meta_loss.item() == pytest.approx(
+        sum(r.meta_loss.item() for r in results) / 3, rel=1e-12
+    )
+
+
+# ---------------------------------------------------------------- what is learned
 
 
 def test_frozen_parameters_stay() -> None:
@@ -205,6 +278,18 @@ def test_frozen_parameters_stay() -> None:
     assert not torch.equal(model[2].weight, before)
 
 
+def test_parameters_that_the_optimizer_does_not_hold_stay() -> None:
+    problem = mlp()
+    assert isinstance(problem.model, nn.Sequential)
+    phi = copies(trainable(problem.model))
+    optimizer = torch.optim.Adam(problem.model[2].parameters(), lr=OUTER)
+    learner = MetaLearner(problem.model, mse, SecondOrder(SGD(INNER)), optimizer)
+    result = learner.step(problem.train, problem.meta)
+    assert not torch.equal(result.adapted["0.weight"], phi["0.weight"])
+    for name, param in trainable(problem.model).items():
+        assert torch.equal(param, phi[name]) is name.startswith("0."), name
+
+
 def test_steps_lower_the_meta_loss() -> None:
     problem = mlp()
     model = deepcopy(problem.model)
@@ -218,15 +303,31 @@ def test_steps_lower_the_meta_loss() -> None:
 @pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])
 def test_alpha_out_of_range_is_refused(alpha: float) -> None:
     model = nn.Linear(3, 2)
-    with pytest.raises(ValueError, match=rf"alpha: got {alpha}, expected a number in \[0, 1\]"):
+    with pytest.raises(ValueError, match=rf"^alpha: got {alpha}, expected a number in \[0, 1\]$"):
         MetaLearner(model, mse, SingleLevel(), torch.optim.SGD(model.parameters(), lr=1), alpha)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"inner_state": "kept"},
+            r"^inner_state: got 'kept', expected 'fresh', 'carried' or 'shared'$",
+        ),
+        ({"buffers": "both"}, r"^buffers: got 'both', expected 'isolated', 'inner' or 'outer'$"),
+    ],
+)
+def test_an_unknown_word_is_refused(options: Any, message: str) -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match=message):
+        MetaLearner(model, mse, SingleLevel(), torch.optim.SGD(model.parameters(), lr=1), **options)
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
     with pytest.raises(
         ValueError,
-        match=r"optimizer: holds no parameter of the model; make it from model.parameters\(\) "
-        "after the model is on its device",
+        match=r"^optimizer: holds no parameter of the model; make it from model.parameters\(\) "
+        r"after the model is on its device$",
     ):
         MetaLearner(model, mse, SingleLevel(), torch.optim.SGD(other.parameters(), lr=1))

@@ -1,0 +1,434 @@
+"""What do first and second order cost, and how exact are they, beside the peers?
+
+    python benchmarks/first_vs_second_order.py                  # all nets, K = 1, 2, 5, 10
+    python benchmarks/first_vs_second_order.py --net unet --steps 1 --rounds 5
+
+Time: every method on the same net and batches in one process, in turns, the median of the rounds and
+its spread; ratios to first order are taken within each round. Memory: the peak of the resident set
+above what the net, its batches and the libraries take, in a process of its own per method. Error: of
+the float32 gradient against the same unrolled steps in float64. Peers that are not installed are left
+out, and the table says so. One unit is a forward and a backward pass of the objective.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import gc
+import importlib.util
+import json
+import os
+import platform
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import prism_meta as pm
+
+LR = 0.01
+Params = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: a net, its patch, and the number of inner steps."""
+
+    net: str
+    steps: int
+    size: int
+    batch: int
+    threads: int
+    seed: int
+
+
+# ---------------------------------------------------------------- nets and objectives
+
+
+class UNet(nn.Module):
+    """A plain 3-D U-Net of three scales, 0.33 M parameters."""
+
+    def __init__(self, ins: int = 4, outs: int = 4, width: int = 16) -> None:
+        super().__init__()
+
+        def block(a: int, b: int, stride: int = 1) -> nn.Sequential:
+            return nn.Sequential(
+                nn.Conv3d(a, b, 3, stride, padding=1, bias=False),
+                nn.InstanceNorm3d(b, affine=True),
+                nn.LeakyReLU(0.01),
+                nn.Conv3d(b, b, 3, padding=1, bias=False),
+                nn.InstanceNorm3d(b, affine=True),
+                nn.LeakyReLU(0.01),
+            )
+
+        w = width
+        self.down = nn.ModuleList([block(ins, w), block(w, 2 * w, 2), block(2 * w, 4 * w, 2)])
+        self.up = nn.ModuleList([block(6 * w, 2 * w), block(3 * w, w)])
+        self.head = nn.Conv3d(w, outs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = []
+        for block in self.down:
+            x = block(x)
+            scales.append(x)
+        for block, skip in zip(self.up, scales[-2::-1], strict=True):
+            x = nn.functional.interpolate(x, size=skip.shape[2:], mode="trilinear")
+            x = block(torch.cat((x, skip), 1))
+        out: Tensor = self.head(x)
+        return out
+
+
+def segmentation(forward: Callable[..., Any], batch: pm.Batch) -> Tensor:
+    """CE + Dice of a net of image -> logits."""
+    logits = forward(batch.image)
+    return pm.losses.segmentation(logits, batch.target, weighted=False).mean()
+
+
+def build(setting: Setting) -> tuple[nn.Module, Callable[..., Any], pm.Batch, pm.Batch]:
+    """A net, its objective, and the train and meta batches of an episode."""
+    torch.manual_seed(setting.seed)
+    shape = (setting.size,) * 3
+
+    def draw(mask: list[list[bool]]) -> pm.Batch:
+        rows = [mask[i % len(mask)] for i in range(setting.batch)]
+        image = torch.randn(setting.batch, 4, *shape)
+        # Blobs, not noise: a smooth field cut at three levels.
+        field = nn.functional.interpolate(
+            torch.randn(setting.batch, 1, 6, 6, 6), size=shape, mode="trilinear"
+        )[:, 0]
+        target = torch.bucketize(field, torch.tensor([0.5, 0.8, 1.1]))
+        return pm.Batch(image + field[:, None], torch.tensor(rows), target)
+
+    full = [[True] * 4]
+    if setting.net == "unet":
+        net: nn.Module = UNet().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        return net, segmentation, draw(full), draw(full)
+    if setting.net == "segresnet":
+        from monai.networks.nets import SegResNet
+
+        net = SegResNet(spatial_dims=3, init_filters=8, in_channels=4, out_channels=4)
+        return net, segmentation, draw(full), draw(full)
+    half = [[True, True, False, False], [True, False, True, False]]
+    return pm.PrismNet(4, 4, 3, 8), pm.PrismObjective(weighted=False), draw(half), draw(half)
+
+
+def loss_of(value: Any) -> Tensor:
+    loss: Tensor = value if isinstance(value, Tensor) else value.loss
+    return loss
+
+
+# ---------------------------------------------------------------- methods
+
+Method = Callable[[nn.Module, Callable[..., Any], Any, Any, int], Params]
+
+
+def ours(strategy: Callable[[int], pm.MetaStrategy]) -> Method:
+    """One of prism-meta's strategies, made for K steps."""
+
+    def run(net: nn.Module, objective: Any, train: Any, meta: Any, steps: int) -> Params:
+        return strategy(steps).meta_gradient(net, objective, train, meta).gradient
+
+    return run
+
+
+def with_higher(net: nn.Module, objective: Any, train: Any, meta: Any, steps: int) -> Params:
+    import higher
+
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR)
+    with higher.innerloop_ctx(net, optimizer, copy_initial_weights=False) as (functional, inner):
+        for _ in range(steps):
+            inner.step(loss_of(objective(functional, train)))
+        loss = loss_of(objective(functional, meta))
+        names = [n for n, _ in net.named_parameters()]
+        grads = torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True)
+    return dict(zip(names, grads, strict=True))
+
+
+def with_learn2learn(net: nn.Module, objective: Any, train: Any, meta: Any, steps: int) -> Params:
+    import learn2learn as l2l
+
+    maml = l2l.algorithms.MAML(net, lr=LR, first_order=False, allow_unused=True)
+    learner = maml.clone()
+    for _ in range(steps):
+        learner.adapt(loss_of(objective(learner, train)), allow_nograd=False)
+    loss = loss_of(objective(learner, meta))
+    names = [n for n, _ in net.named_parameters()]
+    grads = torch.autograd.grad(loss, list(net.parameters()), materialize_grads=True)
+    return dict(zip(names, grads, strict=True))
+
+
+def with_torchopt(net: nn.Module, objective: Any, train: Any, meta: Any, steps: int) -> Params:
+    import torchopt
+
+    copied = copy.deepcopy(net)
+    names = [n for n, _ in copied.named_parameters()]
+    leaves = list(copied.parameters())
+    optimizer = torchopt.MetaSGD(copied, lr=LR)
+    for _ in range(steps):
+        optimizer.step(loss_of(objective(copied, train)))
+    grads = torch.autograd.grad(loss_of(objective(copied, meta)), leaves, materialize_grads=True)
+    return dict(zip(names, grads, strict=True))
+
+
+METHODS: dict[str, Method] = {
+    "SingleLevel": ours(lambda k: pm.SingleLevel()),
+    "FirstOrder": ours(lambda k: pm.FirstOrder(pm.SGD(LR), k)),
+    "Reptile": ours(lambda k: pm.Reptile(pm.SGD(LR), k)),
+    "SecondOrder stored": ours(lambda k: pm.SecondOrder(pm.SGD(LR), k, graph="stored")),
+    "SecondOrder recomputed": ours(lambda k: pm.SecondOrder(pm.SGD(LR), k, graph="recomputed")),
+    "FiniteDifference": ours(lambda k: pm.FiniteDifference(pm.SGD(LR), k)),
+    "ImplicitMAML": ours(lambda k: pm.ImplicitMAML(pm.SGD(LR), k, proximal=10.0, cg_steps=3)),
+    "higher": with_higher,
+    "learn2learn": with_learn2learn,
+    "TorchOpt": with_torchopt,
+}
+PEERS = {"higher": "higher", "learn2learn": "learn2learn", "TorchOpt": "torchopt"}
+#: Those that aim at E4, so that an error against the oracle means something.
+AIMS_AT_E4 = (
+    "FirstOrder",
+    "SecondOrder stored",
+    "SecondOrder recomputed",
+    "FiniteDifference",
+    *PEERS,
+)
+
+
+def oracle(net: nn.Module, objective: Any, train: Any, meta: Any, steps: int) -> Params:
+    """E4 unrolled by hand in float64."""
+    net = copy.deepcopy(net).double()
+    train, meta = (replace(b, image=b.image.double()) for b in (train, meta))
+    phi = {n: p.detach().requires_grad_() for n, p in net.named_parameters()}
+    params = phi
+
+    def loss(at: Params, batch: Any) -> Tensor:
+        return loss_of(objective(lambda *args: functional_call(net, at, args), batch))
+
+    for _ in range(steps):
+        grads = torch.autograd.grad(
+            loss(params, train), list(params.values()), create_graph=True, materialize_grads=True
+        )
+        params = {n: p - LR * g for (n, p), g in zip(params.items(), grads, strict=True)}
+    grads = torch.autograd.grad(loss(params, meta), list(phi.values()), materialize_grads=True)
+    return dict(zip(phi, grads, strict=True))
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def flat(params: Params) -> Tensor:
+    return torch.cat([p.detach().double().flatten() for _, p in sorted(params.items())])
+
+
+def resident() -> int:
+    """Bytes of the resident set now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+class Peak:
+    """The highest resident set within the context, sampled every millisecond."""
+
+    def __enter__(self) -> Peak:
+        self.base = self.value = resident()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.001):
+            self.value = max(self.value, resident())
+
+    def __exit__(self, *error: Any) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def measure_memory(setting: Setting, method: str) -> dict[str, float]:
+    net, objective, train, meta = build(setting)
+    run = METHODS[method]
+    # A first call on a small patch loads libraries and threads, which are not the method's.
+    small = build(replace(setting, size=16))
+    run(*small, 1)
+    del small
+    gc.collect()
+    with Peak() as peak:
+        run(net, objective, train, meta, setting.steps)
+    return {"peak_mib": (peak.value - peak.base) / 2**20}
+
+
+def measure_time(setting: Setting, methods: list[str], rounds: int) -> dict[str, Any]:
+    net, objective, train, meta = build(setting)
+    exact = flat(oracle(net, objective, train, meta, setting.steps))
+    results: dict[str, Any] = {}
+    gradients = {}
+    for name in methods:  # warm up, and look at the numbers
+        gradients[name] = flat(METHODS[name](net, objective, train, meta, setting.steps))
+        results[name] = {"seconds": [], "error": None}
+        if name in AIMS_AT_E4:
+            results[name]["error"] = float((gradients[name] - exact).norm() / exact.norm())
+    for _ in range(rounds):
+        for name in methods:
+            start = time.perf_counter()
+            METHODS[name](net, objective, train, meta, setting.steps)
+            results[name]["seconds"].append(time.perf_counter() - start)
+    cosine = torch.nn.functional.cosine_similarity(gradients["FirstOrder"], exact, dim=0)
+    return {"methods": results, "cosine": float(cosine)}
+
+
+def in_a_process_of_its_own(setting: Setting, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--job", json.dumps(asdict(setting)), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def job(arguments: argparse.Namespace) -> None:
+    setting = Setting(**json.loads(arguments.job))
+    torch.set_num_threads(setting.threads)
+    with contextlib.redirect_stdout(sys.stderr):
+        if arguments.memory:
+            result = measure_memory(setting, arguments.memory)
+        else:
+            result = measure_time(setting, arguments.methods, arguments.rounds)
+    sys.stdout.write(json.dumps(result) + "\n")
+
+
+# ---------------------------------------------------------------- report
+
+
+def ratios(result: dict[str, Any], name: str) -> list[float]:
+    """Time relative to first order, round by round."""
+    base = result["methods"]["FirstOrder"]["seconds"]
+    return [s / b for s, b in zip(result["methods"][name]["seconds"], base, strict=True)]
+
+
+def show(console: Console, setting: Setting, result: dict[str, Any], units: float) -> None:
+    table = Table(
+        title=f"{setting.net}, {setting.size}^3, batch {setting.batch}, K = {setting.steps}: "
+        f"cosine of first with second order {result['cosine']:.4f}",
+        title_justify="left",
+    )
+    for column in ("method", "time / first order", "spread", "units", "memory, MiB", "error"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, values in result["methods"].items():
+        ratio = ratios(result, name)
+        error = values["error"]
+        table.add_row(
+            name,
+            f"{statistics.median(ratio):.2f}",
+            f"{min(ratio):.2f}-{max(ratio):.2f}",
+            f"{units * statistics.median(ratio):.1f}",
+            f"{values['peak_mib']:.0f}",
+            "" if error is None else f"{error:.1e}",
+        )
+    console.print(table)
+
+
+def plot(path: Path, results: list[dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    nets = sorted({r["setting"]["net"] for r in results})
+    figure, axes = plt.subplots(
+        2, len(nets), figsize=(4.2 * len(nets), 7), squeeze=False, layout="constrained"
+    )
+    shown = ["FirstOrder", "SecondOrder stored", "SecondOrder recomputed", *PEERS]
+    for column, net in enumerate(nets):
+        of_net = [r for r in results if r["setting"]["net"] == net]
+        steps = [r["setting"]["steps"] for r in of_net]
+        for name in shown:
+            if name not in of_net[0]["methods"]:
+                continue
+            memory = [r["methods"][name]["peak_mib"] for r in of_net]
+            seconds = [statistics.median(ratios(r, name)) for r in of_net]
+            axes[0][column].plot(steps, memory, "o-", label=name)
+            axes[1][column].plot(steps, seconds, "o-", label=name)
+        axes[0][column].set(title=net, xlabel="inner steps K", ylabel="peak memory, MiB")
+        axes[1][column].set(xlabel="inner steps K", ylabel="time / first order", ylim=(0, None))
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--net", nargs="+", default=["unet", "prismnet", "segresnet"])
+    parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 5, 10])
+    parser.add_argument("--size", type=int, default=32, help="voxels of a side (default 32)")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="default: all")
+    results_folder = Path(__file__).parent / "results"
+    parser.add_argument("--out", type=Path, default=results_folder / "first_vs_second_order.json")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.job:
+        return job(arguments)
+
+    console = Console()
+    missing = [n for n, module in PEERS.items() if importlib.util.find_spec(module) is None]
+    for name in missing:
+        console.print(f"{name} is not installed and is left out")
+    methods = [name for name in arguments.methods if name not in missing]
+    if "FirstOrder" not in methods:
+        methods.insert(0, "FirstOrder")  # all ratios are to it
+    packages = ("prism-meta", "torch", "monai", *(PEERS[n].lower() for n in PEERS if n in methods))
+    facts = {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "processor": platform.processor() or platform.machine(),
+        "threads": arguments.threads,
+        "seed": arguments.seed,
+        "rounds": arguments.rounds,
+        "left_out": missing,
+    }
+    console.print(facts)
+    results = []
+    for net in arguments.net:
+        for steps in arguments.steps:
+            setting = Setting(
+                net, steps, arguments.size, arguments.batch, arguments.threads, arguments.seed
+            )
+            result = in_a_process_of_its_own(
+                setting, "--rounds", str(arguments.rounds), "--methods", *methods
+            )
+            for name in methods:
+                memory = in_a_process_of_its_own(setting, "--memory", name)
+                result["methods"][name].update(memory)
+            # First order is K + 1 units: the others' units follow from their ratio to it.
+            show(console, setting, result, units=steps + 1.0)
+            results.append({"setting": asdict(setting), **result})
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+    plot(arguments.out.with_suffix(".png"), results)
+    console.print(f"written: {arguments.out} and {arguments.out.with_suffix('.png').name}")
+    return None
+
+
+if __name__ == "__main__":
+    main()

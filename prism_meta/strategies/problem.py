@@ -1,0 +1,189 @@
+"""A model and an objective as a function of parameters: where the policies are kept.
+
+The model is never changed; every evaluation is a ``torch.func.functional_call``.
+
+- *Frozen* parameters (``requires_grad=False``) are neither adapted nor given a gradient.
+- *Unused* parameters get a zero gradient, and the inner step passes them by as ``torch.optim`` does
+  those without a gradient: neither momentum nor weight decay moves them.
+- *Tied* parameters are one parameter under their first name.
+- *Buffers* (BatchNorm statistics) are isolated: an episode works on copies. They are statistics, and
+  no gradient goes through them from one evaluation to the next.
+- *Autocast* holds for the model and the objective; derivatives are computed in the types that the
+  forward pass chose, as torch advises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from prism_meta.inner import Params
+from prism_meta.strategies.base import MetaGradient, Objective
+
+
+@dataclass(frozen=True)
+class Value:
+    """The objective at some parameters: loss, terms, and the buffers that the evaluation left."""
+
+    loss: Tensor
+    terms: Mapping[str, Tensor]
+    buffers: Params
+
+
+class Problem:
+    """L(params, batch) for one model and one objective.
+
+    Args:
+        model: any module with a trainable parameter.
+        objective: see ``MetaStrategy.meta_gradient``.
+        scale: likewise.
+
+    Raises:
+        ValueError: the model has no trainable parameter.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective, scale: Tensor | float = 1.0) -> None:
+        self.model, self.objective, self.scale = model, objective, scale
+        self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.trainable:
+            raise ValueError(
+                f"model: {type(model).__name__} has no trainable parameter; "
+                "set requires_grad=True on those to learn"
+            )
+        self.device = next(iter(self.trainable.values())).device
+
+    def leaves(self) -> Params:
+        """phi as leaves of a graph of our own, so that ``.grad`` of the model is never touched."""
+        return detached(self.trainable, requires_grad=True)
+
+    def buffers(self) -> Params:
+        """Copies of the model's own buffers."""
+        return {name: b.detach().clone() for name, b in self.model.named_buffers()}
+
+    def evaluate(self, params: Params, batch: Any, buffers: Params | None = None) -> Value:
+        """The objective at ``params``; ``buffers`` (the model's own unless given) are not changed."""
+        if torch.is_autocast_enabled(self.device.type):
+            torch.clear_autocast_cache()  # it would keep every step's cast weights alive
+        start = self.buffers() if buffers is None else {n: b.clone() for n, b in buffers.items()}
+        state = {**params, **start}
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(self.model, state, args, kwargs)
+
+        value = self.objective(forward, batch)
+        loss, terms = (value, {}) if isinstance(value, Tensor) else (value.loss, value.terms)
+        if loss.numel() != 1:
+            raise ValueError(
+                f"objective: got a loss of shape {tuple(loss.shape)}, expected a scalar"
+            )
+        # A buffer is changed in place (BatchNorm) or replaced in ``state`` (a plain assignment).
+        return Value(loss.reshape(()), terms, {name: state[name].detach() for name in start})
+
+    def gradient(self, loss: Tensor, params: Params) -> Params:
+        """d loss / d params; 0 for what the loss does not depend on."""
+        return self.pull_back([loss], [torch.ones_like(loss)], params)
+
+    def inner_gradient(self, loss: Tensor, params: Params, *, create_graph: bool = False) -> Params:
+        """The same for an inner step: without an entry for what the loss does not depend on."""
+        pulled = self._pull_back(
+            [loss], [torch.ones_like(loss)], params, create_graph=create_graph, retain_graph=None
+        )
+        return {name: g for name, g in zip(params, pulled, strict=True) if g is not None}
+
+    def pull_back(
+        self,
+        outputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor],
+        inputs: Params,
+        *,
+        retain_graph: bool | None = None,
+    ) -> Params:
+        """The vector-Jacobian product: sum over outputs of cotangent^T d output / d inputs."""
+        pulled = self._pull_back(
+            outputs, cotangents, inputs, create_graph=False, retain_graph=retain_graph
+        )
+        return {
+            name: torch.zeros_like(value) if g is None else g
+            for (name, value), g in zip(inputs.items(), pulled, strict=True)
+        }
+
+    def _pull_back(
+        self,
+        outputs: Sequence[Tensor],
+        cotangents: Sequence[Tensor],
+        inputs: Params,
+        *,
+        create_graph: bool,
+        retain_graph: bool | None,
+    ) -> list[Tensor | None]:
+        """One entry per input; None where no output depends on it."""
+        followed = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+        if not followed or not inputs:
+            return [None] * len(inputs)
+        scaled = not isinstance(self.scale, float) or self.scale != 1.0
+        with torch.autocast(self.device.type, enabled=False):
+            grads = torch.autograd.grad(
+                [output for output, _ in followed],
+                list(inputs.values()),
+                [self.scale * c if scaled else c for _, c in followed],
+                create_graph=create_graph,
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
+        return [g / self.scale if scaled and g is not None else g for g in grads]
+
+    def random_state(self) -> tuple[Tensor, Tensor | None]:
+        """The state of the random numbers that the model draws from, on the CPU and its device."""
+        device = None
+        if self.device.type != "cpu":
+            device = torch.get_device_module(self.device).get_rng_state(self.device)
+        return torch.get_rng_state(), device
+
+    @contextmanager
+    def replaying(self, state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
+        """Draw again what was drawn after ``state``, and leave no trace of it."""
+        cpu, device = state
+        on_device = [] if device is None else [self.device]
+        with torch.random.fork_rng(on_device, device_type=self.device.type):
+            torch.set_rng_state(cpu)
+            if device is not None:
+                torch.get_device_module(self.device).set_rng_state(device, self.device)
+            yield
+
+    def result(
+        self,
+        *,
+        gradient: Params,
+        adapted: Params,
+        train_loss: Tensor,
+        meta: Value,
+        **more: Any,
+    ) -> MetaGradient:
+        """Everything detached, in the order of the model's parameters."""
+        every = {**self.trainable, **adapted}
+        return MetaGradient(
+            gradient=detached({name: gradient[name] for name in self.trainable}),
+            # Not a view of the model's memory, which the outer step will change.
+            adapted={n: every[n].detach().clone() for n in self.trainable},
+            train_loss=train_loss.detach(),
+            meta_loss=meta.loss.detach(),
+            terms={name: term.detach() for name, term in meta.terms.items()},
+            **{"buffers": meta.buffers, **more},
+        )
+
+
+def detached(params: Mapping[str, Tensor], *, requires_grad: bool = False) -> Params:
+    """The same values as constants, or as new leaves."""
+    return {name: p.detach().requires_grad_(requires_grad) for name, p in params.items()}
+
+
+def dot(a: Params, b: Params) -> Tensor:
+    """<a, b> over all entries of ``a``, in float64; 0 where there is none."""
+    zero = torch.zeros((), dtype=torch.float64)
+    return sum(((x.double() * b[n].double()).sum() for n, x in a.items()), start=zero)

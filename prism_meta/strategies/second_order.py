@@ -1,0 +1,317 @@
+"""Strategies that differentiate through the inner steps: E4, exact and by finite differences."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prism_meta.inner import InnerOptimizer, Params, State
+from prism_meta.strategies.adapting import Adapted, Adapting, Step, Trajectory, detached_state
+from prism_meta.strategies.base import MetaGradient, Objective
+from prism_meta.strategies.problem import Problem, Value, detached, dot
+
+Graph = Literal["auto", "stored", "recomputed"]
+#: From w, shaped like the adapted parameters, to the derivative of <grad L_train, w> with respect to
+#: all parameters: H w, and the mixed derivatives for those that are not adapted.
+Curvature = Callable[[Params], Params]
+
+
+class Adjoint(Adapting):
+    """E4 from the last inner step back to the first, with one step's graph in memory at a time.
+
+    With lambda_K = grad L_meta(phi~), step k gives lambda_k from lambda_{k+1} by the derivative of
+    U(g_k, s_k, phi_k): directly, and through g_k by the curvature of L_train at phi_k. The state of the
+    inner optimizer has an adjoint too. Sub-classes say how the curvature is computed.
+    """
+
+    #: What ``curvature`` needs of each step.
+    record: ClassVar[Literal["steps", "gradients"]] = "steps"
+
+    @abstractmethod
+    def curvature(
+        self, problem: Problem, step: Step, fixed: Params
+    ) -> tuple[Params, Curvature, dict[str, Tensor]]:
+        """The inner gradient at ``step``, the curvature there, and diagnostics."""
+
+    def meta_gradient(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        train: Any,
+        meta: Any,
+        *,
+        state: State | None = None,
+        scale: Tensor | float = 1.0,
+    ) -> MetaGradient:
+        problem = Problem(model, objective, scale)
+        inner = self.walk(problem, train, state, record=self.record)
+        value, gradient = _at(problem, inner, meta)
+        adjoint = {n: gradient[n] for n in inner.params}
+        total = {n: gradient[n] for n in inner.fixed}
+        hyper = {n: torch.zeros_like(p) for n, p in self.inner.learned().items()}
+        state_adjoint: Params = {}
+        diagnostics: dict[str, Tensor] = {}
+        while inner.steps:
+            step = inner.steps.pop()  # its memory is free again once the adjoint has passed it
+            adjoint, state_adjoint, fixed_part, hyper_part, here = self._back(
+                problem, step, inner.fixed, adjoint, state_adjoint
+            )
+            diagnostics = {n: torch.maximum(v, diagnostics.get(n, v)) for n, v in here.items()}
+            total = {n: t + fixed_part[n] for n, t in total.items()}
+            hyper = {n: h + hyper_part[n] for n, h in hyper.items()}
+        return problem.result(
+            gradient={**total, **adjoint},
+            adapted=inner.params,
+            train_loss=inner.train_loss,
+            meta=value,
+            inner_buffers=inner.buffers,
+            hyper_gradient=hyper,
+            state=detached_state(inner.state),
+            diagnostics=diagnostics,
+        )
+
+    def _back(
+        self, problem: Problem, step: Step, fixed: Params, adjoint: Params, state_adjoint: Params
+    ) -> tuple[Params, Params, Params, Params, dict[str, Tensor]]:
+        """lambda_k, the state's adjoint, and the shares of fixed and of hyper-parameters."""
+        values, curvature, diagnostics = self.curvature(problem, step, fixed)
+        params = detached(step.params, requires_grad=True)
+        grads = detached(values, requires_grad=True)
+        flat = _flat(step.state)
+        leaves = detached(flat, requires_grad=True)
+        with torch.enable_grad():
+            new_params, new_state = self.update(grads, _unflat(leaves, step.state), params)
+        flat_new = _flat(new_state)
+        inputs = {
+            **{f"params {n}": p for n, p in params.items()},
+            **{f"grads {n}": g for n, g in grads.items()},
+            **{f"state {n}": s for n, s in leaves.items()},
+            **{f"hyper {n}": h for n, h in self.inner.learned().items()},
+        }
+        followed = {n: flat_new[n] for n in state_adjoint if n in flat_new}
+        pulled = problem.pull_back(
+            [*new_params.values(), *followed.values()],
+            [*(adjoint[n] for n in new_params), *(state_adjoint[n] for n in followed)],
+            inputs,
+        )
+
+        def part(kind: str) -> Params:
+            return {n[len(kind) + 1 :]: v for n, v in pulled.items() if n.startswith(f"{kind} ")}
+
+        direct, curved = part("params"), curvature(part("grads"))
+        return (
+            {n: direct[n] + curved[n] for n in direct},
+            part("state"),
+            {n: curved[n] for n in fixed},
+            part("hyper"),
+            diagnostics,
+        )
+
+
+class SecondOrder(Adjoint):
+    """E4: the exact gradient of L_meta(phi~(phi)), through the inner steps.
+
+    For one SGD step G = (I - eta_in H_train(phi)) grad L_meta(phi~). Needs operations with a second
+    derivative; ``preflight`` says which of a model's have none.
+
+    Args:
+        inner: the inner optimizer, e.g. ``SGD(0.05)``.
+        steps: K, the number of inner steps.
+        adapt: says by name which parameters inner steps move; all unless given.
+        graph: ``stored`` keeps the graphs of all steps: 4 units of time at K = 1, memory grows with K.
+            ``recomputed`` keeps parameters and optimizer state per step and rebuilds one step at a
+            time: about a third more time at large K, memory for one step. Both give the same numbers
+            to rounding, dropout included. ``auto`` stores the graph of a single step and recomputes
+            more.
+
+    Source: MAML, Finn et al., ICML 2017; the adjoint of an unrolled optimizer as in Maclaurin et al.,
+    ICML 2015, with saved in place of reversed steps.
+
+    Example:
+        >>> from prism_meta.inner import SGD
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> mse = lambda forward, batch: (forward(batch[0]) - batch[1]).square().mean()
+        >>> batch = (torch.ones(1, 1), torch.zeros(1, 1))
+        >>> result = SecondOrder(SGD(0.25)).meta_gradient(model, mse, batch, batch)
+        >>> bool(torch.allclose(result.gradient["weight"], model.weight / 2))  # d/dw (w / 2)^2
+        True
+    """
+
+    def __init__(
+        self,
+        inner: InnerOptimizer,
+        steps: int = 1,
+        *,
+        adapt: Adapted | None = None,
+        graph: Graph = "auto",
+    ) -> None:
+        super().__init__(inner, steps, adapt=adapt)
+        if graph not in ("auto", "stored", "recomputed"):
+            raise ValueError(f"graph: got {graph!r}, expected 'auto', 'stored' or 'recomputed'")
+        self.graph = graph
+
+    @property
+    def stores(self) -> bool:
+        """Whether the graphs of all inner steps are kept."""
+        return self.graph == "stored" or (self.graph == "auto" and self.steps == 1)
+
+    def meta_gradient(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        train: Any,
+        meta: Any,
+        *,
+        state: State | None = None,
+        scale: Tensor | float = 1.0,
+    ) -> MetaGradient:
+        if not self.stores:
+            return super().meta_gradient(model, objective, train, meta, state=state, scale=scale)
+        problem = Problem(model, objective, scale)
+        phi = problem.leaves()
+        inner = self.unroll(problem, phi, train, state)
+        value = problem.evaluate({**inner.fixed, **inner.params}, meta)
+        learned = self.inner.learned()
+        gradient = problem.gradient(
+            value.loss, {**phi, **{f"hyper {n}": h for n, h in learned.items()}}
+        )
+        return problem.result(
+            gradient=gradient,
+            adapted=inner.params,
+            train_loss=inner.train_loss,
+            meta=value,
+            inner_buffers=inner.buffers,
+            hyper_gradient={n: gradient[f"hyper {n}"] for n in learned},
+            state=detached_state(inner.state),
+        )
+
+    def curvature(
+        self, problem: Problem, step: Step, fixed: Params
+    ) -> tuple[Params, Curvature, dict[str, Tensor]]:
+        params = detached(step.params, requires_grad=True)
+        others = detached(fixed, requires_grad=True)
+        with problem.replaying(step.random):
+            value = problem.evaluate({**others, **params}, step.batch, step.buffers)
+        grads = problem.inner_gradient(value.loss, params, create_graph=True)
+
+        def product(vector: Params) -> Params:
+            return problem.pull_back(
+                list(grads.values()), [vector[n] for n in grads], {**params, **others}
+            )
+
+        return grads, product, {}
+
+
+class FiniteDifference(Adjoint):
+    """E4 with H v from two extra gradients per inner step, for nets without second derivatives.
+
+    H v is (grad L(phi + r v) - grad L(phi - r v)) / 2r, with r ||v|| = ``radius`` * ||phi||
+    (``radius`` where phi is 0). The error
+    of the difference is of order radius^2, that of rounding of order 1 / radius; the default balances
+    them in the type of the parameters. ``diagnostics["asymmetry"]`` compares the two one-sided
+    differences, ||D+ - D-|| / ||D||, and is the largest over the inner steps: it is of order radius
+    for a smooth loss, and a value near 1 says that the result cannot be trusted. At kinks (ReLU) a
+    smaller radius is better; see ``benchmarks/first_vs_second_order.py`` for measured errors. What the
+    objective detaches (a teacher, in E8 and E9) moves in a difference, while a second derivative holds
+    it constant: on ``PrismObjective`` the two differ by some percent.
+
+    Args:
+        inner: the inner optimizer, e.g. ``SGD(0.05)``.
+        steps: K, the number of inner steps.
+        adapt: says by name which parameters inner steps move; all unless given.
+        radius: relative to the norm of the adapted parameters; the cube root of the type's precision
+            unless given.
+
+    Raises:
+        ValueError: ``radius`` is not positive.
+
+    Source: the finite-difference form of DARTS (Liu et al., ICLR 2019).
+
+    Example:
+        >>> from prism_meta.inner import SGD
+        >>> model = nn.Linear(1, 1, bias=False).double()
+        >>> mse = lambda forward, batch: (forward(batch[0]) - batch[1]).square().mean()
+        >>> batch = (torch.ones(1, 1).double(), torch.zeros(1, 1).double())
+        >>> result = FiniteDifference(SGD(0.25)).meta_gradient(model, mse, batch, batch)
+        >>> bool(torch.allclose(result.gradient["weight"], model.weight / 2))
+        True
+    """
+
+    record = "gradients"
+
+    def __init__(
+        self,
+        inner: InnerOptimizer,
+        steps: int = 1,
+        *,
+        adapt: Adapted | None = None,
+        radius: float | None = None,
+    ) -> None:
+        super().__init__(inner, steps, adapt=adapt)
+        if radius is not None and not radius > 0:
+            raise ValueError(f"radius: got {radius}, expected a number > 0")
+        self.radius = radius
+
+    def curvature(
+        self, problem: Problem, step: Step, fixed: Params
+    ) -> tuple[Params, Curvature, dict[str, Tensor]]:
+        middle = step.gradient
+        assert middle is not None  # see ``record``
+        diagnostics: dict[str, Tensor] = {}
+        precision = max(torch.finfo(p.dtype).eps for p in step.params.values())
+        radius = self.radius or precision ** (1 / 3)
+        everything = {**step.params, **fixed}
+
+        def gradient(vector: Params, r: Tensor) -> Params:
+            moved = {n: step.params[n] + r.to(v.dtype) * v for n, v in vector.items()}
+            leaves = detached({**everything, **moved}, requires_grad=True)
+            with problem.replaying(step.random):
+                value = problem.evaluate(leaves, step.batch, step.buffers)
+            return problem.gradient(value.loss, leaves)
+
+        def product(vector: Params) -> Params:
+            size, reach = _norm(vector), _norm(step.params)
+            reach = radius * torch.where(reach > 0, reach, 1.0)
+            # Where v = 0 there is no direction to move along, and H v = 0.
+            r = torch.where(size > 0, reach / size, 1.0)
+            plus, minus = gradient(vector, r), gradient(vector, -r)
+            bend = {n: plus[n] - 2 * middle[n] + minus[n] for n in middle}
+            slope = {n: (plus[n] - minus[n]) / 2 for n in middle}
+            diagnostics["asymmetry"] = _norm(bend) / _norm(slope).clamp(min=1e-30)
+            return {n: (plus[n] - minus[n]) / (2 * r).to(plus[n].dtype) for n in everything}
+
+        return middle, product, diagnostics
+
+
+def _at(problem: Problem, inner: Trajectory, meta: Any) -> tuple[Value, Params]:
+    """L_meta at phi~ and its gradient there, with respect to all parameters."""
+    leaves = detached({**inner.fixed, **inner.params}, requires_grad=True)
+    value = problem.evaluate(leaves, meta)
+    return value, problem.gradient(value.loss, leaves)
+
+
+def _norm(values: Params) -> Tensor:
+    """Over all entries, in float64; 0 where there is none."""
+    return dot(values, values).sqrt()
+
+
+def _flat(state: State) -> Params:
+    """The floating-point tensors of a state, under one name each."""
+    return {
+        f"{name} {key}": value
+        for name, values in state.items()
+        for key, value in values.items()
+        if value.is_floating_point() and key != "step"
+    }
+
+
+def _unflat(flat: Params, state: State) -> State:
+    """``state`` with the tensors of ``flat`` in it."""
+    return {
+        name: {key: flat.get(f"{name} {key}", value) for key, value in values.items()}
+        for name, values in state.items()
+    }
