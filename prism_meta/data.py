@@ -99,10 +99,10 @@ class Preprocessing:
             return image
         low, high = np.percentile(image[inside], self.percentiles)
         clipped = np.clip(image[inside], low, high)
-        # A constant image carries nothing; it becomes 0 and not NaN.
-        scaled = (clipped - clipped.mean()) / max(float(clipped.std()), 1e-8)
         result = np.zeros_like(image)
-        result[inside] = scaled
+        # A constant image carries nothing: it becomes 0, and not the noise of its rounded mean.
+        if clipped.min() < clipped.max():
+            result[inside] = (clipped - clipped.mean()) / clipped.std()
         return result
 
     def _resample(self, maps: Tensor, affine: Tensor) -> tuple[Tensor, Tensor]:

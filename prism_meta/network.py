@@ -106,13 +106,18 @@ class Prediction:
 
 
 class MomentFusion(nn.Module):
-    """Fuses any number of modalities by the mean and variance of their features, per voxel.
+    """Fuses any number of modalities by the weighted mean and variance of their features.
+
+    Each voxel and channel of a modality gets a score, and the softmax of the scores over the shown
+    modalities is its weight in both moments: with equal scores these are HeMIS's, and a modality that
+    alone shows something (the ring in t1ce) is not diluted by the others.
 
     Args:
         channels: C of the features.
         spatial_dims: 2 or 3.
 
-    Source: HeMIS (Havaei et al., MICCAI 2016).
+    Source: HeMIS (Havaei et al., MICCAI 2016) for the moments; attention over modalities as in
+    mmFormer (Zhang et al., MICCAI 2022) for the weights, here by voxel and without tokens.
 
     Example:
         >>> fuse = MomentFusion(8, spatial_dims=2)
@@ -122,17 +127,20 @@ class MomentFusion(nn.Module):
 
     def __init__(self, channels: int, *, spatial_dims: int) -> None:
         super().__init__()
+        self.score = _conv(spatial_dims)(channels, channels, 1)
         self.mix = _conv(spatial_dims)(2 * channels, channels, 1)
 
     def forward(self, features: Tensor, sample: Tensor, batch: int) -> Tensor:
         """(P, C, *s) features and (P,) sample indices to (B, C, *s)."""
-        count = torch.bincount(sample, minlength=batch).to(features.dtype)
-        count = count.view(-1, *[1] * (features.ndim - 1))
-        zeros = features.new_zeros(batch, *features.shape[1:])
-        mean = zeros.index_add(0, sample, features) / count
+
+        def total(values: Tensor) -> Tensor:
+            sums = values.new_zeros(batch, *values.shape[1:])
+            return sums.index_add(0, sample, values)
+
+        weight = _softmax_per_sample(self.score(features), sample, batch)
+        mean = total(weight * features)
         deviation = (features - mean.index_select(0, sample)).square()
-        variance = zeros.index_add(0, sample, deviation) / count
-        mixed: Tensor = self.mix(torch.cat((mean, variance), 1))
+        mixed: Tensor = self.mix(torch.cat((mean, total(weight * deviation)), 1))
         return mixed
 
 
@@ -322,6 +330,17 @@ def _norm(channels: int) -> nn.Module:
 
 def _conv(spatial_dims: int) -> type[nn.Conv2d] | type[nn.Conv3d]:
     return nn.Conv3d if spatial_dims == 3 else nn.Conv2d
+
+
+def _softmax_per_sample(scores: Tensor, sample: Tensor, batch: int) -> Tensor:
+    """Softmax over the pairs of each sample, (P, ...) to (P, ...); ``sample`` is (P,)."""
+    shape = (batch, *scores.shape[1:])
+    rows = sample.view(-1, *[1] * (scores.ndim - 1)).expand_as(scores)
+    # The largest score only keeps exp from overflow; the result does not depend on it.
+    largest = scores.new_full(shape, -torch.inf).scatter_reduce(0, rows, scores.detach(), "amax")
+    shares = (scores - largest.index_select(0, sample)).exp()
+    sums = scores.new_zeros(shape).index_add(0, sample, shares)
+    return shares / sums.index_select(0, sample)
 
 
 def _take(branch: Branch, rows: Tensor | slice) -> Branch:

@@ -323,7 +323,7 @@ def _outer(config: Config, model: torch.nn.Module) -> tuple[Optimizer, LRSchedul
         optimizer: Optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         return optimizer, Reptile.schedule(optimizer, training.steps)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=training.lr, weight_decay=training.weight_decay
+        model.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True
     )
     scheduler = torch.optim.lr_scheduler.PolynomialLR(
         optimizer, total_iters=training.steps, power=0.9

@@ -185,14 +185,21 @@ def test_second_order_equals_the_oracle(size: tuple[int, ...]) -> None:
 # ---------------------------------------------------------------- the parts
 
 
-def test_fusion_is_mean_and_variance() -> None:
+@pytest.mark.parametrize("scored", [False, True])
+def test_fusion_is_mean_and_variance_under_the_softmax_of_the_scores(scored: bool) -> None:
     fusion = MomentFusion(2, spatial_dims=2).double()
+    with torch.no_grad():
+        fusion.score.weight.mul_(3.0 * scored)
     features, sample = randn(4, 2, 3, 3, seed=19), torch.tensor([0, 0, 1, 0])
+    scores = fusion.score(features)
     weight, bias = fusion.mix.weight[:, :, 0, 0], fusion.mix.bias
     assert bias is not None
     for n, members in enumerate(([0, 1, 3], [2])):
-        own = features[members]
-        moments = torch.cat((own.mean(0), own.var(0, unbiased=False)))
+        own, share = features[members], scores[members].softmax(0)
+        mean = (share * own).sum(0)
+        moments = torch.cat((mean, (share * (own - mean) ** 2).sum(0)))
+        if not scored:  # HeMIS
+            close(moments, torch.cat((own.mean(0), own.var(0, unbiased=False))))
         expected = torch.einsum("oc,cij->oij", weight, moments) + bias[:, None, None]
         close(fusion(features, sample, 2)[n], expected)
 
