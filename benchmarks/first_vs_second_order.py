@@ -293,7 +293,12 @@ def measure_time(setting: Setting, methods: list[str], rounds: int) -> dict[str,
 
 def in_a_process_of_its_own(setting: Setting, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--job", json.dumps(asdict(setting)), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(setting.threads)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(setting.threads),
+        # glibc gives large tensors back as they are freed: else the holes between them are measured.
+        **({"MALLOC_MMAP_THRESHOLD_": str(2**18)} if "--memory" in arguments else {}),
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
