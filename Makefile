@@ -26,15 +26,7 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/prism-meta demo --out demo
 
-quick-# learn2learn 0.2.0 has no wheels, and its C files do not compile on Python 3.11 and newer: it is built
-# from its .pyx files.
-.venv/learn2learn: .venv/installed
-	$(BIN)/pip install --quiet cython setuptools wheel
-	$(BIN)/pip install --quiet --no-build-isolation --config-settings="--global-option=build_ext" \
-		learn2learn==0.2.0
-	touch $@
-
-demo: .venv/installed
+quick-demo: .venv/installed
 	rm -rf demo-quick
 	$(BIN)/prism-meta demo --quick --out demo-quick
 
