@@ -127,7 +127,8 @@ class MomentFusion(nn.Module):
 
     def __init__(self, channels: int, *, spatial_dims: int) -> None:
         super().__init__()
-        self.score = _conv(spatial_dims)(channels, channels, 1)
+        # A bias would cancel in the softmax, and Adam would follow the rounding of its gradient.
+        self.score = _conv(spatial_dims)(channels, channels, 1, bias=False)
         self.mix = _conv(spatial_dims)(2 * channels, channels, 1)
 
     def forward(self, features: Tensor, sample: Tensor, batch: int) -> Tensor:
