@@ -196,7 +196,7 @@ class PrismNet(nn.Module):
         self.unimodal_decoder = _Decoder(channels, num_classes, spatial_dims, with_prm=False)
         if spatial_dims == 3:
             # torch's CPU conv3d takes a slow path for small batches in the default layout.
-            self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+            self.to(memory_format=torch.channels_last_3d)
 
     def forward(self, image: Tensor, mask: Tensor) -> Prediction:
         pairs = self._pairs(image, mask)
