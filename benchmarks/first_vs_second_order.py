@@ -116,7 +116,7 @@ def build(setting: Setting) -> tuple[nn.Module, Callable[..., Any], pm.Batch, pm
 
     full = [[True] * 4]
     if setting.net == "unet":
-        net: nn.Module = UNet().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        net: nn.Module = UNet().to(memory_format=torch.channels_last_3d)
         return net, segmentation, draw(full), draw(full)
     if setting.net == "segresnet":
         from monai.networks.nets import SegResNet

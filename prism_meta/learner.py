@@ -104,6 +104,7 @@ class MetaLearner:
         self.optimizer, self.alpha = optimizer, alpha
         self.inner_state, self.buffers = inner_state, buffers
         self.clip_norm, self.scaler = clip_norm, scaler
+        self._inner = inner
         hyper = {} if inner is None else inner.learned()
         self._hyper = {n: p for n, p in hyper.items() if id(p) in held}
         self._carried: State | None = None
@@ -174,9 +175,8 @@ class MetaLearner:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the model's and the optimizer's states."""
         state: dict[str, Any] = {"carried": self._carried}
-        inner: InnerOptimizer | None = getattr(self.strategy, "inner", None)
-        if inner is not None:
-            state["inner"] = inner.state_dict()
+        if self._inner is not None:
+            state["inner"] = self._inner.state_dict()
         if self.scaler is not None:
             state["scaler"] = self.scaler.state_dict()
         return state
@@ -184,9 +184,8 @@ class MetaLearner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``."""
         self._carried = state["carried"]
-        inner: InnerOptimizer | None = getattr(self.strategy, "inner", None)
-        if inner is not None:
-            inner.load_state_dict(state["inner"])
+        if self._inner is not None:
+            self._inner.load_state_dict(state["inner"])
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
 

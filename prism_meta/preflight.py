@@ -142,9 +142,9 @@ def _probe(
     """Bytes of the graph and of that of its gradient, used parameters, finiteness, and what failed."""
     phi = problem.leaves()
     own = {t.untyped_storage().data_ptr() for t in (*phi.values(), *problem.model.buffers())}
-    with _counting(own) as first:
+    with _SavedBytes(own) as first:
         value = problem.evaluate(phi, batch)
-    with _counting(own | first.keys()) as second:
+    with _SavedBytes(own | first.keys()) as second:
         grads = torch.autograd.grad(
             value.loss, list(phi.values()), create_graph=True, allow_unused=True
         )
@@ -158,7 +158,7 @@ def _probe(
     return sum(first.values()), sum(second.values()), used, finite, error
 
 
-class _counting:  # noqa: N801, a context manager
+class _SavedBytes:
     """Bytes per storage that autograd saves within the context, without those of ``known``."""
 
     def __init__(self, known: set[int]) -> None:

@@ -6,21 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from prism_meta.inner import Params, State
 from prism_meta.integrations import load
 from prism_meta.strategies.adapting import detached_state
-from prism_meta.strategies.base import MetaGradient, MetaStrategy, Objective, batches_of
-from prism_meta.strategies.problem import Problem
+from prism_meta.strategies.base import MetaGradient, batches_of
+from prism_meta.strategies.problem import Problem, ProblemStrategy
 
 INSTALL = "pip install higher"
 #: The entries of a torch optimizer's state that are one number, whatever the parameter's shape.
 COUNTERS = ("step", "eta", "mu")
 
 
-class HigherStrategy(MetaStrategy):
+class HigherStrategy(ProblemStrategy):
     """E4 or E3 through inner steps of any ``torch.optim`` optimizer that higher can differentiate.
 
     Those are SGD, Adam, Adamax, Adagrad, Adadelta and ASGD, and what is given to
@@ -77,17 +77,7 @@ class HigherStrategy(MetaStrategy):
             raise ValueError(f"steps: got {steps}, expected at least 1 inner step")
         self.make_optimizer, self.steps, self.first_order = make_optimizer, steps, first_order
 
-    def meta_gradient(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        train: Any,
-        meta: Any,
-        *,
-        state: State | None = None,
-        scale: Tensor | float = 1.0,
-    ) -> MetaGradient:
-        problem = Problem(model, objective, scale)
+    def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
         phi = problem.leaves()
         optimizer = self.make_optimizer(list(phi.values()))
         stepper = _differentiable(optimizer, phi, state, second=not self.first_order)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from prism_meta.inner import InnerOptimizer, Params, State
-from prism_meta.strategies.base import MetaStrategy, batches_of
-from prism_meta.strategies.problem import Problem, detached
+from prism_meta.strategies.base import batches_of
+from prism_meta.strategies.problem import Problem, ProblemStrategy, detached
 
 Adapted = Callable[[str], bool]
 
@@ -49,7 +49,7 @@ class Trajectory:
     steps: list[Step] = field(default_factory=list)
 
 
-class Adapting(MetaStrategy):
+class Adapting(ProblemStrategy):
     """Base of the strategies that take inner steps.
 
     Args:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
 
 from prism_meta.inner import InnerOptimizer, State
 from prism_meta.strategies.adapting import Adapted, Adapting, detached_state
-from prism_meta.strategies.base import MetaGradient, MetaStrategy, Objective, batches_of
-from prism_meta.strategies.problem import Problem, detached
+from prism_meta.strategies.base import MetaGradient, batches_of
+from prism_meta.strategies.problem import Problem, ProblemStrategy, detached
 
 
-class SingleLevel(MetaStrategy):
+class SingleLevel(ProblemStrategy):
     """One level: the gradient of L_train at phi, which is also phi~; the meta batch is only looked at.
 
     Use it as the baseline. ``meta_loss`` is evaluated without a gradient, so that curves of all
@@ -23,6 +22,7 @@ class SingleLevel(MetaStrategy):
     does, give it a train batch of twice the size. Of a list of train batches it takes the first.
 
     Example:
+        >>> from torch import nn
         >>> model = nn.Linear(1, 1, bias=False)
         >>> mse = lambda forward, batch: (forward(batch[0]) - batch[1]).square().mean()
         >>> batch = (torch.ones(1, 1), torch.zeros(1, 1))
@@ -31,17 +31,7 @@ class SingleLevel(MetaStrategy):
         True
     """
 
-    def meta_gradient(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        train: Any,
-        meta: Any,
-        *,
-        state: State | None = None,
-        scale: Tensor | float = 1.0,
-    ) -> MetaGradient:
-        problem = Problem(model, objective, scale)
+    def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
         phi = problem.leaves()
         value = problem.evaluate(phi, batches_of(train)[0])
         gradient = problem.gradient(value.loss, phi)
@@ -74,6 +64,7 @@ class FirstOrder(Adapting):
 
     Example:
         >>> from prism_meta.inner import SGD
+        >>> from torch import nn
         >>> model = nn.Linear(1, 1, bias=False)
         >>> mse = lambda forward, batch: (forward(batch[0]) - batch[1]).square().mean()
         >>> batch = (torch.ones(1, 1), torch.zeros(1, 1))
@@ -82,17 +73,7 @@ class FirstOrder(Adapting):
         True
     """
 
-    def meta_gradient(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        train: Any,
-        meta: Any,
-        *,
-        state: State | None = None,
-        scale: Tensor | float = 1.0,
-    ) -> MetaGradient:
-        problem = Problem(model, objective, scale)
+    def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
         inner = self.walk(problem, train, state)
         leaves = detached({**inner.fixed, **inner.params}, requires_grad=True)
         value = problem.evaluate(leaves, meta)
@@ -131,6 +112,7 @@ class Reptile(Adapting):
 
     Example:
         >>> from prism_meta.inner import SGD
+        >>> from torch import nn
         >>> model = nn.Linear(1, 1, bias=False)
         >>> mse = lambda forward, batch: (forward(batch[0]) - batch[1]).square().mean()
         >>> batch = (torch.ones(1, 1), torch.zeros(1, 1))
@@ -145,17 +127,7 @@ class Reptile(Adapting):
         super().__init__(inner, steps, adapt=adapt)
         self.refuse_learned()
 
-    def meta_gradient(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        train: Any,
-        meta: Any,
-        *,
-        state: State | None = None,
-        scale: Tensor | float = 1.0,
-    ) -> MetaGradient:
-        problem = Problem(model, objective, scale)
+    def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
         inner = self.walk(problem, train, state)
         with torch.no_grad():
             value = problem.evaluate({**inner.fixed, **inner.params}, meta)

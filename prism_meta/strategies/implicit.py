@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prism_meta.inner import InnerOptimizer, Params, State
 from prism_meta.strategies.adapting import Adapted, Adapting, detached_state
-from prism_meta.strategies.base import MetaGradient, Objective, batches_of
+from prism_meta.strategies.base import MetaGradient, batches_of
 from prism_meta.strategies.problem import Problem, detached, dot
 
 
@@ -37,6 +37,7 @@ class ImplicitMAML(Adapting):
 
     Example:
         >>> from prism_meta.inner import SGD
+        >>> from torch import nn
         >>> model = nn.Linear(1, 1, bias=False).double()
         >>> mse = lambda forward, batch: (forward(batch[0]) - batch[1]).square().mean()
         >>> batch = (torch.ones(1, 1).double(), torch.zeros(1, 1).double())
@@ -63,17 +64,7 @@ class ImplicitMAML(Adapting):
         self.proximal, self.cg_steps = proximal, cg_steps
         self.refuse_learned()
 
-    def meta_gradient(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        train: Any,
-        meta: Any,
-        *,
-        state: State | None = None,
-        scale: Tensor | float = 1.0,
-    ) -> MetaGradient:
-        problem = Problem(model, objective, scale)
+    def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
         phi, _ = self.split(detached(problem.trainable))
 
         def pull(params: Params) -> Params:

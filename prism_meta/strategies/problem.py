@@ -14,6 +14,7 @@ The model is never changed; every evaluation is a ``torch.func.functional_call``
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from prism_meta.inner import Params
-from prism_meta.strategies.base import MetaGradient, Objective
+from prism_meta.inner import Params, State
+from prism_meta.strategies.base import MetaGradient, MetaStrategy, Objective
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,26 @@ class Problem:
             terms={name: term.detach() for name, term in meta.terms.items()},
             **{"buffers": meta.buffers, **more},
         )
+
+
+class ProblemStrategy(MetaStrategy):
+    """Base of the strategies that evaluate the model as a ``Problem``: they write ``solve`` alone."""
+
+    def meta_gradient(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        train: Any,
+        meta: Any,
+        *,
+        state: State | None = None,
+        scale: Tensor | float = 1.0,
+    ) -> MetaGradient:
+        return self.solve(Problem(model, objective, scale), train, meta, state)
+
+    @abstractmethod
+    def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
+        """The meta-gradient of one episode; ``train``, ``meta`` and ``state`` as in ``meta_gradient``."""
 
 
 def detached(params: Mapping[str, Tensor], *, requires_grad: bool = False) -> Params:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prism_meta.inner import InnerOptimizer, Params, State
 from prism_meta.strategies.adapting import Adapted, Adapting, Step, Trajectory, detached_state
-from prism_meta.strategies.base import MetaGradient, Objective
+from prism_meta.strategies.base import MetaGradient
 from prism_meta.strategies.problem import Problem, Value, detached, dot
 
 Graph = Literal["auto", "stored", "recomputed"]
@@ -37,17 +37,7 @@ class Adjoint(Adapting):
     ) -> tuple[Params, Curvature, dict[str, Tensor]]:
         """The inner gradient at ``step``, the curvature there, and diagnostics."""
 
-    def meta_gradient(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        train: Any,
-        meta: Any,
-        *,
-        state: State | None = None,
-        scale: Tensor | float = 1.0,
-    ) -> MetaGradient:
-        problem = Problem(model, objective, scale)
+    def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
         inner = self.walk(problem, train, state, record=self.record)
         value, gradient = _at(problem, inner, meta)
         adjoint = {n: gradient[n] for n in inner.params}
@@ -133,6 +123,7 @@ class SecondOrder(Adjoint):
 
     Example:
         >>> from prism_meta.inner import SGD
+        >>> from torch import nn
         >>> model = nn.Linear(1, 1, bias=False)
         >>> mse = lambda forward, batch: (forward(batch[0]) - batch[1]).square().mean()
         >>> batch = (torch.ones(1, 1), torch.zeros(1, 1))
@@ -159,19 +150,9 @@ class SecondOrder(Adjoint):
         """Whether the graphs of all inner steps are kept."""
         return self.graph == "stored" or (self.graph == "auto" and self.steps == 1)
 
-    def meta_gradient(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        train: Any,
-        meta: Any,
-        *,
-        state: State | None = None,
-        scale: Tensor | float = 1.0,
-    ) -> MetaGradient:
+    def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
         if not self.stores:
-            return super().meta_gradient(model, objective, train, meta, state=state, scale=scale)
-        problem = Problem(model, objective, scale)
+            return super().solve(problem, train, meta, state)
         phi = problem.leaves()
         inner = self.unroll(problem, phi, train, state)
         value = problem.evaluate({**inner.fixed, **inner.params}, meta)
@@ -233,6 +214,7 @@ class FiniteDifference(Adjoint):
 
     Example:
         >>> from prism_meta.inner import SGD
+        >>> from torch import nn
         >>> model = nn.Linear(1, 1, bias=False).double()
         >>> mse = lambda forward, batch: (forward(batch[0]) - batch[1]).square().mean()
         >>> batch = (torch.ones(1, 1).double(), torch.zeros(1, 1).double())
