@@ -1,4 +1,4 @@
-"""PRISM's losses E5-E9 as pure functions, one number per sample.
+"""PRISM's losses E5-E9 and the distance of E11 as pure functions, one number per sample.
 
 All take logits or features with channels second, in any number of spatial dimensions ``*S``, and
 labels as class indices. The batch is never reduced here: E10 weighs samples first.
@@ -6,6 +6,7 @@ labels as class indices. The batch is never reduced here: E10 weighs samples fir
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -204,10 +205,52 @@ def prototype_similarity(
         >>> bool((prototype_similarity(z, 2 * z, torch.zeros(2, 8).long(), 4) < 1e-10).all())
         True
     """
+    return _mean_over_present(torch.square, student, teacher, target, num_classes)
+
+
+def prototype_distance(
+    student: Tensor, teacher: Tensor, target: Tensor, num_classes: int
+) -> Tensor:
+    """D of E11: ``prototype_similarity`` with absolute values in place of squares, per sample.
+
+    Mean over voxels and present classes of |cos(z^student, c_k^student) - cos(z^teacher,
+    c_k^teacher)|. The teacher is detached.
+
+    Args:
+        student: (B, C, *S) features of one modality alone.
+        teacher: (B, C, *S) features of the fused branch.
+        target: (B, *S) long.
+        num_classes: K.
+
+    Returns:
+        (B,), in [0, 2].
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Source: PASSION (Shi et al., ACM MM 2024), the distance of its relative preference.
+
+    Example:
+        >>> student, teacher = torch.tensor([[[1.0, -1.0]]]), torch.tensor([[[1.0, 3.0]]])
+        >>> target = torch.tensor([[0, 1]])  # class 0 differs in voxel 1, class 1 in voxel 0
+        >>> prototype_distance(student, teacher, target, num_classes=4)
+        tensor([1.])
+    """
+    return _mean_over_present(torch.abs, student, teacher, target, num_classes)
+
+
+def _mean_over_present(
+    size: Callable[[Tensor], Tensor],
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    num_classes: int,
+) -> Tensor:
+    """``size`` of what the similarities differ by, mean over voxels and present classes: (B,)."""
     one_hot = _prototype_targets(student, teacher, target, num_classes)
     present = one_hot.any(2)
     difference = _similarity(student, one_hot) - _similarity(teacher.detach(), one_hot)
-    per_class = difference.square().mean(2) * present
+    per_class = size(difference).mean(2) * present
     return per_class.sum(1) / present.sum(1)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import F64, labels, randn
-from monai.losses.dice import DiceLoss
+from monai.losses.dice import DiceCELoss, DiceLoss
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
@@ -29,6 +29,7 @@ LOSSES: dict[str, Loss] = {
     ),
     "prototype_l2": lambda z, t, y: losses.prototype_l2(z, t, y, CLASSES),
     "prototype_similarity": lambda z, t, y: losses.prototype_similarity(z, t, y, CLASSES),
+    "prototype_distance": lambda z, t, y: losses.prototype_distance(z, t, y, CLASSES),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
@@ -126,7 +127,9 @@ def test_a_target_of_another_shape_is_refused(loss: Loss) -> None:
         loss(torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 4).long())
 
 
-@pytest.mark.parametrize("loss", [losses.prototype_l2, losses.prototype_similarity])
+@pytest.mark.parametrize(
+    "loss", [losses.prototype_l2, losses.prototype_similarity, losses.prototype_distance]
+)
 def test_prototypes_refuse_shapes_that_do_not_fit(loss: Callable[..., Tensor]) -> None:
     z = torch.zeros(2, 3, 4)
     with pytest.raises(
@@ -221,6 +224,33 @@ def test_soft_dice_is_monai(size: tuple[int, ...]) -> None:
     )
     expected = monai(logits, target[:, None]).flatten(1).mean(1)
     torch.testing.assert_close(losses.soft_dice(logits, target), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("size", [(6, 5), (3, 4, 5)], ids=["2-D", "3-D"])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_unweighted_segmentation_is_monai(batch: int, size: tuple[int, ...]) -> None:
+    logits = randn(batch, 4, *size, seed=27)
+    target = labels(batch, *size, classes=3, seed=28)  # class 3 is absent
+    monai = DiceCELoss(softmax=True, to_onehot_y=True, smooth_nr=0, smooth_dr=1e-7)
+    expected = monai(logits, target[:, None])
+    actual = losses.segmentation(logits, target, weighted=False)
+    torch.testing.assert_close(actual.mean(), expected, rtol=1e-12, atol=0)
+
+
+def test_weights_of_one_sample_are_monai_class_weights() -> None:
+    # torch divides a weighted cross-entropy by the weights that it met, and E5 by the voxels.
+    logits, target = randn(1, 3, 6, 5, seed=29), labels(1, 6, 5, classes=3, seed=30)
+    weight = 1 - target.flatten().bincount().double() / 30
+    monai = DiceCELoss(
+        softmax=True,
+        to_onehot_y=True,
+        weight=weight,
+        lambda_dice=0.0,
+        reduction="sum",
+    )
+    expected = monai(logits, target[:, None]) / 30
+    actual = losses.weighted_cross_entropy(logits, target)
+    torch.testing.assert_close(actual[0], expected, rtol=1e-12, atol=0)
 
 
 def test_segmentation_is_the_sum() -> None:
@@ -340,13 +370,18 @@ def test_prototype_l2_equals_loops(sample_set: tuple[Tensor, Tensor, Tensor]) ->
         assert value == pytest.approx(expected, rel=1e-10)
 
 
-def test_prototype_similarity_equals_loops(sample_set: tuple[Tensor, Tensor, Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("loss", "power"), [(losses.prototype_similarity, 2), (losses.prototype_distance, 1)]
+)
+def test_similarities_equal_loops(
+    sample_set: tuple[Tensor, Tensor, Tensor], loss: Callable[..., Tensor], power: int
+) -> None:
     student, teacher, target = sample_set
-    for n, value in enumerate(losses.prototype_similarity(*sample_set, 4).tolist()):
+    for n, value in enumerate(loss(*sample_set, 4).tolist()):
         z, w = student[n].flatten(1), teacher[n].flatten(1)
         y = target[n].flatten()
         terms = [
-            (cosine(a, c) - cosine(b, d)) ** 2
+            abs(cosine(a, c) - cosine(b, d)) ** power
             for c, d in zip(prototypes_by_loops(z, y, 4), prototypes_by_loops(w, y, 4), strict=True)
             if c is not None and d is not None
             for a, b in zip(z.T.tolist(), w.T.tolist(), strict=True)
@@ -359,11 +394,16 @@ def test_prototype_similarity_by_hand() -> None:
     # both voxels on it. (sqrt(1/2) - 1)^2 per voxel.
     student = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]], dtype=F64)
     teacher = torch.tensor([[[1.0, 1.0], [0.0, 0.0]]], dtype=F64)
-    actual = losses.prototype_similarity(student, teacher, torch.tensor([[0, 0]]), 4)
+    target = torch.tensor([[0, 0]])
+    actual = losses.prototype_similarity(student, teacher, target, 4)
     assert actual.item() == pytest.approx((math.sqrt(0.5) - 1) ** 2, rel=1e-12)
+    distance = losses.prototype_distance(student, teacher, target, 4)
+    assert distance.item() == pytest.approx(1 - math.sqrt(0.5), rel=1e-12)
 
 
-@pytest.mark.parametrize("loss", [losses.prototype_l2, losses.prototype_similarity])
+@pytest.mark.parametrize(
+    "loss", [losses.prototype_l2, losses.prototype_similarity, losses.prototype_distance]
+)
 def test_more_absent_classes_change_nothing(loss: Callable[..., Tensor]) -> None:
     student, teacher = randn(2, 5, 6, seed=24), randn(2, 5, 6, seed=25)
     target = labels(2, 6, classes=2, seed=26)
