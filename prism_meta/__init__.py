@@ -34,6 +34,7 @@ from prism_meta.strategies import (
     SecondOrder,
     SingleLevel,
 )
+from prism_meta.weighting import LearnedWeights, RelativePreference
 from prism_meta.wrap import wrap
 
 try:
@@ -60,6 +61,7 @@ __all__ = [
     "ImplicitMAML",
     "InnerOptimizer",
     "LabelSet",
+    "LearnedWeights",
     "MetaGradient",
     "MetaLearner",
     "MetaSGD",
@@ -70,6 +72,7 @@ __all__ = [
     "PrismError",
     "PrismNet",
     "PrismObjective",
+    "RelativePreference",
     "Reptile",
     "SecondOrder",
     "SingleLevel",
