@@ -41,6 +41,7 @@ from prism_meta.strategies import (
     SecondOrder,
     SingleLevel,
 )
+from prism_meta.weighting import BETA, DELTA, LearnedWeights, RelativePreference, Weighting
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -48,6 +49,9 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Mask = Literal["dynamic", "static", "full", "single", "balanced"]
+
+#: Strategies that look at the meta loss and do not differentiate it.
+_WITHOUT_META_GRADIENT = ("single_level", "reptile")
 
 
 class _Section(BaseModel):
@@ -133,25 +137,59 @@ class ModelConfig(_Section):
 class ObjectiveConfig(_Section):
     """Weights and options of E10."""
 
-    beta: NotNegative | tuple[NotNegative, ...] = 0.02
-    delta: NotNegative | tuple[NotNegative, ...] = 0.01
+    beta: NotNegative | tuple[NotNegative, ...] = BETA
+    delta: NotNegative | tuple[NotNegative, ...] = DELTA
+    #: Fixed weights; times E and omega by relative preference (E11); or learned from these on (E12).
+    weighting: Literal["fixed", "preference", "learned"] = "fixed"
+    #: Gamma of E11, per epoch.
+    preference_rate: NotNegative = 0.01
+    #: Outer rate of learned weights, at first; it decays as training.lr does.
+    weights_lr: Positive = 1e-2
     temperature: Positive = 4.0
     direction: losses.Direction = "student_teacher"
+    #: Prm scale s counts 2^-s in E8, as in the published code.
+    scale_decay: bool = False
     prototype: Literal["l2", "similarity"] = "l2"
     #: Class weights in the cross-entropy (E5). They are off here: a patch without foreground has the
     #: weight 0 for its only class, and axial slices without tumour are most of a brain.
     weighted: bool = False
+    #: False leaves L_fuse + L_prm: no unimodal branch, no distillation.
+    unimodal: bool = True
 
-    def build(self) -> PrismObjective:
-        """The objective."""
+    @model_validator(mode="after")
+    def _consistent(self) -> ObjectiveConfig:
+        if not self.unimodal and self.weighting != "fixed":
+            raise ValueError(
+                f"weighting: {self.weighting} has nothing to weigh without unimodal; use fixed"
+            )
+        if self.weighting == "learned" and not all(
+            weight > 0
+            for weights in (self.beta, self.delta)
+            for weight in (weights if isinstance(weights, tuple) else (weights,))
+        ):
+            raise ValueError(
+                "beta, delta: learned weights start at numbers > 0, for softplus is never 0"
+            )
+        return self
+
+    def build(self, rates: Sequence[float]) -> PrismObjective:
+        """The objective, for training cases with these missing rates, one per modality."""
         prototypes = {"l2": losses.prototype_l2, "similarity": losses.prototype_similarity}
+        weightings: Mapping[str, Callable[[], Weighting | None]] = {
+            "fixed": lambda: None,
+            "preference": lambda: RelativePreference(rates, gamma=self.preference_rate),
+            "learned": lambda: LearnedWeights(len(rates), beta=self.beta, delta=self.delta),
+        }
         return PrismObjective(
             beta=self.beta,
             delta=self.delta,
             temperature=self.temperature,
             direction=self.direction,
+            scale_decay=self.scale_decay,
             prototype=prototypes[self.prototype],
             weighted=self.weighted,
+            unimodal=self.unimodal,
+            weighting=weightings[self.weighting](),
         )
 
 
@@ -275,6 +313,12 @@ class Config(_Section):
                 raise ValueError(
                     f"objective.{name}: give one weight, or {len(self.data.modalities)}, one per modality"
                 )
+        if self.objective.weighting == "learned" and self.meta.strategy in _WITHOUT_META_GRADIENT:
+            raise ValueError(
+                f"objective.weighting: learned weights follow the gradient of the meta loss through "
+                f"the inner steps, and meta.strategy {self.meta.strategy} has none; use first_order or "
+                "second_order, or weighting fixed or preference"
+            )
         try:
             self.data.label_set()
         except PrismError as error:

@@ -101,18 +101,9 @@ class PrismObjective:
         # A plain callable that takes an image and a mask needs no such keyword.
         options = {} if self.unimodal else {"unimodal": False}
         prediction: Prediction = forward(batch.image, batch.mask, **options)
-        fuse = self._segmentation(prediction.fused, batch.target)
-        prm = fuse.new_zeros(len(fuse))
-        for scale, coarse in enumerate(prediction.prm, start=1):
-            upsampled = _upsample(coarse, batch.target)
-            prm = prm + 2.0**-scale * self._segmentation(upsampled, batch.target)
-        loss = (fuse + prm).mean()
-        terms = {"fuse": fuse.detach().mean(), "prm": prm.detach().mean()}
-        if self.unimodal:
-            per_pair, more = self._per_pair(prediction, batch.target)
-            loss = loss + per_pair.sum() / len(fuse)
-            terms |= more
-        return Loss(loss, terms)
+        # Autocast would compute prototypes and their similarities in half precision.
+        with torch.autocast(batch.image.device.type, enabled=False):
+            return self._loss(prediction, batch)
 
     def weights(self) -> dict[str, Tensor]:
         """The weighting's ``beta`` and ``delta`` as they are now, (M,) and detached; {} without one."""
@@ -159,6 +150,20 @@ class PrismObjective:
         """Continue from ``state_dict``."""
         if self.weighting is not None:
             self.weighting.load_state_dict(state)
+
+    def _loss(self, prediction: Prediction, batch: Batch) -> Loss:
+        fuse = self._segmentation(prediction.fused, batch.target)
+        prm = fuse.new_zeros(len(fuse))
+        for scale, coarse in enumerate(prediction.prm, start=1):
+            upsampled = _upsample(coarse, batch.target)
+            prm = prm + 2.0**-scale * self._segmentation(upsampled, batch.target)
+        loss = (fuse + prm).mean()
+        terms = {"fuse": fuse.detach().mean(), "prm": prm.detach().mean()}
+        if self.unimodal:
+            per_pair, more = self._per_pair(prediction, batch.target)
+            loss = loss + per_pair.sum() / len(fuse)
+            terms |= more
+        return Loss(loss, terms)
 
     def _per_pair(self, prediction: Prediction, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """L_uni + beta L_pixel + delta L_proto of each pair, (P,), and their terms."""

@@ -8,11 +8,12 @@ and the adapted parameters are averaged over them instead.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning_fabric import Fabric
@@ -36,11 +37,32 @@ from prism_meta.strategies import MetaGradient, Reptile
 _STEPS_PER_READING = 10
 
 
+@runtime_checkable
+class Adaptive(Protocol):
+    """An objective whose weights change over training, as ``PrismObjective`` with a weighting."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights in force, for the log."""
+
+    def observe(self, terms: Mapping[str, Tensor]) -> None:
+        """Take note of the terms of one episode, in sums."""
+
+    def end_epoch(self) -> None:
+        """Use what was observed since the last epoch."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint needs."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from ``state_dict``."""
+
+
 class Trainer:
     """Runs a ``MetaLearner`` over episodes, with checkpoints that a later call continues.
 
     Args:
-        learner: its model must be on the device of ``fabric``.
+        learner: its model must be on the device of ``fabric``, and so its objective if that is
+            ``Adaptive``: the state of such an objective is kept in the checkpoint.
         episodes: item t is (D_train, D_meta) of episode t and depends on t alone.
         scheduler: of the learner's optimizer, one step per episode.
         fabric: launched.
@@ -48,6 +70,7 @@ class Trainer:
         metrics: JSON lines, one per step.
         inner_lr: the tensor that is the inner optimizer's rate, if it shall decay with the outer rate.
         episodes_per_step: an outer step averages over so many.
+        epoch: length of an epoch in steps; none ends unless given.
         checkpoint_every: steps.
         workers: processes that load data.
         seed: of what is random in the model (dropout).
@@ -64,6 +87,7 @@ class Trainer:
         metrics: Path,
         inner_lr: Tensor | None = None,
         episodes_per_step: int = 1,
+        epoch: int | None = None,
         checkpoint_every: int = 100,
         workers: int = 0,
         seed: int = 0,
@@ -75,7 +99,8 @@ class Trainer:
             fabric,
         )
         self.checkpoint, self.metrics = checkpoint, metrics
-        self.checkpoint_every = checkpoint_every
+        self.epoch, self.checkpoint_every = epoch, checkpoint_every
+        self.objective = learner.objective if isinstance(learner.objective, Adaptive) else None
         self.inner_lr = inner_lr
         self._first_inner_lr = None if inner_lr is None else inner_lr.clone()
         self.episodes_per_step = episodes_per_step
@@ -115,6 +140,9 @@ class Trainer:
             small = replace(result, gradient={}, adapted={}, buffers={}, inner_buffers={}, state={})
             pending.append((step, lr, small, norm))
             done = step + 1
+            if self.objective is not None and self.epoch is not None and done % self.epoch == 0:
+                self._gather(self.objective)
+                self.objective.end_epoch()
             save = done % self.checkpoint_every == 0 or done == total
             if save or done % _STEPS_PER_READING == 0:
                 last = self._log(pending)
@@ -130,7 +158,7 @@ class Trainer:
         torch.manual_seed(self.seed * 1_000_003 + step)
         device = self.fabric.device
         if self.inner_lr is not None and self._first_inner_lr is not None:
-            (first,), (now,) = self.scheduler.base_lrs, self.scheduler.get_last_lr()
+            first, now = self.scheduler.base_lrs[0], self.scheduler.get_last_lr()[0]
             self.inner_lr.copy_(self._first_inner_lr * (now / first))
         with self.fabric.autocast():
             results = [
@@ -138,6 +166,11 @@ class Trainer:
                 for train, meta in episodes
             ]
         result = self._averaged(MetaGradient.mean(results))
+        if self.objective is not None:
+            for each in results:
+                self.objective.observe(each.terms)
+            # Learned weights are no part of the terms, for the meta loss does not use them.
+            result = replace(result, terms={**self.objective.weights(), **result.terms})
         norm = self.learner.apply(result)
         self.scheduler.step()
         return result, norm
@@ -163,10 +196,21 @@ class Trainer:
             inner_buffers={**result.inner_buffers, **mean(floating(result.inner_buffers))},
         )
 
+    def _gather(self, objective: Adaptive) -> None:
+        """The same state of the objective in all processes.
+
+        Each adds what it observes to its own sums, and a mean of sums may be taken at any time.
+        """
+        if self.fabric.world_size > 1:
+            objective.load_state_dict(
+                self.fabric.all_reduce(objective.state_dict(), reduce_op="mean")
+            )
+
     def _log(self, pending: Sequence[tuple[int, float, MetaGradient, Tensor]]) -> dict[str, Any]:
         lines = [
             {
                 "step": step + 1,
+                **({} if self.epoch is None else {"epoch": step // self.epoch + 1}),
                 "train_loss": float(result.train_loss),
                 "meta_loss": float(result.meta_loss),
                 "terms": {name: term.tolist() for name, term in result.terms.items()},
@@ -200,6 +244,8 @@ class Trainer:
             partial.write_text("".join(lines[:start]), encoding="utf-8")
 
     def _save(self, step: int) -> None:
+        if self.objective is not None:
+            self._gather(self.objective)
         if not self.fabric.is_global_zero:
             return
         state = {
@@ -208,6 +254,7 @@ class Trainer:
             "learner": self.learner.state_dict(),
             "optimizer": self.learner.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "objective": {} if self.objective is None else self.objective.state_dict(),
         }
         with atomic(self.checkpoint) as partial:
             torch.save(state, partial)
@@ -223,7 +270,16 @@ class Trainer:
         self.learner.load_state_dict(state["learner"])
         self.learner.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        if self.objective is not None:
+            self.objective.load_state_dict(state["objective"])
         return int(state["step"])
+
+
+def missing_rates(cases: Sequence[CachedCase]) -> list[float]:
+    """FR^m of the cases; a modality that none has counts as 0.99."""
+    availability = torch.stack([case.availability for case in cases])
+    rates: list[float] = (1 - availability.double().mean(0)).clamp(max=0.99).tolist()
+    return rates
 
 
 def build_episodes(run: Run, cases: Sequence[CachedCase], *, rank: int = 0) -> Episodes:
@@ -233,9 +289,7 @@ def build_episodes(run: Run, cases: Sequence[CachedCase], *, rank: int = 0) -> E
         ConfigError: the patch is larger than a volume, or no episode can be drawn.
     """
     config = run.config
-    availability = torch.stack([case.availability for case in cases])
-    rates = (1 - availability.double().mean(0)).clamp(max=0.99).tolist()
-    train_mask, meta_mask = config.masks.build(rates)
+    train_mask, meta_mask = config.masks.build(missing_rates(cases))
     return Episodes(
         cases,
         patch=config.data.patch,
@@ -283,12 +337,15 @@ def train(
     torch.manual_seed(config.seed)  # the same initial weights in every process
     model = config.build_model()
     fabric.to_device(model)
-    optimizer, scheduler = _outer(config, model)
     meta = config.meta
+    objective = config.objective.build(missing_rates(cases)).to(fabric.device)
+    optimizer, scheduler = _outer(config, model, list(objective.learned().values()))
+    # So many cases are drawn in a step: both batches of its episodes, in every process.
+    drawn = 2 * config.data.batch_size * meta.episodes * fabric.world_size
     inner_lr = torch.tensor(meta.inner_lr)
     learner = MetaLearner(
         model,
-        config.objective.build(),
+        objective,
         meta.build(inner_lr, weight_decay=config.training.weight_decay),
         optimizer,
         0.0 if meta.strategy == "reptile" else meta.alpha,
@@ -305,6 +362,7 @@ def train(
         metrics=run.metrics,
         inner_lr=inner_lr if meta.inner_decay and meta.strategy != "reptile" else None,
         episodes_per_step=meta.episodes,
+        epoch=math.ceil(len(cases) / drawn),
         checkpoint_every=config.training.checkpoint_every,
         workers=config.data.workers,
         seed=config.seed,
@@ -316,14 +374,21 @@ def train(
     return model
 
 
-def _outer(config: Config, model: torch.nn.Module) -> tuple[Optimizer, LRScheduler]:
-    """The outer optimizer and its schedule."""
+def _outer(
+    config: Config, model: torch.nn.Module, weights: Sequence[Tensor]
+) -> tuple[Optimizer, LRScheduler]:
+    """The outer optimizer and its schedule; ``weights`` are the objective's learned ones."""
     training = config.training
     if config.meta.strategy == "reptile":
         optimizer: Optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         return optimizer, Reptile.schedule(optimizer, training.steps)
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if weights:
+        # Decay would pull a free parameter to 0, which is a weight of log 2.
+        rate = config.objective.weights_lr
+        groups.append({"params": list(weights), "lr": rate, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=training.lr, weight_decay=training.weight_decay, fused=True
+        groups, lr=training.lr, weight_decay=training.weight_decay, fused=True
     )
     scheduler = torch.optim.lr_scheduler.PolynomialLR(
         optimizer, total_iters=training.steps, power=0.9

@@ -59,6 +59,13 @@ def test_every_strategy_trains(cases: Path, tmp_path: Path, strategy: str) -> No
     assert (tmp_path / "run" / "weights.safetensors").exists()
 
 
+def test_one_branch_alone_trains(cases: Path, tmp_path: Path) -> None:
+    options = settings("training.steps=2", "objective.unimodal=false")
+    assert run("train", cases, "--out", tmp_path / "run", *options)[0] == 0
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert set(json.loads(lines[-1])["terms"]) == {"fuse", "prm"}
+
+
 @pytest.fixture(scope="module")
 def trained(cases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "a"
@@ -138,6 +145,8 @@ def test_volumes_and_another_label_set(tmp_path: Path) -> None:
         ("meta.inner=adamw", "meta.inner_state=carried"),
         ("meta.inner=adamw", "meta.inner_state=shared", "meta.episodes=2"),
         ("meta.strategy=reptile",),
+        ("objective.weighting=preference", "objective.preference_rate=0.5"),
+        ("objective.weighting=learned", "meta.strategy=second_order"),
     ],
     ids=" ".join,
 )

@@ -227,6 +227,21 @@ def test_half_precision_outputs_give_a_full_precision_loss() -> None:
     assert value.item() == pytest.approx(expected, rel=0.05)
 
 
+def test_autocast_ends_with_the_forward() -> None:
+    mask = MASKS["M=3, B=5"]
+    net, batch = net_for(mask).float(), prism_batch(mask, 9, 8, seed=68)
+    image = batch.image.float()
+    objective = PrismObjective(
+        prototype=losses.prototype_similarity, weighting=RelativePreference((0.0, 0.0, 0.0))
+    )
+    prediction = net(image, batch.mask)
+    expected = objective(lambda *_: prediction, replace(batch, image=image))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = objective(lambda *_: prediction, replace(batch, image=image))
+    assert torch.equal(actual.loss, expected.loss)
+    assert all(torch.equal(term, actual.terms[name]) for name, term in expected.terms.items())
+
+
 @pytest.mark.parametrize("name", ["beta", "delta"])
 def test_a_wrong_number_of_weights_is_refused(name: str) -> None:
     mask = [[True, True, True]]
