@@ -7,6 +7,7 @@ from prism_meta.cases import Case, load_cases
 from prism_meta.data import Preprocessing
 from prism_meta.errors import CaseError, ConfigError, PrismError
 from prism_meta.evaluate import evaluate
+from prism_meta.fusion import AttentionFusion, Fusion, MeanFusion, RegionAwareFusion
 from prism_meta.inference import predict
 from prism_meta.inner import SGD, Adam, AdamW, InnerOptimizer, MetaSGD
 from prism_meta.labels import BRATS_LABELS, LabelSet
@@ -49,6 +50,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "AttentionFusion",
     "BalancedMask",
     "Batch",
     "Case",
@@ -58,9 +60,11 @@ __all__ = [
     "FiniteDifference",
     "FirstOrder",
     "FullMask",
+    "Fusion",
     "ImplicitMAML",
     "InnerOptimizer",
     "LabelSet",
+    "MeanFusion",
     "LearnedWeights",
     "MetaGradient",
     "MetaLearner",
@@ -72,6 +76,7 @@ __all__ = [
     "PrismError",
     "PrismNet",
     "PrismObjective",
+    "RegionAwareFusion",
     "RelativePreference",
     "Reptile",
     "SecondOrder",

@@ -2,17 +2,21 @@
 
 All work is done on *pairs*, the (sample, modality) combinations that are shown, packed into one
 batch of P. What is not shown is never computed, so it can change neither an output nor a gradient.
+Each encoder runs once on its pairs, and each decoder once on everything there is to decode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
+
+from prism_meta.blocks import Encoder, block, conv, pointwise
+from prism_meta.fusion import Fusion, Groups, RegionAwareFusion
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,10 @@ class Pairs:
             )
         return cls(sample, modality, mask)
 
+    def none(self) -> Pairs:
+        """No pair of the same batch, for a prediction without unimodal outputs."""
+        return Pairs(self.sample[:0], self.modality[:0], self.mask)
+
     def scatter(self, packed: Tensor) -> Tensor:
         """(P, ...) to (B, M, ...), zero where a pair is not shown."""
         shape = (*self.mask.shape, *packed.shape[1:])
@@ -66,6 +74,10 @@ class Branch:
     logits: Tensor
     features: Tensor
     prm: tuple[Tensor, ...] = ()
+
+    def take(self, rows: Tensor | slice) -> Branch:
+        """The branch of some of the N."""
+        return Branch(self.logits[rows], self.features[rows], tuple(p[rows] for p in self.prm))
 
 
 @dataclass(frozen=True)
@@ -105,46 +117,6 @@ class Prediction:
         return self.pairs.scatter(self.unimodal_packed)
 
 
-class MomentFusion(nn.Module):
-    """Fuses any number of modalities by the weighted mean and variance of their features.
-
-    Each voxel and channel of a modality gets a score, and the softmax of the scores over the shown
-    modalities is its weight in both moments: with equal scores these are HeMIS's, and a modality that
-    alone shows something (the ring in t1ce) is not diluted by the others.
-
-    Args:
-        channels: C of the features.
-        spatial_dims: 2 or 3.
-
-    Source: HeMIS (Havaei et al., MICCAI 2016) for the moments; attention over modalities as in
-    mmFormer (Zhang et al., MICCAI 2022) for the weights, here by voxel and without tokens.
-
-    Example:
-        >>> fuse = MomentFusion(8, spatial_dims=2)
-        >>> fuse(torch.randn(3, 8, 4, 4), torch.tensor([0, 0, 1]), 2).shape
-        torch.Size([2, 8, 4, 4])
-    """
-
-    def __init__(self, channels: int, *, spatial_dims: int) -> None:
-        super().__init__()
-        # A bias would cancel in the softmax, and Adam would follow the rounding of its gradient.
-        self.score = _conv(spatial_dims)(channels, channels, 1, bias=False)
-        self.mix = _conv(spatial_dims)(2 * channels, channels, 1)
-
-    def forward(self, features: Tensor, sample: Tensor, batch: int) -> Tensor:
-        """(P, C, *s) features and (P,) sample indices to (B, C, *s)."""
-
-        def total(values: Tensor) -> Tensor:
-            sums = values.new_zeros(batch, *values.shape[1:])
-            return sums.index_add(0, sample, values)
-
-        weight = _softmax_per_sample(self.score(features), sample, batch)
-        mean = total(weight * features)
-        deviation = (features - mean.index_select(0, sample)).square()
-        mixed: Tensor = self.mix(torch.cat((mean, total(weight * deviation)), 1))
-        return mixed
-
-
 class PrismNet(nn.Module):
     """One segmentation network for every subset of modalities.
 
@@ -154,14 +126,18 @@ class PrismNet(nn.Module):
         spatial_dims: 2 or 3.
         width: channels at full resolution; they double at each of the ``depth`` scales.
         depth: number of scales, at least 2.
+        fusion: class of the fusions: ``RegionAwareFusion``, ``MeanFusion``, ``AttentionFusion``, or
+            another ``Fusion``.
 
     Shapes: ``model(image, mask)`` with image (B, M, *S) and mask bool (B, M) gives a ``Prediction``;
-    ``model.segment(image, mask)`` computes its ``fused`` logits (B, K, *S) only.
+    with ``unimodal=False`` one without pairs, for which the fused branch alone is computed.
+    ``model.segment(image, mask)`` gives its logits (B, K, *S).
 
     Raises:
         ValueError: an argument is out of range, or the image has another number of modalities.
 
-    Source: PRISM; RFNet (Ding et al., ICCV 2021) for the two decoders and the prm maps.
+    Source: PRISM; RFNet (Ding et al., ICCV 2021) for the two decoders, and for prm maps that guide the
+    fusion at the next finer scale.
 
     Example:
         >>> net = PrismNet(num_modalities=2, num_classes=3, spatial_dims=2, width=4)
@@ -178,6 +154,7 @@ class PrismNet(nn.Module):
         width: int = 8,
         *,
         depth: int = 4,
+        fusion: type[Fusion] = RegionAwareFusion,
     ) -> None:
         super().__init__()
         lowest = {"num_modalities": 1, "num_classes": 2, "width": 1, "depth": 2}
@@ -187,43 +164,74 @@ class PrismNet(nn.Module):
                 raise ValueError(f"{name}: got {value}, expected at least {minimum}")
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims: got {spatial_dims}, expected 2 or 3")
+        self.num_classes = num_classes
         channels = [width * 2**scale for scale in range(depth)]
         self.encoders = nn.ModuleList(
-            _Encoder(channels, spatial_dims) for _ in range(num_modalities)
+            Encoder(channels, spatial_dims) for _ in range(num_modalities)
         )
-        self.fusions = nn.ModuleList(MomentFusion(c, spatial_dims=spatial_dims) for c in channels)
+        self.fusions = nn.ModuleList(
+            fusion(
+                c,
+                num_modalities=num_modalities,
+                num_classes=num_classes,
+                spatial_dims=spatial_dims,
+            )
+            for c in channels
+        )
         self.decoder = _Decoder(channels, num_classes, spatial_dims, with_prm=True)
         self.unimodal_decoder = _Decoder(channels, num_classes, spatial_dims, with_prm=False)
         if spatial_dims == 3:
             # torch's CPU conv3d takes a slow path for small batches in the default layout.
             self.to(memory_format=torch.channels_last_3d)
 
-    def forward(self, image: Tensor, mask: Tensor) -> Prediction:
+    def forward(self, image: Tensor, mask: Tensor, *, unimodal: bool = True) -> Prediction:
         pairs = self._pairs(image, mask)
         scales = self._encode(image, pairs)
-        batch = mask.shape[0]
-        # One pass of the decoder serves the fused branch and every modality alone: the pairs are
-        # appended to the batch as samples that are shown a single modality. A sample that is shown
-        # only one is its own such pass already.
-        several = (mask.sum(1) > 1)[pairs.sample]
-        extra = several.nonzero()[:, 0]
-        appended = batch + several.cumsum(0) - 1
-        both = self._decode(
-            [torch.cat((s, s[extra])) for s in scales],
-            torch.cat((pairs.sample, appended[extra])),
-            batch + len(extra),
-        )
+        work = _Work.of(pairs, unimodal=unimodal)
+        both = self._decode(scales, work)
+        if not unimodal:
+            branch = both.take(work.row)
+            return Prediction(branch, branch.take(slice(0)), branch.logits[:0], pairs.none())
         return Prediction(
-            branch=_take(both, slice(batch)),
-            alone=_take(both, torch.where(several, appended, pairs.sample)),
-            unimodal_packed=self.unimodal_decoder(scales).logits,
+            branch=both.take(work.row),
+            alone=both.take(slice(work.groups.size, None)),
+            unimodal_packed=self.unimodal_decoder(lambda scale, guide: scales[scale]).logits,
             pairs=pairs,
         )
 
     def segment(self, image: Tensor, mask: Tensor) -> Tensor:
         """The fused logits (B, K, *S) alone, for inference."""
         pairs = self._pairs(image, mask)
-        return self._decode(self._encode(image, pairs), pairs.sample, mask.shape[0]).logits
+        work = _Work.of(pairs, unimodal=False)
+        return self._decode(self._encode(image, pairs), work).logits[work.row]
+
+    def segment_subsets(self, image: Tensor, subsets: Tensor) -> Tensor:
+        """The fused logits of many subsets of one batch, for inference: encoders run once.
+
+        Args:
+            image: (B, M, *S); a modality that no subset shows is not used.
+            subsets: bool (S, M), each with a modality.
+
+        Returns:
+            (S, B, K, *S), those of ``segment`` with each subset for the whole batch.
+
+        Raises:
+            ValueError: as ``segment``.
+
+        Example:
+            >>> net = PrismNet(num_modalities=2, num_classes=3, spatial_dims=2, width=4)
+            >>> subsets = torch.tensor([[True, False], [True, True]])
+            >>> net.segment_subsets(torch.randn(5, 2, 16, 16), subsets).shape
+            torch.Size([2, 5, 3, 16, 16])
+        """
+        pairs = self._pairs(image, subsets.any(0).expand(len(image), -1))
+        scales = self._encode(image, pairs)
+        results = []
+        for subset in subsets:
+            shown = subset[pairs.modality].nonzero()[:, 0]
+            work = _Work.of(Pairs.of(subset.expand(len(image), -1)), unimodal=False)
+            results.append(self._decode([s[shown] for s in scales], work).logits[work.row])
+        return torch.stack(results)
 
     def _pairs(self, image: Tensor, mask: Tensor) -> Pairs:
         expected = (image.shape[0], len(self.encoders))
@@ -243,35 +251,68 @@ class PrismNet(nn.Module):
     def _encode(self, image: Tensor, pairs: Pairs) -> list[Tensor]:
         """Features of the shown pairs at every scale, (P, C, *s) each, modality by modality."""
         per_modality = [
-            _without_slow_path(encoder, image[pairs.sample[pairs.modality == m], m, None])
+            encoder(image[pairs.sample[pairs.modality == m], m, None])
             for m, encoder in enumerate(self.encoders)
             if pairs.mask[:, m].any()
         ]
         return [torch.cat(scale) for scale in zip(*per_modality, strict=True)]
 
-    def _decode(self, scales: Sequence[Tensor], index: Tensor, batch: int) -> Branch:
-        fused = [fuse(s, index, batch) for fuse, s in zip(self.fusions, scales, strict=True)]
-        branch: Branch = self.decoder(fused)
+    def _decode(self, scales: Sequence[Tensor], work: _Work) -> Branch:
+        """One pass of the fusion decoder for all of ``work``."""
+
+        def regions(features: Tensor, guide: Tensor | None) -> Tensor:
+            size = features.shape[2:]
+            if guide is None:
+                shape = (work.groups.size, self.num_classes, *size)
+                return features.new_full(shape, 1 / self.num_classes)
+            # The map guides the fusion and is not taught by it.
+            return _resize(guide[: work.groups.size].detach(), size).softmax(1)
+
+        def fuse(scale: int, guide: Tensor | None) -> Tensor:
+            fusion, features = self.fusions[scale], scales[scale]
+            parts = []
+            if work.groups.size:
+                parts.append(fusion(features[work.fused], work.groups, regions(features, guide)))
+            if len(work.alone):
+                parts.append(fusion.alone(features[work.alone]))  # type: ignore[operator]
+            return torch.cat(parts)
+
+        branch: Branch = self.decoder(fuse)
         return branch
 
 
-class _Encoder(nn.Module):
-    """(N, 1, *S) to features at every scale, the finest first."""
+@dataclass(frozen=True)
+class _Work:
+    """What the fusion decoder has to do: groups of pairs to fuse, then pairs to decode alone.
 
-    def __init__(self, channels: Sequence[int], spatial_dims: int) -> None:
-        super().__init__()
-        ins = [1, *channels[:-1]]
-        self.blocks = nn.ModuleList(
-            _block(i, o, spatial_dims, stride=1 if scale == 0 else 2)
-            for scale, (i, o) in enumerate(zip(ins, channels, strict=True))
-        )
+    Args:
+        fused: (Q,) long, the pairs of samples that are shown several modalities.
+        groups: of these.
+        alone: (A,) long, the pairs to decode alone.
+        row: (B,) long, where each sample is among the G + A rows that are decoded.
+    """
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        scales = []
-        for block in self.blocks:
-            x = block(x)
-            scales.append(x)
-        return scales
+    fused: Tensor
+    groups: Groups
+    alone: Tensor
+    row: Tensor
+
+    @classmethod
+    def of(cls, pairs: Pairs, *, unimodal: bool) -> _Work:
+        """For all samples, and with ``unimodal`` for all pairs alone.
+
+        A sample that is shown one modality is that pair alone, which is decoded once.
+        """
+        several = pairs.mask.sum(1) > 1
+        is_fused = several[pairs.sample]
+        fused, single = is_fused.nonzero()[:, 0], (~is_fused).nonzero()[:, 0]
+        rank = several.cumsum(0) - 1
+        size = int(several.sum())
+        groups = Groups(rank[pairs.sample[fused]], pairs.modality[fused], size)
+        every = torch.arange(len(is_fused), device=is_fused.device)
+        row = rank.clone()
+        row[pairs.sample[single]] = size + (single if unimodal else every[: len(single)])
+        return cls(fused, groups, every if unimodal else single, row)
 
 
 class _Decoder(nn.Module):
@@ -281,68 +322,28 @@ class _Decoder(nn.Module):
         self, channels: Sequence[int], num_classes: int, spatial_dims: int, *, with_prm: bool
     ) -> None:
         super().__init__()
-        conv = _conv(spatial_dims)
-        self.mode = "trilinear" if spatial_dims == 3 else "bilinear"
         pairs = list(pairwise(channels))
         # Channels are halved before upsampling, where a voxel costs an eighth (a quarter in 2-D).
-        self.narrow = nn.ModuleList(conv(coarse, fine, 1) for fine, coarse in pairs)
-        self.blocks = nn.ModuleList(_block(2 * fine, fine, spatial_dims) for fine, _ in pairs)
-        self.head = conv(channels[0], num_classes, 3, padding=1)
+        self.narrow = nn.ModuleList(pointwise(coarse, fine, spatial_dims) for fine, coarse in pairs)
+        self.blocks = nn.ModuleList(block(2 * fine, fine, spatial_dims) for fine, _ in pairs)
+        self.head = conv(channels[0], num_classes, spatial_dims)
         self.prm_heads = nn.ModuleList(
-            conv(c, num_classes, 3, padding=1) for c in (channels[1:] if with_prm else ())
+            conv(c, num_classes, spatial_dims) for c in (channels[1:] if with_prm else ())
         )
 
-    def forward(self, scales: Sequence[Tensor]) -> Branch:
-        x = scales[-1]
-        decoded = [x]
-        finer = reversed(list(zip(self.narrow, self.blocks, scales[:-1], strict=True)))
-        for narrow, block, skip in finer:
-            x = F.interpolate(narrow(x), size=skip.shape[2:], mode=self.mode)
-            x = block(torch.cat((x, skip), 1))
-            decoded.insert(0, x)
-        prm = [head(d) for head, d in zip(self.prm_heads, decoded[1:])]  # noqa: B905, may be none
+    def forward(self, skip: Callable[[int, Tensor | None], Tensor]) -> Branch:
+        """``skip(scale, guide)`` gives the features at a scale, coarsest first; ``guide`` is the prm
+        map of the next coarser one, if there is any."""
+        x = skip(len(self.blocks), None)
+        prm: list[Tensor] = []
+        for scale in reversed(range(len(self.blocks))):
+            if self.prm_heads:
+                prm.insert(0, self.prm_heads[scale](x))
+            fine = skip(scale, prm[0] if prm else None)
+            x = _resize(self.narrow[scale](x), fine.shape[2:])
+            x = self.blocks[scale](torch.cat((x, fine), 1))
         return Branch(self.head(x), x, tuple(prm))
 
 
-def _block(ins: int, outs: int, spatial_dims: int, *, stride: int = 1) -> nn.Sequential:
-    conv = _conv(spatial_dims)
-    return nn.Sequential(
-        conv(ins, outs, 3, stride=stride, padding=1, bias=False),
-        _norm(outs),
-        nn.LeakyReLU(0.01),
-        conv(outs, outs, 3, padding=1, bias=False),
-        _norm(outs),
-        nn.LeakyReLU(0.01),
-    )
-
-
-def _without_slow_path(encoder: nn.Module, x: Tensor) -> list[Tensor]:
-    """torch's CPU conv3d takes a kernel that is ten times slower for a batch of one: make it two."""
-    if len(x) > 1 or x.ndim == 4 or x.device.type != "cpu":
-        scales: list[Tensor] = encoder(x)
-        return scales
-    return [scale[:1] for scale in encoder(torch.cat((x, x)))]
-
-
-def _norm(channels: int) -> nn.Module:
-    """Instance normalisation; as a GroupNorm it costs a third of torch's InstanceNorm on a CPU."""
-    return nn.GroupNorm(channels, channels)
-
-
-def _conv(spatial_dims: int) -> type[nn.Conv2d] | type[nn.Conv3d]:
-    return nn.Conv3d if spatial_dims == 3 else nn.Conv2d
-
-
-def _softmax_per_sample(scores: Tensor, sample: Tensor, batch: int) -> Tensor:
-    """Softmax over the pairs of each sample, (P, ...) to (P, ...); ``sample`` is (P,)."""
-    shape = (batch, *scores.shape[1:])
-    rows = sample.view(-1, *[1] * (scores.ndim - 1)).expand_as(scores)
-    # The largest score only keeps exp from overflow; the result does not depend on it.
-    largest = scores.new_full(shape, -torch.inf).scatter_reduce(0, rows, scores.detach(), "amax")
-    shares = (scores - largest.index_select(0, sample)).exp()
-    sums = scores.new_zeros(shape).index_add(0, sample, shares)
-    return shares / sums.index_select(0, sample)
-
-
-def _take(branch: Branch, rows: Tensor | slice) -> Branch:
-    return Branch(branch.logits[rows], branch.features[rows], tuple(p[rows] for p in branch.prm))
+def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    return F.interpolate(maps, size=size, mode="trilinear" if maps.ndim == 5 else "bilinear")

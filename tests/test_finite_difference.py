@@ -22,6 +22,7 @@ from helpers import (
     mlp,
     mse,
     prism,
+    prism_net,
     randn,
     randomize,
     relative_error,
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from prism_meta.fusion import MeanFusion
 from prism_meta.inner import SGD, Adam, InnerOptimizer
 from prism_meta.objective import PrismObjective
 from prism_meta.strategies import FiniteDifference, SecondOrder
@@ -171,7 +173,9 @@ def test_finite_differences_use_the_same_dropout_on_both_sides() -> None:
 
 def test_finite_differences_see_through_a_stop_gradient() -> None:
     """A detached teacher is a constant to autograd's second derivative, but moves with phi."""
-    problem = prism()
+    problem = replace(
+        prism(), model=prism_net(fusion=MeanFusion)
+    )  # without the prm maps' own detach
     plain = replace(problem, objective=PrismObjective(beta=0.0, delta=0.0))
     for episode, low, high in ((plain, 0, 1e-7), (problem, 1e-3, 0.1)):
         result = meta_gradient(FiniteDifference(SGD(LR)), episode)

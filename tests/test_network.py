@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prism_meta.inner import SGD
 from prism_meta.modalities import Batch, subsets
-from prism_meta.network import MomentFusion, Pairs, Prediction, PrismNet
+from prism_meta.network import Pairs, Prediction, PrismNet
 from prism_meta.objective import PrismObjective
 from prism_meta.strategies import FirstOrder, SecondOrder
 
@@ -169,6 +169,31 @@ def test_more_modalities_change_the_fused_output() -> None:
             assert (one - other).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_subsets_of_one_encoding_equal_one_at_a_time(dims: int) -> None:
+    net, image = prism_net(spatial_dims=dims), randn(2, 3, *(6, 7, 5)[:dims], seed=22)
+    some = subsets(3)[torch.tensor([6, 0, 4])]
+    together = net.segment_subsets(image, some)
+    for logits, subset in zip(together, some, strict=True):
+        close(logits, net.segment(image, subset.expand(2, -1)))
+
+
+def test_a_modality_of_no_subset_is_not_encoded() -> None:
+    net, image = prism_net(), randn(1, 3, 6, 7, seed=23)
+    image[:, 1] = float("nan")
+    assert bool(net.segment_subsets(image, torch.tensor([[True, False, True]])).isfinite().all())
+
+
+def test_without_unimodal_outputs_there_is_no_pair() -> None:
+    net, image = prism_net(), randn(4, 3, 6, 7, seed=24)
+    fused, full = net(image, MASK, unimodal=False), net(image, MASK)
+    assert len(fused.pairs.sample) == len(fused.unimodal_packed) == len(fused.alone.logits) == 0
+    assert fused.unimodal.shape == full.unimodal.shape
+    close(fused.fused, full.fused)
+    for mine, other in zip(fused.prm, full.prm, strict=True):
+        close(mine, other)
+
+
 # ---------------------------------------------------------------- twice differentiable
 
 
@@ -183,25 +208,6 @@ def test_second_order_equals_the_oracle(size: tuple[int, ...]) -> None:
 
 
 # ---------------------------------------------------------------- the parts
-
-
-@pytest.mark.parametrize("scored", [False, True])
-def test_fusion_is_mean_and_variance_under_the_softmax_of_the_scores(scored: bool) -> None:
-    fusion = MomentFusion(2, spatial_dims=2).double()
-    with torch.no_grad():
-        fusion.score.weight.mul_(3.0 * scored)
-    features, sample = randn(4, 2, 3, 3, seed=19), torch.tensor([0, 0, 1, 0])
-    scores = fusion.score(features)
-    weight, bias = fusion.mix.weight[:, :, 0, 0], fusion.mix.bias
-    assert bias is not None
-    for n, members in enumerate(([0, 1, 3], [2])):
-        own, share = features[members], scores[members].softmax(0)
-        mean = (share * own).sum(0)
-        moments = torch.cat((mean, (share * (own - mean) ** 2).sum(0)))
-        if not scored:  # HeMIS
-            close(moments, torch.cat((own.mean(0), own.var(0, unbiased=False))))
-        expected = torch.einsum("oc,cij->oij", weight, moments) + bias[:, None, None]
-        close(fusion(features, sample, 2)[n], expected)
 
 
 def test_pairs_run_modality_by_modality() -> None:

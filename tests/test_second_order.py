@@ -153,7 +153,8 @@ def test_starts_from_the_state_that_it_is_given(kind: Kind, oracle: Oracle, step
 # ---------------------------------------------------------------- stored and recomputed
 
 
-@pytest.mark.parametrize("inner", [lambda: SGD(LR, 0.9), lambda: Adam(0.05)])
+# Where a gradient is near 0, Adam divides its rounding by eps: the default would magnify it 1e8 times.
+@pytest.mark.parametrize("inner", [lambda: SGD(LR, 0.9), lambda: Adam(0.05, eps=1e-3)])
 @pytest.mark.parametrize("make_problem", [mlp, prism, dropout, batch_norm, average])
 def test_stored_and_recomputed_are_equal(
     make_problem: Callable[[], Problem], inner: Callable[[], InnerOptimizer]

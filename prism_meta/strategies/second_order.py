@@ -196,9 +196,9 @@ class FiniteDifference(Adjoint):
     them in the type of the parameters. ``diagnostics["asymmetry"]`` compares the two one-sided
     differences, ||D+ - D-|| / ||D||, and is the largest over the inner steps: it is of order radius
     for a smooth loss, and a value near 1 says that the result cannot be trusted. At kinks (ReLU) a
-    smaller radius is better; see ``benchmarks/first_vs_second_order.py`` for measured errors. What the
-    objective detaches (a teacher, in E8 and E9) moves in a difference, while a second derivative holds
-    it constant: on ``PrismObjective`` the two differ by some percent.
+    smaller radius is better; see ``benchmarks/first_vs_second_order.py`` for measured errors. What
+    model and objective detach (prm maps that guide a fusion, the teacher of E8 and E9) moves in a
+    difference, while a second derivative holds it constant: on PRISM the two differ by some percent.
 
     Args:
         inner: the inner optimizer, e.g. ``SGD(0.05)``.
