@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 
 from prism_meta import demo as demos
 from prism_meta import workflow
+from prism_meta.baselines import BASELINES
 from prism_meta.config import load_config
 from prism_meta.errors import PrismError
 from prism_meta.files import writable_folder
@@ -97,7 +98,7 @@ def demo(
 @app.command(
     epilog="[bold]Examples[/bold]  prism-meta train cases --out runs/a  ·  "
     "prism-meta train cases -c config.toml -s meta.strategy=second_order -s data.holdout=4 --out runs/b  ·  "
-    "prism-meta train --resume runs/a"
+    "prism-meta train cases --baseline zero_fill --out runs/c  ·  prism-meta train --resume runs/a"
 )
 def train(
     root: Annotated[
@@ -110,6 +111,16 @@ def train(
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="TOML file; defaults without it.")
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline",
+            "-b",
+            metavar="NAME",
+            help=f"Start from a known method, one of {', '.join(BASELINES)}; "
+            "--config and --set come after it.",
+        ),
+    ] = None,
     overrides: Overrides = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Continue this run; give no CASES then.")
@@ -121,13 +132,15 @@ def train(
             "train: give a folder of cases, or --resume with a run folder, and not both"
         )
     if resume is not None:
-        if config or overrides:
+        if config or baseline or overrides:
             raise PrismError(
-                "train --resume: goes on with the run's own config; leave --config and --set out"
+                "train --resume: goes on with the run's own config; leave --config, --baseline and "
+                "--set out"
             )
         run = Run.open(resume)
     else:
-        run = workflow.start_run(load_config(config, overrides or []), Path(str(root)), out)
+        settings = load_config(config, overrides or [], baseline=baseline)
+        run = workflow.start_run(settings, Path(str(root)), out)
     _train(run, resume=resume is not None)
 
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomlkit
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from tomlkit.exceptions import TOMLKitError
 from torch import Tensor, nn
 
 from prism_meta import losses
+from prism_meta.baselines import read_baseline
 from prism_meta.data import Preprocessing
 from prism_meta.errors import ConfigError, PrismError
 from prism_meta.inner import SGD, AdamW, InnerOptimizer
@@ -42,6 +44,7 @@ from prism_meta.strategies import (
     SingleLevel,
 )
 from prism_meta.weighting import BETA, DELTA, LearnedWeights, RelativePreference, Weighting
+from prism_meta.wrap import wrap
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -128,10 +131,36 @@ class MaskConfig(_Section):
 
 
 class ModelConfig(_Section):
-    """PrismNet's size."""
+    """The network and its size."""
 
+    #: PRISM's own, or a U-Net (MONAI's, with residual units and InstanceNorm) behind ``wrap``.
+    network: Literal["prism", "unet"] = "prism"
+    #: Channels at full resolution; they double at each of the ``depth`` scales.
     width: Count = 8
     depth: Annotated[int, Field(ge=2)] = 4
+
+    def build(self, modalities: Sequence[str], *, num_classes: int, spatial_dims: int) -> nn.Module:
+        """The network, for images of these modalities in 2 or 3 dimensions."""
+        networks: Mapping[str, Callable[[], nn.Module]] = {
+            "prism": lambda: PrismNet(
+                len(modalities), num_classes, spatial_dims, self.width, depth=self.depth
+            ),
+            "unet": lambda: wrap(
+                self._unet(len(modalities), num_classes, spatial_dims), modalities
+            ),
+        }
+        return networks[self.network]()
+
+    def _unet(self, ins: int, outs: int, spatial_dims: int) -> nn.Module:
+        from monai.networks.nets.unet import UNet
+
+        channels = [self.width * 2**scale for scale in range(self.depth)]
+        strides = [2] * (self.depth - 1)
+        net: nn.Module = UNet(
+            spatial_dims, ins, outs, channels, strides, num_res_units=2, norm="instance"
+        )
+        # torch's CPU conv3d takes a slow path for small batches in the default layout.
+        return net.to(memory_format=torch.channels_last_3d) if spatial_dims == 3 else net
 
 
 class ObjectiveConfig(_Section):
@@ -319,6 +348,14 @@ class Config(_Section):
                 f"the inner steps, and meta.strategy {self.meta.strategy} has none; use first_order or "
                 "second_order, or weighting fixed or preference"
             )
+        factor, patch = 2 ** (self.model.depth - 1), self.data.patch
+        if self.model.network == "unet" and (
+            any(n % factor for n in patch) or max(patch) == factor
+        ):
+            raise ValueError(
+                f"data.patch: the U-Net halves it {self.model.depth - 1} times; give multiples of "
+                f"{factor}, one of them larger, or a smaller model.depth"
+            )
         try:
             self.data.label_set()
         except PrismError as error:
@@ -327,12 +364,10 @@ class Config(_Section):
 
     def build_model(self) -> nn.Module:
         """The network."""
-        return PrismNet(
-            num_modalities=len(self.data.modalities),
+        return self.model.build(
+            self.data.modalities,
             num_classes=len(self.data.labels) + 1,
             spatial_dims=len(self.data.patch),
-            width=self.model.width,
-            depth=self.model.depth,
         )
 
     def to_toml(self) -> str:
@@ -340,29 +375,46 @@ class Config(_Section):
         return tomlkit.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
-def load_config(path: Path | str | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: Path | str | None = None, overrides: Sequence[str] = (), *, baseline: str | None = None
+) -> Config:
     """Read a TOML file and apply ``section.key=value`` overrides to it.
 
     Args:
         path: TOML file; None for the defaults.
         overrides: values are TOML (``[64, 64]``, ``true``, ``0.1``); a bare word is a string.
+        baseline: one of ``BASELINES`` to start from instead of the defaults; the file's keys and the
+            overrides come after it.
 
     Raises:
         ConfigError: all faults together, each with its key.
     """
-    values: dict[str, Any] = {}
+    values = {} if baseline is None else read_baseline(baseline)
     if path is not None:
-        try:
-            values = tomlkit.parse(Path(path).read_text(encoding="utf-8")).unwrap()
-        except (OSError, UnicodeDecodeError, TOMLKitError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"{path}: cannot be read as TOML ({reason})") from error
+        values = _merged(values, _read(path))
     for override in overrides:
         _override(values, override)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError([_explain(fault) for fault in error.errors()]) from error
+
+
+def _read(path: Path | str) -> dict[str, Any]:
+    try:
+        return dict(tomlkit.parse(Path(path).read_text(encoding="utf-8")).unwrap())
+    except (OSError, UnicodeDecodeError, TOMLKitError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{path}: cannot be read as TOML ({reason})") from error
+
+
+def _merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """``more`` over ``values``, key by key within a section."""
+    both = {**values, **more}
+    for name in values.keys() & more.keys():
+        if isinstance(values[name], dict) and isinstance(more[name], dict):
+            both[name] = {**values[name], **more[name]}
+    return both
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -1,0 +1,35 @@
+"""The methods to compare with, each a small configuration that ``--baseline`` starts from."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from typing import Any
+
+import tomlkit
+
+from prism_meta.errors import ConfigError
+
+#: From the simplest on; ``<name>.toml`` in this folder says what each is.
+BASELINES = (
+    "zero_fill",
+    "modality_dropout",
+    "prism",
+    "meta_drop_first_order",
+    "meta_drop_second_order",
+)
+
+
+def read_baseline(name: str) -> dict[str, Any]:
+    """The keys that the baseline ``name`` sets; all others keep their defaults.
+
+    Raises:
+        ConfigError: there is no such baseline.
+
+    Example:
+        >>> read_baseline("prism")["meta"]
+        {'strategy': 'single_level'}
+    """
+    if name not in BASELINES:
+        raise ConfigError(f"baseline: got {name!r}, expected one of {', '.join(BASELINES)}")
+    text = files(__name__).joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    return dict(tomlkit.parse(text).unwrap())
