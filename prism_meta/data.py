@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,10 @@ from prism_meta.labels import LabelSet
 _CENTRES_PER_CLASS = 10_000
 #: Raise it when preprocessing changes, so that old caches are not used.
 _CACHE_VERSION = 3
+#: Voxels: what lies closer to a voxel's centre lies on it. Affines are often stored in float32.
+_ON_GRID = 1e-3
+#: Where the corners of a cell have different classes.
+_UNDECIDED = 255
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,47 @@ class Preprocessing:
         )
         return torch.as_tensor(resampled.as_tensor())
 
+    def restore_classes(
+        self, logits: Tensor, box: Sequence[slice], *, prepared: Prepared, volume: Volume
+    ) -> Tensor:
+        """The likeliest class on the case's own grid, from logits in a box of the model's grid.
+
+        It is ``restore(maps, ...).argmax(0)`` of the classes' probabilities, with background outside
+        the box. A linear interpolation lies between the corners of its cell: where they have one class
+        in common, so has all of the cell, and only what is left is interpolated. An oblique grid has
+        no such cells and takes the way above.
+
+        Args:
+            logits: (K, d, h, w), class 0 is the background.
+            box: of the model's grid, (d, h, w) voxels.
+            prepared: the case on the model's grid.
+            volume: the case on its own.
+
+        Returns:
+            Class indices, uint8 (D, H, W), on the device of ``logits``.
+        """
+        axes = _axes(box, prepared, volume)
+        if axes is None:
+            maps = torch.zeros(len(logits), *prepared.brain.shape)
+            maps[0] = 1.0
+            maps[(slice(None), *box)] = logits.softmax(0).float().cpu()
+            restored = _likeliest(self.restore(maps, prepared, volume))
+            return restored.to(logits.device)
+        cells = _cells(_likeliest(logits), axes)
+        for dim in (
+            2,
+            1,
+            0,
+        ):  # the last first, for that is the slow one and the cells are still few
+            cells = cells.index_select(dim, axes[dim].lower.to(cells.device) + 1)
+        undecided = (cells == _UNDECIDED).nonzero(as_tuple=True)
+        if len(undecided[0]):
+            cells[undecided] = _interpolated(logits, axes, undecided)
+        classes = cells.new_zeros(volume.shape)
+        first, second, third = (axis.run for axis in axes)
+        classes.permute([axis.target for axis in axes])[first, second, third] = cells
+        return classes
+
     def _normalise(self, image: NDArray[np.float32]) -> NDArray[np.float32]:
         inside = image != 0
         if not inside.any():
@@ -114,6 +160,92 @@ class Preprocessing:
         resample = Spacing(self.spacing, mode="bilinear", scale_extent=True, dtype=torch.float32)
         result = resample(oriented)
         return torch.as_tensor(result.as_tensor()), torch.as_tensor(result.affine)
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """How an axis of a case's grid reads an axis of a box of the model's grid, linearly.
+
+    Args:
+        target: which axis of the case's grid.
+        run: the voxels of that axis that the box has a say in.
+        lower: (n,) long, for each of them the box's voxel at or below it; -1 is the one before it.
+        weight: (n,) float32, in [0, 1), of the voxel above.
+    """
+
+    target: int
+    run: slice
+    lower: Tensor
+    weight: Tensor
+
+    @property
+    def between(self) -> bool:
+        """Whether any voxel lies between two of the box."""
+        return bool(self.weight.any())
+
+
+def _axes(box: Sequence[slice], prepared: Prepared, volume: Volume) -> list[_Axis] | None:
+    """One for each axis of the model's grid; None if the grids are oblique to each other."""
+    change = np.linalg.solve(prepared.affine.numpy(), volume.affine)[:3]  # voxels to voxels
+    targets = np.abs(change[:, :3]).argmax(1)
+    oblique = np.abs(change[:, :3]) * (np.array(volume.shape) - 1)
+    oblique[range(3), targets] = 0
+    if len(set(targets.tolist())) < 3 or oblique.sum(1).max() > _ON_GRID:
+        return None
+    axes = []
+    for row, target, size, span in zip(change, targets, prepared.brain.shape, box, strict=True):
+        places = row[target] * np.arange(volume.shape[target]) + row[3]
+        places = places.clip(0, size - 1)  # beyond the grid its border goes on
+        nearest = places.round()
+        places = np.where(np.abs(places - nearest) < _ON_GRID, nearest, places)
+        lower = np.floor(places)
+        weight = places - lower
+        seen = np.flatnonzero((lower < span.stop) & (lower + (weight > 0) >= span.start))
+        run = slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 0)
+        below = torch.from_numpy(lower[run].astype(np.int64) - span.start)
+        axes.append(_Axis(int(target), run, below, torch.from_numpy(weight[run]).float()))
+    return axes
+
+
+def _likeliest(maps: Tensor) -> Tensor:
+    """``maps.argmax(0)`` of (K, ...) as uint8; torch's own takes ten times as long."""
+    best = maps[0]
+    classes = torch.zeros_like(best, dtype=torch.uint8)
+    for k in range(1, len(maps)):
+        better = (maps[k] > best).to(torch.uint8).mul_(k)
+        torch.maximum(classes, better, out=classes)
+        best = torch.maximum(best, maps[k])
+    return classes
+
+
+def _cells(classes: Tensor, axes: Sequence[_Axis]) -> Tensor:
+    """The class that all corners of a cell have, or undecided; cell 0 begins before the box."""
+    low = high = torch.nn.functional.pad(classes, (1,) * 6)
+    for dim, axis in enumerate(axes):
+        if axis.between:
+            count = low.shape[dim] - 1
+            low = torch.minimum(low.narrow(dim, 0, count), low.narrow(dim, 1, count))
+            high = torch.maximum(high.narrow(dim, 0, count), high.narrow(dim, 1, count))
+    return torch.where(low == high, low, _UNDECIDED)
+
+
+def _interpolated(logits: Tensor, axes: Sequence[_Axis], voxels: Sequence[Tensor]) -> Tensor:
+    """The likeliest class at voxels of the axes' runs, three times (n,): uint8 (n,)."""
+    lower = [a.lower.to(v.device)[v] for a, v in zip(axes, voxels, strict=True)]
+    weight = [a.weight.to(v.device)[v] for a, v in zip(axes, voxels, strict=True)]
+    background = logits.new_zeros(len(logits), 1)
+    background[0] = 1.0
+    total = logits.new_zeros(len(logits), len(lower[0]))
+    for corner in product(*((0, 1) if axis.between else (0,) for axis in axes)):
+        place = [i + step for i, step in zip(lower, corner, strict=True)]
+        share = torch.ones_like(weight[0])
+        inside = torch.ones_like(share, dtype=torch.bool)
+        for i, w, step, size in zip(place, weight, corner, logits.shape[1:], strict=True):
+            share = share * (w if step else 1 - w)
+            inside &= (i >= 0) & (i < size)
+        x, y, z = (i.clamp(0, n - 1) for i, n in zip(place, logits.shape[1:], strict=True))
+        total += share * torch.where(inside, logits[:, x, y, z].softmax(0), background)
+    return _likeliest(total)
 
 
 @dataclass(frozen=True)
