@@ -91,6 +91,7 @@ def dice_hd95(
     *,
     spacing: Sequence[float],
     empty: EmptyPolicy | None = None,
+    shape: Sequence[int] | None = None,
 ) -> tuple[float, float]:
     """Dice and HD95 of one region of one case.
 
@@ -99,6 +100,8 @@ def dice_hd95(
         truth: bool, the same shape.
         spacing: size of a voxel in mm, one number per axis.
         empty: what an empty mask gives; ``BratsEmpty`` unless told.
+        shape: of the whole volume in voxels, if the masks are a box of it; an empty mask may
+            give the volume's diagonal.
 
     Returns:
         Dice in [0, 1] and HD95 in mm.
@@ -130,7 +133,7 @@ def dice_hd95(
     empty = empty or BratsEmpty()
     has_prediction, has_truth = bool(prediction.any()), bool(truth.any())
     if not (has_prediction and has_truth):
-        sizes = zip(truth.shape, spacing, strict=True)
+        sizes = zip(shape or truth.shape, spacing, strict=True)
         diagonal = math.sqrt(sum((n * mm) ** 2 for n, mm in sizes))
         return empty.one(diagonal) if has_prediction or has_truth else empty.both(diagonal)
     # A box around both masks gives the same numbers: outside it there is neither voxel nor edge.

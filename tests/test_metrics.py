@@ -82,6 +82,14 @@ def test_empty_masks(
     assert dice_hd95(FILLED, FILLED, spacing=(1.0, 2.0, 12.0), empty=policy) == (1.0, 0.0)
 
 
+def test_the_diagonal_is_that_of_the_whole_volume() -> None:
+    """For a box of 1 x 2 x 1 voxels of it, too."""
+    got = dice_hd95(
+        FILLED[:1], EMPTY[:1], spacing=(1.0, 2.0, 12.0), empty=DiagonalEmpty(), shape=FILLED.shape
+    )
+    assert got == (0.0, 13.0)
+
+
 def test_brats_is_the_policy_unless_told() -> None:
     assert dice_hd95(FILLED, EMPTY, spacing=MM) == (0.0, 373.13)
 
