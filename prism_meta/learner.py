@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prism_meta.inner import InnerOptimizer, State
-from prism_meta.strategies import MetaGradient, MetaStrategy, Objective
+from prism_meta.strategies import LearnedObjective, MetaGradient, MetaStrategy, Objective
 
 InnerState = Literal["fresh", "carried", "shared"]
 Buffers = Literal["isolated", "inner", "outer"]
@@ -28,7 +28,8 @@ class MetaLearner:
         objective: ``objective(forward, batch)``, see ``MetaStrategy``.
         strategy: how the meta-gradient is computed.
         optimizer: the outer optimizer, over parameters of ``model``; others stay as they are. It may
-            also hold learned hyper-parameters of ``strategy.inner``, which get their gradient too.
+            also hold learned hyper-parameters of ``strategy.inner`` and learned weights of the
+            objective (E12), which get their gradient too.
         alpha: weight of phi~ - phi_0, in [0, 1].
         inner_state: of the inner optimizer between outer steps. ``fresh`` starts anew each time, so
             that no optimizer's moments ever see the other level; ``carried`` goes on, detached, where
@@ -105,7 +106,9 @@ class MetaLearner:
         self.inner_state, self.buffers = inner_state, buffers
         self.clip_norm, self.scaler = clip_norm, scaler
         self._inner = inner
-        hyper = {} if inner is None else inner.learned()
+        hyper = {} if inner is None else dict(inner.learned())
+        if isinstance(objective, LearnedObjective):
+            hyper |= {f"objective.{n}": p for n, p in objective.learned().items()}
         self._hyper = {n: p for n, p in hyper.items() if id(p) in held}
         self._carried: State | None = None
 

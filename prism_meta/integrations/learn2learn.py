@@ -295,6 +295,7 @@ class Learn2LearnStrategy(MetaStrategy):
                 "gradients; use FirstOrder or SecondOrder with a GradScaler"
             )
         problem = Problem(model, objective)
+        problem.refuse_learned(type(self).__name__)
         clone = self._clone(problem.trainable)
         params, buffers, losses = _trainable(clone.module), problem.buffers(), []
         batches = batches_of(train)

@@ -20,6 +20,7 @@ One unit is a forward and a backward pass of the objective.
 
 from prism_meta.strategies.base import (
     Forward,
+    LearnedObjective,
     MetaGradient,
     MetaStrategy,
     Objective,
@@ -45,6 +46,7 @@ __all__ = [
     "FirstOrder",
     "Forward",
     "ImplicitMAML",
+    "LearnedObjective",
     "MetaGradient",
     "MetaStrategy",
     "Objective",

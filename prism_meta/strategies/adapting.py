@@ -98,17 +98,17 @@ class Adapting(ProblemStrategy):
         train: Any,
         state: State | None,
         *,
-        record: Literal["nothing", "steps", "gradients"] = "nothing",
+        record: Literal["nothing", "steps", "gradients", "updates"] = "nothing",
         penalty: Callable[[Params], Params] | None = None,
     ) -> Trajectory:
         """Inner steps with no graph but that of the learned hyper-parameters.
 
-        ``record`` keeps what each step began with, and its gradient; ``penalty`` is added to each
-        gradient.
+        ``record`` keeps what each step began with, and its gradient; with ``updates`` these are leaves,
+        and phi~ has a graph down to them. ``penalty`` is added to each gradient.
         """
         params, fixed = self.split(detached(problem.trainable))
         state = self.inner.init(params) if state is None else state
-        learns = bool(self.inner.learned()) and record == "nothing"
+        follows = record == "updates" or (bool(self.inner.learned()) and record == "nothing")
         buffers, losses, steps = problem.buffers(), [], []
         batches = batches_of(train)
         for k in range(self.steps):
@@ -117,13 +117,15 @@ class Adapting(ProblemStrategy):
             leaves = detached(params, requires_grad=True)
             value = problem.evaluate({**fixed, **leaves}, batch, buffers)
             grads = problem.inner_gradient(value.loss, leaves)
+            if record == "updates":
+                grads = detached(grads, requires_grad=True)
             if record != "nothing":
-                kept = grads if record == "gradients" else None
+                kept = None if record == "steps" else grads
                 steps.append(Step(params, state, batch, buffers, random, kept))
             if penalty is not None:
                 extra = penalty(params)
                 grads = {n: g + extra[n] for n, g in grads.items()}
-            with torch.set_grad_enabled(learns):
+            with torch.set_grad_enabled(follows):
                 params, state = self.update(grads, state, params)
             buffers = value.buffers
             losses.append(value.loss.detach())

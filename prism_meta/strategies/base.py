@@ -31,6 +31,18 @@ class ObjectiveValue(Protocol):
 Objective = Callable[[Forward, Any], "Tensor | ObjectiveValue"]
 
 
+@runtime_checkable
+class LearnedObjective(Protocol):
+    """An objective with weights that are learned through the inner steps (E12)."""
+
+    def learned(self) -> Mapping[str, Tensor]:
+        """The free parameters by name, leaves of a graph; L_train depends on them."""
+
+    @property
+    def outer(self) -> Objective:
+        """The objective of L_meta, which does not."""
+
+
 @dataclass(frozen=True)
 class MetaGradient:
     """What a strategy returns; every tensor is detached.
@@ -43,7 +55,8 @@ class MetaGradient:
         terms: the components of the meta loss, as the objective names them.
         buffers: the model's buffers after the meta batch alone.
         inner_buffers: the model's buffers after the inner steps.
-        hyper_gradient: d L_meta / d of the inner optimizer's learned hyper-parameters.
+        hyper_gradient: d L_meta / d of the inner optimizer's learned hyper-parameters, and of the
+            objective's learned weights under ``objective.<name>``.
         state: of the inner optimizer after the last inner step.
         diagnostics: how well the strategy solved its own problem, e.g. a residual.
     """
@@ -105,7 +118,8 @@ class MetaStrategy(ABC):
 
         Args:
             model: any module; its parameters and buffers are read, never written.
-            objective: ``objective(forward, batch)`` gives a scalar, or has ``.loss`` and ``.terms``.
+            objective: ``objective(forward, batch)`` gives a scalar, or has ``.loss`` and ``.terms``. A
+                ``LearnedObjective`` is that of L_train, and its ``outer`` that of L_meta.
             train: D_train, passed to the objective as it is. A list of batches gives inner step k the
                 batch k modulo their number; a list that holds tensors is one batch, as a
                 ``DataLoader`` makes it.

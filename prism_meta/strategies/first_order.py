@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR
 
-from prism_meta.inner import InnerOptimizer, State
-from prism_meta.strategies.adapting import Adapted, Adapting, detached_state
+from prism_meta.inner import InnerOptimizer, Params, State
+from prism_meta.strategies.adapting import Adapted, Adapting, Trajectory, detached_state
 from prism_meta.strategies.base import MetaGradient, batches_of
 from prism_meta.strategies.problem import Problem, ProblemStrategy, detached
 
@@ -36,7 +36,7 @@ class SingleLevel(ProblemStrategy):
         value = problem.evaluate(phi, batches_of(train)[0])
         gradient = problem.gradient(value.loss, phi)
         with torch.no_grad():
-            meta_value = problem.evaluate(phi, meta)
+            meta_value = problem.evaluate_meta(phi, meta)
         return problem.result(
             gradient=gradient,
             adapted=phi,
@@ -52,8 +52,9 @@ class FirstOrder(Adapting):
     """E3: the gradient of L_meta at phi~, with phi~ taken as a constant.
 
     Use it first: two units per step at K = 1, and no second derivative is needed. It ignores how
-    phi~ depends on phi, an error of order eta_in. Learned hyper-parameters get their gradient with the
-    inner gradients taken as constants, which at K = 1 is exact.
+    phi~ depends on phi, an error of order eta_in. Learned hyper-parameters, and the objective's learned
+    weights (E12, by one forward-mode pass per inner step), get their gradient with the inner gradients
+    taken as constants of phi, which at K = 1 is exact.
 
     Args:
         inner: the inner optimizer, e.g. ``SGD(0.05)``.
@@ -73,10 +74,13 @@ class FirstOrder(Adapting):
         True
     """
 
+    learns_objective = True
+
     def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
-        inner = self.walk(problem, train, state)
+        record: Literal["updates", "nothing"] = "updates" if problem.learned else "nothing"
+        inner = self.walk(problem, train, state, record=record)
         leaves = detached({**inner.fixed, **inner.params}, requires_grad=True)
-        value = problem.evaluate(leaves, meta)
+        value = problem.evaluate_meta(leaves, meta)
         gradient = problem.gradient(value.loss, leaves)
         return problem.result(
             gradient=gradient,
@@ -84,13 +88,27 @@ class FirstOrder(Adapting):
             train_loss=inner.train_loss,
             meta=value,
             inner_buffers=inner.buffers,
-            hyper_gradient=problem.pull_back(
-                list(inner.params.values()),
-                [gradient[name] for name in inner.params],
-                self.inner.learned(),
-            ),
+            hyper_gradient=self._hyper_gradient(problem, inner, gradient),
             state=detached_state(inner.state),
         )
+
+    def _hyper_gradient(self, problem: Problem, inner: Trajectory, gradient: Params) -> Params:
+        """From grad L_meta at phi~ back through the updates, and from each inner gradient by E12."""
+        inputs = dict(self.inner.learned())
+        for k, step in enumerate(inner.steps):
+            inputs |= {f"{k} {n}": g for n, g in (step.gradient or {}).items()}
+        pulled = problem.pull_back(
+            list(inner.params.values()), [gradient[n] for n in inner.params], inputs
+        )
+        weights = {n: torch.zeros_like(w) for n, w in problem.learned.items()}
+        for k, step in enumerate(inner.steps):
+            direction = {n: pulled[f"{k} {n}"] for n in step.gradient or {}}
+            with problem.replaying(step.random):
+                part = problem.mixed_derivative(
+                    step.params, inner.fixed, direction, step.batch, step.buffers
+                )
+            weights = {n: w + part[n] for n, w in weights.items()}
+        return {**{n: pulled[n] for n in self.inner.learned()}, **weights}
 
 
 class Reptile(Adapting):
@@ -130,7 +148,7 @@ class Reptile(Adapting):
     def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
         inner = self.walk(problem, train, state)
         with torch.no_grad():
-            value = problem.evaluate({**inner.fixed, **inner.params}, meta)
+            value = problem.evaluate_meta({**inner.fixed, **inner.params}, meta)
         moved = {n: problem.trainable[n].detach() - p for n, p in inner.params.items()}
         return problem.result(
             gradient={**{n: torch.zeros_like(p) for n, p in inner.fixed.items()}, **moved},

@@ -64,6 +64,8 @@ class ImplicitMAML(Adapting):
         self.proximal, self.cg_steps = proximal, cg_steps
         self.refuse_learned()
 
+    learns_objective = True
+
     def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
         phi, _ = self.split(detached(problem.trainable))
 
@@ -72,7 +74,7 @@ class ImplicitMAML(Adapting):
 
         inner = self.walk(problem, train, state, penalty=pull)
         leaves = detached({**inner.fixed, **inner.params}, requires_grad=True)
-        value = problem.evaluate(leaves, meta)
+        value = problem.evaluate_meta(leaves, meta)
         gradient = problem.gradient(value.loss, leaves)
 
         adapted = {n: leaves[n] for n in inner.params}
@@ -82,7 +84,10 @@ class ImplicitMAML(Adapting):
 
         def curvature(vector: Params) -> Params:
             return problem.pull_back(
-                list(grads.values()), [vector[n] for n in grads], leaves, retain_graph=True
+                list(grads.values()),
+                [vector[n] for n in grads],
+                {**leaves, **problem.learned},
+                retain_graph=True,
             )
 
         def system(vector: Params) -> Params:
@@ -103,6 +108,7 @@ class ImplicitMAML(Adapting):
             train_loss=inner.train_loss,
             meta=value,
             inner_buffers=inner.buffers,
+            hyper_gradient={n: -mixed[n] / self.proximal for n in problem.learned},
             state=detached_state(inner.state),
             diagnostics={
                 "cg_residual": residual,

@@ -14,18 +14,20 @@ The model is never changed; every evaluation is a ``torch.func.functional_call``
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from prism_meta.inner import Params, State
-from prism_meta.strategies.base import MetaGradient, MetaStrategy, Objective
+from prism_meta.strategies.base import LearnedObjective, MetaGradient, MetaStrategy, Objective
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,11 @@ class Problem:
 
     def __init__(self, model: nn.Module, objective: Objective, scale: Tensor | float = 1.0) -> None:
         self.model, self.objective, self.scale = model, objective, scale
+        self.outer, self.learned = objective, Params()
+        if isinstance(objective, LearnedObjective):
+            self.outer = objective.outer
+            # A name with a space is not that of a parameter of the model.
+            self.learned = {f"objective {n}": p for n, p in objective.learned().items()}
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise ValueError(
@@ -58,6 +65,15 @@ class Problem:
                 "set requires_grad=True on those to learn"
             )
         self.device = next(iter(self.trainable.values())).device
+
+    def refuse_learned(self, strategy: str) -> None:
+        """For strategies that give the objective's learned weights no gradient."""
+        if self.learned:
+            names = ", ".join(name.partition(" ")[2] for name in self.learned)
+            raise ValueError(
+                f"objective: {strategy} gives its learned weights ({names}) no gradient; use FirstOrder "
+                "or SecondOrder, or an objective with fixed weights"
+            )
 
     def leaves(self) -> Params:
         """phi as leaves of a graph of our own, so that ``.grad`` of the model is never touched."""
@@ -67,8 +83,17 @@ class Problem:
         """Copies of the model's own buffers."""
         return {name: b.detach().clone() for name, b in self.model.named_buffers()}
 
+    def evaluate_meta(self, params: Params, batch: Any) -> Value:
+        """L_meta at ``params``, from the model's own buffers."""
+        return self._evaluate(self.outer, params, batch, None)
+
     def evaluate(self, params: Params, batch: Any, buffers: Params | None = None) -> Value:
-        """The objective at ``params``; ``buffers`` (the model's own unless given) are not changed."""
+        """L_train at ``params``; ``buffers`` (the model's own unless given) are not changed."""
+        return self._evaluate(self.objective, params, batch, buffers)
+
+    def _evaluate(
+        self, objective: Objective, params: Params, batch: Any, buffers: Params | None
+    ) -> Value:
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # it would keep every step's cast weights alive
         start = self.buffers() if buffers is None else {n: b.clone() for n, b in buffers.items()}
@@ -77,7 +102,7 @@ class Problem:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return functional_call(self.model, state, args, kwargs)
 
-        value = self.objective(forward, batch)
+        value = objective(forward, batch)
         loss, terms = (value, {}) if isinstance(value, Tensor) else (value.loss, value.terms)
         if loss.numel() != 1:
             raise ValueError(
@@ -96,6 +121,30 @@ class Problem:
             [loss], [torch.ones_like(loss)], params, create_graph=create_graph, retain_graph=None
         )
         return {name: g for name, g in zip(params, pulled, strict=True) if g is not None}
+
+    def mixed_derivative(
+        self, params: Params, fixed: Params, direction: Params, batch: Any, buffers: Params
+    ) -> Params:
+        """E12: d <grad L_train, direction> / d the objective's learned weights, in forward mode.
+
+        d L_train / d weights is a function of the parameters, and this its directional derivative: one
+        pass with tangents gives it for all weights, and no graph of the model is made.
+        """
+        constants = detached({**fixed, **params})
+        with forward_ad.dual_level():
+            with warnings.catch_warnings():
+                # The first dual loads a part of torch that uses torch.jit.script, which it deprecates.
+                warnings.simplefilter("ignore", FutureWarning)
+                duals = {n: forward_ad.make_dual(constants[n], v) for n, v in direction.items()}
+            value = self.evaluate({**constants, **duals}, batch, buffers)
+            slopes = torch.autograd.grad(value.loss, list(self.learned.values()), allow_unused=True)
+            tangents = [
+                None if slope is None else forward_ad.unpack_dual(slope).tangent for slope in slopes
+            ]
+        return {
+            name: torch.zeros_like(weight) if tangent is None else tangent
+            for (name, weight), tangent in zip(self.learned.items(), tangents, strict=True)
+        }
 
     def pull_back(
         self,
@@ -164,9 +213,11 @@ class Problem:
         adapted: Params,
         train_loss: Tensor,
         meta: Value,
+        hyper_gradient: Params | None = None,
         **more: Any,
     ) -> MetaGradient:
         """Everything detached, in the order of the model's parameters."""
+        hyper = {n.replace(" ", "."): g for n, g in (hyper_gradient or {}).items()}
         every = {**self.trainable, **adapted}
         return MetaGradient(
             gradient=detached({name: gradient[name] for name in self.trainable}),
@@ -175,12 +226,16 @@ class Problem:
             train_loss=train_loss.detach(),
             meta_loss=meta.loss.detach(),
             terms={name: term.detach() for name, term in meta.terms.items()},
+            hyper_gradient=detached(hyper),
             **{"buffers": meta.buffers, **more},
         )
 
 
 class ProblemStrategy(MetaStrategy):
     """Base of the strategies that evaluate the model as a ``Problem``: they write ``solve`` alone."""
+
+    #: Whether the objective's learned weights get a gradient (E12).
+    learns_objective: ClassVar[bool] = False
 
     def meta_gradient(
         self,
@@ -192,7 +247,10 @@ class ProblemStrategy(MetaStrategy):
         state: State | None = None,
         scale: Tensor | float = 1.0,
     ) -> MetaGradient:
-        return self.solve(Problem(model, objective, scale), train, meta, state)
+        problem = Problem(model, objective, scale)
+        if not self.learns_objective:
+            problem.refuse_learned(type(self).__name__)
+        return self.solve(problem, train, meta, state)
 
     @abstractmethod
     def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:

@@ -16,7 +16,8 @@ from prism_meta.strategies.problem import Problem, Value, detached, dot
 
 Graph = Literal["auto", "stored", "recomputed"]
 #: From w, shaped like the adapted parameters, to the derivative of <grad L_train, w> with respect to
-#: all parameters: H w, and the mixed derivatives for those that are not adapted.
+#: all parameters: H w, and the mixed derivatives for those that are not adapted; and with respect to
+#: the objective's learned weights (E12).
 Curvature = Callable[[Params], Params]
 
 
@@ -28,6 +29,7 @@ class Adjoint(Adapting):
     inner optimizer has an adjoint too. Sub-classes say how the curvature is computed.
     """
 
+    learns_objective = True
     #: What ``curvature`` needs of each step.
     record: ClassVar[Literal["steps", "gradients"]] = "steps"
 
@@ -42,7 +44,9 @@ class Adjoint(Adapting):
         value, gradient = _at(problem, inner, meta)
         adjoint = {n: gradient[n] for n in inner.params}
         total = {n: gradient[n] for n in inner.fixed}
-        hyper = {n: torch.zeros_like(p) for n, p in self.inner.learned().items()}
+        hyper = {
+            n: torch.zeros_like(p) for n, p in {**self.inner.learned(), **problem.learned}.items()
+        }
         state_adjoint: Params = {}
         diagnostics: dict[str, Tensor] = {}
         while inner.steps:
@@ -97,7 +101,7 @@ class Adjoint(Adapting):
             {n: direct[n] + curved[n] for n in direct},
             part("state"),
             {n: curved[n] for n in fixed},
-            part("hyper"),
+            {**part("hyper"), **{n: curved[n] for n in problem.learned}},
             diagnostics,
         )
 
@@ -155,10 +159,11 @@ class SecondOrder(Adjoint):
             return super().solve(problem, train, meta, state)
         phi = problem.leaves()
         inner = self.unroll(problem, phi, train, state)
-        value = problem.evaluate({**inner.fixed, **inner.params}, meta)
+        value = problem.evaluate_meta({**inner.fixed, **inner.params}, meta)
         learned = self.inner.learned()
         gradient = problem.gradient(
-            value.loss, {**phi, **{f"hyper {n}": h for n, h in learned.items()}}
+            value.loss,
+            {**phi, **{f"hyper {n}": h for n, h in learned.items()}, **problem.learned},
         )
         return problem.result(
             gradient=gradient,
@@ -166,7 +171,10 @@ class SecondOrder(Adjoint):
             train_loss=inner.train_loss,
             meta=value,
             inner_buffers=inner.buffers,
-            hyper_gradient={n: gradient[f"hyper {n}"] for n in learned},
+            hyper_gradient={
+                **{n: gradient[f"hyper {n}"] for n in learned},
+                **{n: gradient[n] for n in problem.learned},
+            },
             state=detached_state(inner.state),
         )
 
@@ -181,7 +189,9 @@ class SecondOrder(Adjoint):
 
         def product(vector: Params) -> Params:
             return problem.pull_back(
-                list(grads.values()), [vector[n] for n in grads], {**params, **others}
+                list(grads.values()),
+                [vector[n] for n in grads],
+                {**params, **others, **problem.learned},
             )
 
         return grads, product, {}
@@ -247,13 +257,14 @@ class FiniteDifference(Adjoint):
         precision = max(torch.finfo(p.dtype).eps for p in step.params.values())
         radius = self.radius or precision ** (1 / 3)
         everything = {**step.params, **fixed}
+        inputs = [*everything, *problem.learned]
 
         def gradient(vector: Params, r: Tensor) -> Params:
             moved = {n: step.params[n] + r.to(v.dtype) * v for n, v in vector.items()}
             leaves = detached({**everything, **moved}, requires_grad=True)
             with problem.replaying(step.random):
                 value = problem.evaluate(leaves, step.batch, step.buffers)
-            return problem.gradient(value.loss, leaves)
+            return problem.gradient(value.loss, {**leaves, **problem.learned})
 
         def product(vector: Params) -> Params:
             size, reach = _norm(vector), _norm(step.params)
@@ -264,7 +275,7 @@ class FiniteDifference(Adjoint):
             bend = {n: plus[n] - 2 * middle[n] + minus[n] for n in middle}
             slope = {n: (plus[n] - minus[n]) / 2 for n in middle}
             diagnostics["asymmetry"] = _norm(bend) / _norm(slope).clamp(min=1e-30)
-            return {n: (plus[n] - minus[n]) / (2 * r).to(plus[n].dtype) for n in everything}
+            return {n: (plus[n] - minus[n]) / (2 * r).to(plus[n].dtype) for n in inputs}
 
         return middle, product, diagnostics
 
@@ -272,7 +283,7 @@ class FiniteDifference(Adjoint):
 def _at(problem: Problem, inner: Trajectory, meta: Any) -> tuple[Value, Params]:
     """L_meta at phi~ and its gradient there, with respect to all parameters."""
     leaves = detached({**inner.fixed, **inner.params}, requires_grad=True)
-    value = problem.evaluate(leaves, meta)
+    value = problem.evaluate_meta(leaves, meta)
     return value, problem.gradient(value.loss, leaves)
 
 
