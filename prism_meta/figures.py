@@ -27,6 +27,16 @@ OKABE_ITO: tuple[str, ...] = (
 #: Marks of a modality that a subset has, or lacks.
 SHOWN, HIDDEN = "●", "○"
 
+#: Of a panel, per name of a line: its points.
+_Lines = dict[str, list[tuple[float, float]]]
+
+#: Terms that are weights or make them, and the titles of their panels.
+_WEIGHTS = {
+    "preference": "relative preference RP",
+    "beta": "weight of pixel distillation β",
+    "delta": "weight of prototype alignment δ",
+}
+
 _INK, _FAINT = "#334155", "#e2e8f0"
 
 
@@ -156,42 +166,132 @@ def dice_by_count(summary: Summary, shown: Mapping[str, tuple[bool, ...]]) -> st
 
 def training_curves(history: Sequence[Mapping[str, Any]], modalities: Sequence[str]) -> str | None:
     """Losses and terms against the step, one panel each; None when there is nothing to draw."""
-    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
-
-    def add(panel: str, line: str, step: float, value: Any) -> None:
-        if isinstance(value, (int, float)) and math.isfinite(value):
-            panels.setdefault(panel, {}).setdefault(line, []).append((step, float(value)))
-
+    losses: _Lines = {}
     for i, row in enumerate(history):
-        step = row.get("step")
-        step = step if isinstance(step, (int, float)) else i
-        add("loss", "train", step, row.get("train_loss"))
-        add("loss", "meta", step, row.get("meta_loss"))
-        terms = row.get("terms")
-        for term, value in terms.items() if isinstance(terms, Mapping) else ():
-            if isinstance(value, (list, tuple)):
-                names = modalities if len(value) == len(modalities) else range(len(value))
-                for name, part in zip(names, value, strict=True):
-                    add(str(term), str(name), step, part)
-            else:
-                add(str(term), "", step, value)
+        for name in ("train", "meta"):
+            _add(losses, name, _place(row, "step", i), row.get(f"{name}_loss"))
+    panels = {"loss": losses} if losses else {}
+    for term, lines in _terms(history, modalities, "step").items():
+        if term not in _WEIGHTS and term != "shown":
+            panels[term] = lines
     if not panels:
         return None
-    columns = min(3, len(panels))
-    tall = math.ceil(len(panels) / columns)
-    figure = _figure(3.5 * columns if columns > 1 else 6.0, 2.5 * tall, "constrained")
-    for place, (panel, lines) in enumerate(panels.items(), 1):
-        axes = figure.add_subplot(tall, columns, place)
-        for i, (name, points) in enumerate(lines.items(), 1):
-            steps, values = np.array(points).T
-            if len(lines) <= 2:
-                axes.plot(steps, values, color=class_colour(i), alpha=0.25, linewidth=0.7)
-            smooth = _smooth(values)
-            axes.plot(steps, smooth, color=class_colour(i), linewidth=1.6, label=_no_math(name))
-        _plain(axes, panel, "outer step", "")
+    figure = _panels(panels, "outer step", modalities)
+    for axes, lines in zip(figure.axes, panels.values(), strict=True):
         if any(lines):
             axes.legend(fontsize=8, frameon=False, ncols=2 if len(lines) > 2 else 1)
     return _uri(figure, "svg", metadata={"Date": None})
+
+
+def weight_curves(history: Sequence[Mapping[str, Any]], modalities: Sequence[str]) -> str | None:
+    """Relative preference and the weights of E11 or E12 per modality, over epochs.
+
+    Each point is the mean of an epoch, over the steps that showed the modality; without ``epoch`` in
+    ``history``, the value of a step. None when all weights were fixed.
+    """
+    over = "epoch" if any("epoch" in row for row in history) else "step"
+    found = _terms([_where_shown(row) for row in history], modalities, over)
+    panels = {
+        title: {name: _means(points) for name, points in found[term].items()}
+        for term, title in _WEIGHTS.items()
+        if term in found
+    }
+    if not panels:
+        return None
+    figure = _panels(panels, "epoch" if over == "epoch" else "outer step", modalities)
+    if "preference" in found:
+        figure.axes[0].axhline(0, color=_INK, linewidth=0.8)
+    # The lines have the same names in all panels, and may run anywhere: one legend above them.
+    handles = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper left", fontsize=9, frameon=False,
+        ncols=len(handles),
+    )  # fmt: skip
+    return _uri(figure, "svg", metadata={"Date": None})
+
+
+def _terms(
+    history: Sequence[Mapping[str, Any]], modalities: Sequence[str], over: str
+) -> dict[str, _Lines]:
+    """Per term a line, or one per modality, against ``over``, a key of the rows."""
+    panels: dict[str, _Lines] = {}
+    for i, row in enumerate(history):
+        place, terms = _place(row, over, i), row.get("terms")
+        for term, value in terms.items() if isinstance(terms, Mapping) else ():
+            lines: _Lines = panels.get(str(term), {})
+            if isinstance(value, (list, tuple)):
+                names = modalities if len(value) == len(modalities) else range(len(value))
+                for name, part in zip(names, value, strict=True):
+                    _add(lines, str(name), place, part)
+            else:
+                _add(lines, "", place, value)
+            if lines:
+                panels[str(term)] = lines
+    return panels
+
+
+def _where_shown(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row without what it says of modalities that its batch did not show; beta needs no batch.
+
+    Example:
+        >>> _where_shown({"terms": {"shown": [0, 2], "beta": [1.0, 1.0], "delta": [0.0, 0.5]}})["terms"]
+        {'shown': [0, 2], 'beta': [1.0, 1.0], 'delta': [None, 0.5]}
+    """
+    terms = row.get("terms")
+    if not isinstance(terms, Mapping) or not isinstance(terms.get("shown"), Sequence):
+        return row
+    kept = {
+        term: [v if n else None for v, n in zip(terms[term], terms["shown"], strict=True)]
+        for term in ("preference", "delta")
+        if isinstance(terms.get(term), Sequence)
+    }
+    return {**row, "terms": {**terms, **kept}}
+
+
+def _place(row: Mapping[str, Any], over: str, index: int) -> float:
+    place = row.get(over)
+    return place if isinstance(place, (int, float)) else index
+
+
+def _add(lines: _Lines, line: str, place: float, value: Any) -> None:
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        lines.setdefault(line, []).append((place, float(value)))
+
+
+def _means(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """One point per place, the mean of those there.
+
+    Example:
+        >>> _means([(1, 2.0), (1, 4.0), (2, 5.0)])
+        [(1.0, 3.0), (2.0, 5.0)]
+    """
+    places, values = np.array(points, dtype=np.float64).T
+    unique, index = np.unique(places, return_inverse=True)
+    means = np.bincount(index, values) / np.bincount(index)
+    return list(zip(unique.tolist(), means.tolist(), strict=True))
+
+
+def _panels(panels: Mapping[str, _Lines], x: str, modalities: Sequence[str]) -> Figure:
+    """One panel per title, in rows of three, a modality in one colour; without legends."""
+    columns = min(3, len(panels))
+    tall = math.ceil(len(panels) / columns)
+    # A page shows it at full width: with one width, letters are of one size.
+    figure = _figure(10.5 if columns > 1 else 6.0, 2.5 * tall, "constrained")
+    for place, (title, lines) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(tall, columns, place)
+        for i, (name, points) in enumerate(lines.items()):
+            places, values = np.array(points).T
+            colour = class_colour(1 + (modalities.index(name) if name in modalities else i))
+            if len(lines) <= 2:
+                axes.plot(places, values, color=colour, alpha=0.25, linewidth=0.7)
+            smooth = _smooth(values)
+            axes.plot(places, smooth, color=colour, linewidth=1.6, label=_no_math(name))
+        _plain(axes, title, x, "")
+    return figure
 
 
 def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:

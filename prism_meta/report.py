@@ -22,6 +22,7 @@ from prism_meta.figures import (
     draw_overlay,
     heat_map,
     training_curves,
+    weight_curves,
 )
 from prism_meta.files import atomic, writable_folder
 from prism_meta.metrics import Record
@@ -169,8 +170,8 @@ def write_report(
         class_names: of the class indices in ``overlays``; the first is the background.
         policy_statement: what empty masks give, ``EmptyPolicy.statement``.
         overlays: slices to draw.
-        history: rows of ``metrics.jsonl``; of their keys ``step``, ``train_loss``, ``meta_loss``
-            and ``terms`` are drawn where they are there.
+        history: rows of ``metrics.jsonl``; of their keys ``step``, ``epoch``, ``train_loss``,
+            ``meta_loss`` and ``terms`` are drawn where they are there.
         facts: what made the numbers: config, versions, seed, command.
 
     Returns:
@@ -220,6 +221,7 @@ def write_report(
         heat=[heat_map(summary, "dice"), heat_map(summary, "hd95")],
         by_count=dice_by_count(summary, shown),
         curves=training_curves(history, modalities),
+        weights=weight_curves(history, modalities),
         overlays=list(zip(overlays, drawn, strict=True)),
         classes=[(name, class_colour(i)) for i, name in enumerate(class_names) if i > 0],
         facts=dict(facts or {}),

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prism_meta.errors import PrismError
-from prism_meta.figures import Overlay
+from prism_meta.figures import Overlay, class_colour
 from prism_meta.metrics import BratsEmpty, Record
 from prism_meta.modalities import BRATS, subset_name, subsets
 from prism_meta.report import comparison_table, results_table, write_report
@@ -169,6 +169,50 @@ def test_page_is_one_whole_file(tmp_path: Path) -> None:
         head, data = address.split(",", 1)
         start = {"data:image/png;base64": b"\x89PNG", "data:image/svg+xml;base64": b"<?xml"}[head]
         assert base64.b64decode(data, validate=True).startswith(start)
+
+
+def titles(html: str, alt: str) -> set[str]:
+    """The texts of the plot with this description; matplotlib writes each beside its outlines."""
+    return set(re.findall(r"<!-- (.*?) -->", svg_of(html, alt)))
+
+
+def svg_of(html: str, alt: str) -> str:
+    (address,) = re.findall(rf'alt="{alt}" src="data:image/svg\+xml;base64,([^"]*)"', html)
+    return base64.b64decode(address).decode("utf-8")
+
+
+WEIGHTS = "Relative preference and weights per modality over training"
+
+
+@pytest.mark.parametrize("x", ["epoch", "outer step"])
+def test_preference_and_weights_have_panels_of_their_own(tmp_path: Path, x: str) -> None:
+    terms = {
+        "fuse": 1.0, "beta": [0.1] * 4, "delta": [0.0, 0.1, 0.1, 0.0],
+        "preference": [0.2, -0.1, -0.1, 0.0], "shown": [2.0, 1.0, 1.0, 0.0],
+    }  # fmt: skip
+    history = [{"step": i, "train_loss": 1.0, "terms": terms} for i in range(6)]
+    if x == "epoch":
+        history = [{**row, "epoch": i // 2 + 1} for i, row in enumerate(history)]
+    html = report(tmp_path, history=history)
+    found = titles(html, WEIGHTS)
+    names = {"relative preference RP", "weight of pixel distillation β"}
+    assert {*names, "weight of prototype alignment δ", x, *BRATS} <= found
+    assert found.isdisjoint({"fuse", "loss", "shown"})
+    others = titles(html, "Training losses and their terms against the outer step")
+    assert {"loss", "fuse"} <= others
+    assert others.isdisjoint({*names, *BRATS, "preference", "beta", "delta", "shown"})
+    # t2 was never shown: it has a line for beta and one in the legend, in its own colour.
+    assert [svg_of(html, WEIGHTS).count(f"stroke: {class_colour(i)}") for i in (3, 4)] == [4, 2]
+
+
+def test_learned_weights_have_no_preference(tmp_path: Path) -> None:
+    history = [{"step": i, "terms": {"beta": [0.1, 0.2, 0.3, 0.4 + i]}} for i in range(3)]
+    found = titles(report(tmp_path, history=history), WEIGHTS)
+    assert "weight of pixel distillation β" in found and "relative preference RP" not in found
+
+
+def test_fixed_weights_are_not_drawn(tmp_path: Path) -> None:
+    assert "Weights of the modalities" not in report(tmp_path)
 
 
 def test_page_has_the_numbers(tmp_path: Path) -> None:
