@@ -1,25 +1,24 @@
 """The configuration: what a TOML file may say, and the objects that it stands for.
 
-Selector strings live here and nowhere else: ``build_*`` turns them into objects.
+Selector strings live here and nowhere else: ``build`` turns those of a section into objects.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tomlkit
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from tomlkit.exceptions import TOMLKitError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from prism_meta import losses
 from prism_meta.baselines import read_baseline
+from prism_meta.config_file import read_config
 from prism_meta.data import Preprocessing
-from prism_meta.errors import ConfigError, PrismError
+from prism_meta.errors import PrismError
 from prism_meta.inner import SGD, AdamW, InnerOptimizer
 from prism_meta.labels import BRATS_LABELS, LabelSet
 from prism_meta.masking import (
@@ -389,78 +388,5 @@ def load_config(
     Raises:
         ConfigError: all faults together, each with its key.
     """
-    values = {} if baseline is None else read_baseline(baseline)
-    if path is not None:
-        values = _merged(values, _read(path))
-    for override in overrides:
-        _override(values, override)
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError([_explain(fault) for fault in error.errors()]) from error
-
-
-def _read(path: Path | str) -> dict[str, Any]:
-    try:
-        return dict(tomlkit.parse(Path(path).read_text(encoding="utf-8")).unwrap())
-    except (OSError, UnicodeDecodeError, TOMLKitError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot be read as TOML ({reason})") from error
-
-
-def _merged(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """``more`` over ``values``, key by key within a section."""
-    both = {**values, **more}
-    for name in values.keys() & more.keys():
-        if isinstance(values[name], dict) and isinstance(more[name], dict):
-            both[name] = {**values[name], **more[name]}
-    return both
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"{override!r}: expected section.key=value, e.g. training.steps=500")
-    try:
-        value = tomlkit.parse(f"value = {text}").unwrap()["value"]
-    except TOMLKitError:
-        value = text.strip()
-    *sections, last = key.strip().split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"{key.strip()}: {section} is a value, not a section")
-    values[last] = value
-
-
-def _explain(fault: Any) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        near = _nearest(key)
-        return f"{key}: unknown key; did you mean {near}?"
-    message = fault["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if fault["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: got {fault['input']!r}; {message}"
-
-
-def _nearest(key: str) -> str:
-    """The known key most like ``key``, first by its whole path, then by its last part."""
-    known = list(_keys(Config))
-    found = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not found:
-        last = {k.rpartition(".")[2]: k for k in known}
-        found = [
-            last[n]
-            for n in difflib.get_close_matches(key.rpartition(".")[2], last, n=1, cutoff=0.0)
-        ]
-    return found[0]
-
-
-def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in section.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _keys(info.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name
+    start = {} if baseline is None else read_baseline(baseline)
+    return read_config(Config, path, overrides, start=start)
