@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ from prism_meta.config import load_config
 from prism_meta.errors import PrismError
 from prism_meta.files import writable_folder
 from prism_meta.report import comparison_table, results_table
-from prism_meta.run import Run
+from prism_meta.run import Run, command_line
 from prism_meta.summary import compare as compare_records
 
 console = Console()
@@ -217,9 +216,8 @@ def _train(run: Run, *, resume: bool = False) -> None:
 
 
 def _evaluate(run: Run, *, root: Path | None = None, out: Path | None = None) -> None:
-    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     with _bar("evaluate") as advance:
-        result = workflow.evaluate_run(run, advance, root=root, out=out, command=command)
+        result = workflow.evaluate_run(run, advance, root=root, out=out, command=command_line())
     policy = run.config.evaluation.policy()
     console.print(
         results_table(

@@ -87,7 +87,7 @@ class Run:
         writable_folder(folder)
         facts = {
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": command_line(),
             "seed": config.seed,
             "versions": _versions(),
             "data": str(root.resolve()),
@@ -149,6 +149,14 @@ class Run:
         if not self.metrics.exists():
             return []
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def command_line() -> list[str]:
+    """What this process was started with, the program without its folders."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return ["python", "-m", program.parent.name, *sys.argv[1:]]
+    return [program.name, *sys.argv[1:]]
 
 
 def _versions() -> dict[str, str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -20,6 +23,7 @@ from prism_meta import trainer
 from prism_meta.cases import Case
 from prism_meta.cli import app
 from prism_meta.config import MetaConfig
+from prism_meta.run import command_line
 
 SMALL = (
     "data.spacing=[1,1,1]", "data.patch=[16,16]", "data.batch_size=2", "model.width=2",
@@ -191,6 +195,28 @@ def test_the_second_run_reads_no_voxels_of_nifti(
 
     monkeypatch.setattr(Case, "read", read)
     assert run("train", cases, "--out", tmp_path / "b", *options)[0] == 0
+
+
+def test_python_m_is_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "prism_meta", "evaluate", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    (fault,) = errors(done.stderr)
+    assert fault.startswith(f"{tmp_path}: no run in this folder")
+
+
+@pytest.mark.parametrize(
+    ("started", "told"),
+    [
+        ("/usr/bin/prism-meta", "prism-meta"),
+        ("/lib/prism_meta/__main__.py", "python -m prism_meta"),
+    ],
+)
+def test_a_run_tells_how_it_was_started(
+    monkeypatch: pytest.MonkeyPatch, started: str, told: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", [started, "train", "my cases"])
+    assert shlex.join(command_line()) == f"{told} train 'my cases'"
 
 
 @pytest.mark.parametrize("command", ["", "demo", "train", "evaluate", "predict", "compare"])
