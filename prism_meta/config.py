@@ -14,11 +14,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from prism_meta import losses
+from prism_meta import losses, strategies
 from prism_meta.baselines import read_baseline
 from prism_meta.config_file import read_config
 from prism_meta.data import Preprocessing
 from prism_meta.errors import PrismError
+from prism_meta.fusion import AttentionFusion, Fusion, MeanFusion, RegionAwareFusion
 from prism_meta.inner import SGD, AdamW, InnerOptimizer
 from prism_meta.labels import BRATS_LABELS, LabelSet
 from prism_meta.masking import (
@@ -33,15 +34,6 @@ from prism_meta.metrics import BratsEmpty, DiagonalEmpty, EmptyPolicy, NanEmpty
 from prism_meta.modalities import BRATS
 from prism_meta.network import PrismNet
 from prism_meta.objective import PrismObjective
-from prism_meta.strategies import (
-    FiniteDifference,
-    FirstOrder,
-    ImplicitMAML,
-    MetaStrategy,
-    Reptile,
-    SecondOrder,
-    SingleLevel,
-)
 from prism_meta.weighting import BETA, DELTA, LearnedWeights, RelativePreference, Weighting
 from prism_meta.wrap import wrap
 
@@ -134,19 +126,32 @@ class ModelConfig(_Section):
 
     #: PRISM's own, or a U-Net (MONAI's, with residual units and InstanceNorm) behind ``wrap``.
     network: Literal["prism", "unet"] = "prism"
+    #: Of PRISM's network alone: where the weights of the shown modalities come from.
+    fusion: Literal["region_aware", "mean", "attention"] = "region_aware"
     #: Channels at full resolution; they double at each of the ``depth`` scales.
     width: Count = 8
     depth: Annotated[int, Field(ge=2)] = 4
 
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.network != "prism" and self.fusion != "region_aware":
+            raise ValueError(
+                f"fusion: {self.fusion} needs network = prism, for a U-Net has no fusion; leave it out"
+            )
+        return self
+
     def build(self, modalities: Sequence[str], *, num_classes: int, spatial_dims: int) -> nn.Module:
         """The network, for images of these modalities in 2 or 3 dimensions."""
+        sizes = len(modalities), num_classes, spatial_dims
+        fusions: Mapping[str, type[Fusion]] = {
+            "region_aware": RegionAwareFusion,
+            "mean": MeanFusion,
+            "attention": AttentionFusion,
+        }
+        fusion = fusions[self.fusion]
         networks: Mapping[str, Callable[[], nn.Module]] = {
-            "prism": lambda: PrismNet(
-                len(modalities), num_classes, spatial_dims, self.width, depth=self.depth
-            ),
-            "unet": lambda: wrap(
-                self._unet(len(modalities), num_classes, spatial_dims), modalities
-            ),
+            "prism": lambda: PrismNet(*sizes, self.width, depth=self.depth, fusion=fusion),
+            "unet": lambda: wrap(self._unet(*sizes), modalities),
         }
         return networks[self.network]()
 
@@ -255,24 +260,24 @@ class MetaConfig(_Section):
             )
         return self
 
-    def build(self, inner_lr: Tensor, *, weight_decay: float) -> MetaStrategy:
+    def build(self, inner_lr: Tensor, *, weight_decay: float) -> strategies.MetaStrategy:
         """The strategy, with an inner rate that the trainer may change; decay is AdamW's alone."""
         inner: InnerOptimizer
         if self.inner == "adamw":
             inner = AdamW(inner_lr, weight_decay=weight_decay)
         else:
             inner = SGD(inner_lr, momentum=self.inner_momentum)
-        strategies: Mapping[str, Callable[[], MetaStrategy]] = {
-            "single_level": SingleLevel,
-            "first_order": lambda: FirstOrder(inner, self.inner_steps),
-            "second_order": lambda: SecondOrder(inner, self.inner_steps),
-            "reptile": lambda: Reptile(inner, self.inner_steps),
-            "finite_difference": lambda: FiniteDifference(inner, self.inner_steps),
-            "implicit": lambda: ImplicitMAML(
+        choices: Mapping[str, Callable[[], strategies.MetaStrategy]] = {
+            "single_level": strategies.SingleLevel,
+            "first_order": lambda: strategies.FirstOrder(inner, self.inner_steps),
+            "second_order": lambda: strategies.SecondOrder(inner, self.inner_steps),
+            "reptile": lambda: strategies.Reptile(inner, self.inner_steps),
+            "finite_difference": lambda: strategies.FiniteDifference(inner, self.inner_steps),
+            "implicit": lambda: strategies.ImplicitMAML(
                 inner, self.inner_steps, proximal=self.proximal, cg_steps=self.cg_steps
             ),
         }
-        return strategies[self.strategy]()
+        return choices[self.strategy]()
 
 
 class TrainingConfig(_Section):
