@@ -25,7 +25,8 @@ class MultiEncoderNet(Protocol):
 
     ``wrap`` calls ``encode`` once, then both decoders on what it gave. Rows are what PrismNet's fused
     branch is run on too: the batch, and behind it each modality that a sample is shown beside others,
-    alone.
+    alone; in ``segment_subsets`` the batch, once per subset. So a row may be shown less than was
+    encoded, and what it is not shown must not reach its logits.
 
     Example:
         >>> class Two(nn.Module):
@@ -93,8 +94,34 @@ class WrappedNet(nn.Module):
     def segment(self, image: Tensor, mask: Tensor) -> Tensor:
         """The fused logits (B, K, *S) alone, for inference."""
         self._pairs(image, mask)
-        every = torch.arange(len(mask), device=mask.device)
-        return self._decode(self._encode(image, mask), every, mask, size=image.shape[2:])[0]
+        return self._fused(self._encode(image, mask), mask, size=image.shape[2:])
+
+    def segment_subsets(self, image: Tensor, subsets: Tensor) -> Tensor:
+        """The fused logits of many subsets of one batch, for inference.
+
+        A net with several encoders runs ``encode`` once; a plain one is run subset by subset.
+
+        Args:
+            image: (B, M, *S); a modality that no subset shows is not used.
+            subsets: bool (S, M), each with a modality.
+
+        Returns:
+            (S, B, K, *S), those of ``segment`` with each subset for the whole batch.
+
+        Raises:
+            ValueError: as ``segment``.
+
+        Example:
+            >>> model = wrap(nn.Conv2d(2, 3, 1), modalities=("t1", "t2"))
+            >>> subsets = torch.tensor([[True, False], [True, True]])
+            >>> model.segment_subsets(torch.randn(5, 2, 8, 8), subsets).shape
+            torch.Size([2, 5, 3, 8, 8])
+        """
+        union, *masks = (shown.expand(len(image), -1) for shown in (subsets.any(0), *subsets))
+        for mask in (union, *masks):
+            self._pairs(image, mask)
+        encoded = self._encode(image, union)
+        return torch.stack([self._fused(encoded, mask, size=image.shape[2:]) for mask in masks])
 
     def _pairs(self, image: Tensor, mask: Tensor) -> Pairs:
         if image.shape[1] != len(self.modalities):
@@ -112,6 +139,11 @@ class WrappedNet(nn.Module):
         """What ``_decode`` works on; a plain net's is the masked image itself."""
         image = _hide(image, mask)
         return self.net.encode(image, mask) if isinstance(self.net, MultiEncoderNet) else image
+
+    def _fused(self, encoded: Any, mask: Tensor, *, size: torch.Size) -> Tensor:
+        """The logits of each sample shown its row of ``mask``."""
+        every = torch.arange(len(mask), device=mask.device)
+        return self._decode(encoded, every, mask, size=size)[0]
 
     def _decode(
         self, encoded: Any, sample: Tensor, mask: Tensor, *, size: torch.Size

@@ -5,19 +5,25 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracles
 import pytest
 import torch
 from helpers import F64, Problem, prism_batch, randn, randomize, relative_error, trainable
 from monai.networks.nets.unet import UNet
+from niftis import write_case
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
+from prism_meta.cases import load_cases
+from prism_meta.inference import Predictor
 from prism_meta.inner import SGD
+from prism_meta.labels import LabelSet
 from prism_meta.learner import MetaLearner
-from prism_meta.modalities import BRATS
+from prism_meta.modalities import BRATS, subsets
 from prism_meta.objective import PrismObjective
 from prism_meta.strategies import FirstOrder, MetaStrategy, SecondOrder, SingleLevel
 from prism_meta.wrap import MultiEncoderNet, WrappedNet, wrap
@@ -493,3 +499,76 @@ def test_a_wrong_declaration_is_refused() -> None:
     message = "net: decode_unimodal gave (3, 4, 8, 8), expected (P, K, *S) = (3, 3, 8, 8)"
     with pytest.raises(ValueError, match=re.escape(message)):
         wrap(Wrong(), NAMES)(randn(2, 3, 8, 8, seed=64), MASK)
+
+
+# --- many subsets of one batch --------------------------------------------------------------------
+
+NETS: list[Any] = [
+    pytest.param(lambda: unet(2), (8, 8), id="plain 2-D"),
+    pytest.param(lambda: unet(3), (8, 8, 4), id="plain 3-D"),
+    pytest.param(lambda: Giving(lambda *m: m), (8, 8), id="several maps"),
+    pytest.param(Encoders, (8, 8), id="several encoders"),
+]
+
+
+@pytest.mark.parametrize(("make", "size"), NETS)
+def test_every_subset_of_a_batch_is_what_segment_gives(
+    make: Callable[[], nn.Module], size: tuple[int, ...]
+) -> None:
+    model, image, every = wrap(make(), NAMES), randn(2, 3, *size, seed=65), subsets(3)
+    some = every[torch.tensor([6, 0, 4])]
+    for chosen in (every, some, every[:1]):
+        together = model.segment_subsets(image, chosen)
+        assert len(together) == len(chosen)
+        for logits, shown in zip(together, chosen, strict=True):
+            expected = model.segment(image, shown.expand(2, -1))
+            torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
+    image[:, 1] = float("nan")  # that of no subset
+    assert bool(model.segment_subsets(image, torch.tensor([[True, False, True]])).isfinite().all())
+
+
+def test_subsets_share_one_encoding() -> None:
+    net = Encoders()
+    wrap(net, NAMES).segment_subsets(randn(2, 3, 8, 8, seed=66), subsets(3))
+    assert net.calls == ["encode", *["decode_fused 2"] * 7]
+
+
+def test_wrong_subsets_are_refused() -> None:
+    model, image = wrap(Spy(), NAMES), randn(2, 3, 4, 4, seed=67)
+    nothing = "mask: a sample is shown no modality; each row needs at least one True"
+    for empty in ([[True, True, True], [False, False, False]], [[False, False, False]]):
+        with pytest.raises(ValueError, match=nothing):
+            model.segment_subsets(image, torch.tensor(empty))
+    with pytest.raises(ValueError, match=nothing):
+        model.segment_subsets(image, torch.ones(0, 3).bool())
+    with pytest.raises(ValueError, match=r"mask: got \(2, 2\), expected \(B, M\) = \(2, 3\)"):
+        model.segment_subsets(image, torch.ones(1, 2).bool())
+
+
+@pytest.mark.parametrize("make", [lambda: unet(2), Encoders], ids=["plain", "several encoders"])
+def test_a_predictor_serves_all_subsets_of_a_window_at_once(
+    tmp_path: Path, make: Callable[[], nn.Module]
+) -> None:
+    write_case(tmp_path / "p0", modalities=NAMES, shape=(12, 12, 3))
+    (case,) = load_cases(tmp_path, NAMES)
+    model, every = wrap(make().float(), NAMES), subsets(3)
+    counted: list[int] = []
+
+    class Counting(nn.Module):
+        def segment_subsets(self, image: Tensor, chosen: Tensor) -> Tensor:
+            counted.append(len(chosen))
+            return model.segment_subsets(image, chosen)
+
+    class OneByOne(nn.Module):
+        def segment(self, image: Tensor, mask: Tensor) -> Tensor:
+            return model.segment(image, mask)
+
+    labels = LabelSet({"a": 1, "b": 2})
+    found = [
+        Predictor(net, labels=labels, patch=(8, 8)).predict(case, every)
+        for net in (model, Counting(), OneByOne())
+    ]
+    assert set(counted) == {7}
+    for volumes in zip(*found, strict=True):
+        assert all(np.array_equal(volume, volumes[0]) for volume in volumes)
+    assert len({volume.tobytes() for volume in found[0]}) == 7
