@@ -11,6 +11,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from helpers import (
     PROBLEMS,
     Problem,
     batch_norm,
+    conv,
     copies,
     corners,
     dropout,
@@ -38,6 +40,7 @@ from helpers import (
 from torch import Tensor, nn
 
 from prism_meta import inner as ours
+from prism_meta.fusion import MeanFusion
 from prism_meta.integrations import MissingPackageError
 from prism_meta.integrations import learn2learn as integration
 from prism_meta.integrations.learn2learn import INSTALL, Learn2LearnStrategy, PrismLearner
@@ -379,15 +382,21 @@ def meta_curvature(model: nn.Module, **options: Any) -> Any:
     return l2l.algorithms.GBML(model, transform, lr=LR, **options).double()
 
 
+def prism_with_means() -> Problem:
+    """GBML's transforms know no parameter like that of the region-aware fusion."""
+    return replace(prism(), model=prism_net(fusion=MeanFusion))
+
+
 LEARNERS = [maml, meta_sgd, kronecker, meta_curvature]
 every_learner = pytest.mark.parametrize("make_learner", LEARNERS)
+every_problem_of_theirs = pytest.mark.parametrize("make_problem", [mlp, conv, prism_with_means])
 Make = Callable[..., Any]
 
 
 @pytest.mark.parametrize("steps", [1, 3])
 @every_order
 @every_learner
-@every_problem
+@every_problem_of_theirs
 def test_every_learner_starts_with_our_numbers(
     make_problem: Callable[[], Problem], make_learner: Make, first_order: bool, steps: int
 ) -> None:
@@ -512,7 +521,7 @@ def test_a_loss_that_depends_on_no_parameter_moves_nothing(make_learner: Make) -
 
 
 @pytest.mark.parametrize("make_learner", [meta_sgd, kronecker, meta_curvature])
-@pytest.mark.parametrize("make_problem", [mlp, prism])
+@pytest.mark.parametrize("make_problem", [mlp, prism_with_means])
 def test_meta_learner_trains_the_model_and_what_the_learner_learns(
     make_problem: Callable[[], Problem], make_learner: Make
 ) -> None:

@@ -225,8 +225,9 @@ class Learn2LearnStrategy(MetaStrategy):
 
     It keeps the graphs of all inner steps, so that memory grows with K. It cannot unscale the inner
     gradients: with a ``GradScaler`` use ``SecondOrder`` or ``FirstOrder``. learn2learn's
-    ``KroneckerTransform`` and ``MetaCurvatureTransform`` know no 3-D convolution; a
-    ``TransformDictionary`` gives a transform to the other layers, and these the gradient as it is.
+    ``KroneckerTransform`` and ``MetaCurvatureTransform`` know no 3-D convolution and no
+    ``RegionAwareFusion``; a ``TransformDictionary`` gives a transform to the other layers, and these the
+    gradient as it is.
 
     Args:
         learner: ``l2l.algorithms.MAML``, ``MetaSGD`` or ``GBML``, around the model that will be trained.
