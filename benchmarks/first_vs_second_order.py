@@ -18,22 +18,16 @@ import copy
 import gc
 import importlib.util
 import json
-import os
-import platform
-import resource
-import shlex
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import Peak, facts, in_a_process_of_its_own, in_each_round
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -234,31 +228,6 @@ def flat(params: Params) -> Tensor:
     return torch.cat([p.detach().double().flatten() for _, p in sorted(params.items())])
 
 
-def resident() -> int:
-    """Bytes of the resident set now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
-class Peak:
-    """The highest resident set within the context, sampled every millisecond."""
-
-    def __enter__(self) -> Peak:
-        self.base = self.value = resident()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.001):
-            self.value = max(self.value, resident())
-
-    def __exit__(self, *error: Any) -> None:
-        self._stop.set()
-        self._thread.join()
-
-
 def measure_memory(setting: Setting, method: str) -> dict[str, float]:
     net, objective, train, meta = build(setting)
     run = METHODS[method]
@@ -269,7 +238,7 @@ def measure_memory(setting: Setting, method: str) -> dict[str, float]:
     gc.collect()
     with Peak() as peak:
         run(net, objective, train, meta, setting.steps)
-    return {"peak_mib": (peak.value - peak.base) / 2**20}
+    return {"peak_mib": peak.mib}
 
 
 def measure_time(setting: Setting, methods: list[str], rounds: int) -> dict[str, Any]:
@@ -291,21 +260,6 @@ def measure_time(setting: Setting, methods: list[str], rounds: int) -> dict[str,
     return {"methods": results, "cosine": float(cosine)}
 
 
-def in_a_process_of_its_own(setting: Setting, *arguments: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--job", json.dumps(asdict(setting)), *arguments]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(setting.threads),
-        # glibc gives large tensors back as they are freed: else the holes between them are measured.
-        **({"MALLOC_MMAP_THRESHOLD_": str(2**18)} if "--memory" in arguments else {}),
-    }
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def job(arguments: argparse.Namespace) -> None:
     setting = Setting(**json.loads(arguments.job))
     torch.set_num_threads(setting.threads)
@@ -322,8 +276,8 @@ def job(arguments: argparse.Namespace) -> None:
 
 def ratios(result: dict[str, Any], name: str) -> list[float]:
     """Time relative to first order, round by round."""
-    base = result["methods"]["FirstOrder"]["seconds"]
-    return [s / b for s, b in zip(result["methods"][name]["seconds"], base, strict=True)]
+    methods = result["methods"]
+    return in_each_round(methods[name]["seconds"], methods["FirstOrder"]["seconds"])
 
 
 def show(console: Console, setting: Setting, result: dict[str, Any], units: float) -> None:
@@ -403,16 +357,8 @@ def main() -> None:
     if "FirstOrder" not in methods:
         methods.insert(0, "FirstOrder")  # all ratios are to it
     packages = ("prism-meta", "torch", "monai", *(PEERS[n].lower() for n in PEERS if n in methods))
-    facts = {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "processor": platform.processor() or platform.machine(),
-        "threads": arguments.threads,
-        "seed": arguments.seed,
-        "rounds": arguments.rounds,
-        "left_out": missing,
-    }
-    console.print(facts)
+    told = {**facts(arguments, packages), "left_out": missing}
+    console.print(told)
     results = []
     for net in arguments.net:
         for steps in arguments.steps:
@@ -420,16 +366,20 @@ def main() -> None:
                 net, steps, arguments.size, arguments.batch, arguments.threads, arguments.seed
             )
             result = in_a_process_of_its_own(
-                setting, "--rounds", str(arguments.rounds), "--methods", *methods
-            )
+                __file__,
+                asdict(setting),
+                "--rounds", str(arguments.rounds), "--methods", *methods,
+            )  # fmt: skip
             for name in methods:
-                memory = in_a_process_of_its_own(setting, "--memory", name)
+                memory = in_a_process_of_its_own(
+                    __file__, asdict(setting), "--memory", name, memory=True
+                )
                 result["methods"][name].update(memory)
             # First order is K + 1 units: the others' units follow from their ratio to it.
             show(console, setting, result, units=steps + 1.0)
             results.append({"setting": asdict(setting), **result})
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
+            arguments.out.write_text(json.dumps({**told, "results": results}, indent=1) + "\n")
     plot(arguments.out.with_suffix(".png"), results)
     console.print(f"written: {arguments.out} and {arguments.out.with_suffix('.png').name}")
     return None

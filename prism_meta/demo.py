@@ -71,7 +71,7 @@ FULL = Demo(
         "meta.inner_lr=0.01",
         "meta.inner_state=shared",
         "meta.alpha=1.0",
-        "training.steps=480",
+        "training.steps=640",
         "evaluation.overlap=0.25",
     ),
 )

@@ -1,0 +1,87 @@
+"""What the benchmarks share: peak memory, processes of their own, and the facts beside the numbers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shlex
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+class Peak:
+    """The highest resident set within the context above that at its start, sampled every millisecond."""
+
+    def __enter__(self) -> Peak:
+        self.base = self.value = _resident()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.001):
+            self.value = max(self.value, _resident())
+
+    def __exit__(self, *error: Any) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    @property
+    def mib(self) -> float:
+        return (self.value - self.base) / 2**20
+
+
+def _resident() -> int:
+    """Bytes of the resident set now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def in_a_process_of_its_own(
+    script: str, setting: dict[str, Any], *arguments: str, memory: bool = False
+) -> dict[str, Any]:
+    """Run ``script --job SETTING ARGUMENTS`` and read the JSON in the last line that it prints."""
+    command = [sys.executable, script, "--job", json.dumps(setting), *arguments]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(setting["threads"]),
+        # glibc gives large tensors back as they are freed: else the holes between them are measured.
+        **({"MALLOC_MMAP_THRESHOLD_": str(2**18)} if memory else {}),
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)}\n{done.stderr}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def facts(arguments: argparse.Namespace, packages: Sequence[str]) -> dict[str, Any]:
+    """What a reader needs to make the numbers again."""
+    return {
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "processor": platform.processor() or platform.machine(),
+        "threads": arguments.threads,
+        "seed": arguments.seed,
+        "rounds": arguments.rounds,
+    }
+
+
+def in_each_round(seconds: Sequence[float], base: Sequence[float]) -> list[float]:
+    """Ratios round by round, for a machine's speed drifts."""
+    return [s / b for s, b in zip(seconds, base, strict=True)]
+
+
+def with_spread(values: Sequence[float]) -> str:
+    """The median, least and largest."""
+    return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
