@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
+from prism_meta.errors import CaseError, PrismError
 from prism_meta.inner import SGD
 from prism_meta.modalities import Batch
 from prism_meta.network import PrismNet
@@ -51,6 +52,14 @@ class Problem:
     objective: Callable[..., Any]
     train: Any
     meta: Any
+
+
+def faults_of(action: Callable[[], object], kind: type[PrismError] = CaseError) -> tuple[str, ...]:
+    """All that ``action`` is refused for, each with its own line of the message."""
+    with pytest.raises(kind) as caught:
+        action()
+    assert str(caught.value) == "\n".join(caught.value.faults)
+    return caught.value.faults
 
 
 def relative_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

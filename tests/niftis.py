@@ -141,6 +141,11 @@ def write_cases(root: Path, count: int, **options: Any) -> Path:
     return root
 
 
+def cut(path: Path) -> None:
+    """Leave three quarters of a file, as a full disk does."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+
+
 def record_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """A list that grows by each file that nibabel opens from now on."""
     opened: list[Path] = []
