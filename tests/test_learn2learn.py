@@ -44,13 +44,14 @@ from prism_meta.fusion import MeanFusion
 from prism_meta.integrations import MissingPackageError
 from prism_meta.integrations import learn2learn as integration
 from prism_meta.integrations.learn2learn import INSTALL, Learn2LearnStrategy, PrismLearner
+from prism_meta.integrations.learn2learn.upstream import learn2learn
 from prism_meta.learner import MetaLearner
 from prism_meta.objective import PrismObjective
 from prism_meta.strategies import FirstOrder, SecondOrder
 from prism_meta.wrap import wrap
 
 try:
-    l2l = integration._learn2learn()
+    l2l = learn2learn()
 except MissingPackageError:
     l2l = None
 
@@ -644,7 +645,8 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The integration, as it is where learn2learn is not installed."""
     name = integration.__name__
     monkeypatch.setitem(sys.modules, "learn2learn", None)
-    monkeypatch.delitem(sys.modules, name)
+    for part in [part for part in sys.modules if f"{part}.".startswith(f"{name}.")]:
+        monkeypatch.delitem(sys.modules, part)
     yield importlib.import_module(name)
     # ``import a.b`` sets an attribute of a, which monkeypatch knows nothing of.
     sys.modules["prism_meta.integrations"].learn2learn = integration  # type: ignore[attr-defined]

@@ -1,0 +1,190 @@
+"""Learners of learn2learn as a strategy of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prism_meta.inner import Params, State
+from prism_meta.integrations.learn2learn.upstream import (
+    grad_of_clones,
+    learn2learn,
+    listed,
+    trainable,
+)
+from prism_meta.strategies.base import MetaGradient, MetaStrategy, Objective, batches_of
+from prism_meta.strategies.problem import Problem, detached
+
+
+class Learn2LearnStrategy(MetaStrategy):
+    """A learner of learn2learn as a strategy: its inner step, its choice of first or second order.
+
+    What the learner learns beside its module (the rates of MetaSGD, the transform of GBML, a learning
+    rate given as ``nn.Parameter``) gets a gradient in ``MetaGradient.hyper_gradient``, and
+    ``MetaLearner`` trains it where the outer optimizer holds it, as that of ``learner.parameters()``
+    does. Losses are computed by the model, so that its buffers, frozen, unused and tied parameters are
+    treated as by every strategy; of the learner, ``clone`` and ``adapt`` are used.
+
+    It keeps the graphs of all inner steps, so that memory grows with K. It cannot unscale the inner
+    gradients: with a ``GradScaler`` use ``SecondOrder`` or ``FirstOrder``. learn2learn's
+    ``KroneckerTransform`` and ``MetaCurvatureTransform`` know no 3-D convolution and no
+    ``RegionAwareFusion``; a ``TransformDictionary`` gives a transform to the other layers, and these the
+    gradient as it is.
+
+    Args:
+        learner: ``l2l.algorithms.MAML``, ``MetaSGD`` or ``GBML``, around the model that will be trained.
+        steps: K, the number of inner steps.
+
+    Raises:
+        MissingPackageError: learn2learn is not installed.
+        ValueError: ``steps`` is less than 1 or ``learner`` is none of the three; later, the model is not
+            the learner's, or a ``state`` or a ``scale`` is given.
+
+    Source: learn2learn, Arnold et al., 2020; Meta-SGD, Li et al., 2017; Meta-Curvature, Park and Oliva,
+    NeurIPS 2019; Kronecker-factored transforms, Arnold et al., 2019.
+
+    Example:
+        ```python
+        import learn2learn as l2l
+        import torch
+        import prism_meta as pm
+        from prism_meta.integrations.learn2learn import Learn2LearnStrategy
+
+        model = torch.nn.Linear(2, 1)
+        mse = lambda forward, batch: (forward(batch[0]) - batch[1]).square().mean()
+        batch = (torch.ones(4, 2), torch.zeros(4, 1))
+
+        gbml = l2l.algorithms.GBML(model, l2l.optim.MetaCurvatureTransform, lr=0.1)
+        optimizer = torch.optim.Adam(gbml.parameters(), lr=1e-3)  # the model's and the transform's
+        trainer = pm.MetaLearner(model, mse, Learn2LearnStrategy(gbml), optimizer, alpha=0.0)
+        result = trainer.step(batch, batch)
+        assert "compute_update.transforms_modules.0.mc_in" in result.hyper_gradient
+        ```
+    """
+
+    def __init__(self, learner: nn.Module, steps: int = 1) -> None:
+        algorithms = learn2learn().algorithms
+        if not isinstance(learner, (algorithms.MAML, algorithms.MetaSGD, algorithms.GBML)):
+            raise ValueError(
+                f"learner: got {type(learner).__name__}, expected MAML, MetaSGD or GBML of "
+                "learn2learn.algorithms"
+            )
+        if steps < 1:
+            raise ValueError(f"steps: got {steps}, expected at least 1 inner step")
+        self.learner, self.steps = learner, steps
+        #: Where ``MetaLearner`` looks for what is learned beside the model.
+        self.inner = LearnerParameters(learner)
+
+    def meta_gradient(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        train: Any,
+        meta: Any,
+        *,
+        state: State | None = None,
+        scale: Tensor | float = 1.0,
+    ) -> MetaGradient:
+        if model is not self.learner.module:
+            raise ValueError(
+                f"model: got another {type(model).__name__} than the learner's; make the learner from "
+                "the model that is trained"
+            )
+        if any((state or {}).values()):
+            raise ValueError("state: learn2learn's learners keep none; expected None")
+        if isinstance(scale, Tensor) or scale != 1.0:
+            raise ValueError(
+                f"scale: got {float(scale):g}, expected 1: learn2learn cannot unscale its inner "
+                "gradients; use FirstOrder or SecondOrder with a GradScaler"
+            )
+        problem = Problem(model, objective)
+        problem.refuse_learned(type(self).__name__)
+        clone = self._clone(problem.trainable)
+        params, buffers, losses = trainable(clone.module), problem.buffers(), []
+        batches = batches_of(train)
+        for k in range(self.steps):
+            value = problem.evaluate(params, batches[k % len(batches)], buffers)
+            losses.append(value.loss.detach())
+            buffers = value.buffers
+            _adapt(clone, value.loss)
+            params = trainable(clone.module)
+        value = problem.evaluate(params, meta)
+        learned = self.inner.learned()
+        gradient = problem.gradient(
+            value.loss, {**problem.trainable, **{f"hyper {n}": p for n, p in learned.items()}}
+        )
+        return problem.result(
+            gradient=gradient,
+            adapted=params,
+            train_loss=losses[0],
+            meta=value,
+            inner_buffers=buffers,
+            hyper_gradient=detached({n: gradient[f"hyper {n}"] for n in learned}),
+        )
+
+    def _clone(self, chosen: Mapping[str, Tensor]) -> Any:
+        learner: Any = self.learner
+        if not isinstance(learner, learn2learn().algorithms.MetaSGD):
+            return learner.clone(allow_unused=True, allow_nograd=True)
+        # MetaSGD knows no frozen parameter, and moves a tied one under its first name alone: it gets
+        # a flat module of those that it is to move, and their rates.
+        clone = learner.clone()
+        names = [name for name, _ in clone.module.named_parameters()]
+        rates = dict(zip(names, clone.lrs, strict=True))
+        params, clone.module = dict(clone.module.named_parameters()), nn.Module()
+        clone.module._parameters = {n: params[n] for n in chosen}
+        clone.lrs = [rates[n] for n in chosen]
+        return clone
+
+
+class LearnerParameters:
+    """What a learner of learn2learn learns beside its module, in the manner of an inner optimizer.
+
+    Args:
+        learner: as for ``Learn2LearnStrategy``.
+    """
+
+    #: It has no state to share with an outer optimizer.
+    torch_optimizer = None
+
+    def __init__(self, learner: nn.Module) -> None:
+        self._learner = learner
+
+    def learned(self) -> Params:
+        """Those that get a gradient, by the learner's names for them."""
+        return {n: p for n, p in self._named().items() if p.requires_grad}
+
+    def state_dict(self) -> Params:
+        """The values, by name."""
+        return detached(self._named())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the values of ``state``.
+
+        Raises:
+            ValueError: the names are not this learner's.
+        """
+        own = self._named()
+        if state.keys() != own.keys():
+            raise ValueError(f"state: got {listed(state)}, expected {listed(own)}")
+        with torch.no_grad():
+            for name, param in own.items():
+                param.copy_(state[name])
+
+    def _named(self) -> Params:
+        named = self._learner.named_parameters()
+        return {n: p for n, p in named if not n.startswith("module.")}
+
+
+def _adapt(clone: Any, loss: Tensor) -> None:
+    """One inner step. Where the loss depends on no parameter there is none to make."""
+    if not loss.requires_grad:
+        return
+    if not hasattr(clone, "allow_unused"):
+        # MetaSGD refuses parameters that the loss does not depend on; it does on their empty parts.
+        loss = loss + sum(p.flatten()[:0].sum().to(loss) for p in clone.module.parameters())
+    with grad_of_clones(), torch.autocast(loss.device.type, enabled=False):
+        clone.adapt(loss)
