@@ -62,6 +62,11 @@ def faults_of(action: Callable[[], object], kind: type[PrismError] = CaseError) 
     return caught.value.faults
 
 
+def dice(a: Tensor, b: Tensor) -> float:
+    """Overlap of two masks, 1 where they are the same."""
+    return float(2 * (a & b).sum() / (a.sum() + b.sum()))
+
+
 def relative_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     """||actual - expected|| / ||expected|| over all entries; the names must be the same."""
     assert list(actual) == list(expected), (list(actual), list(expected))
