@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +31,8 @@ from prism_meta.strategies import (
 )
 
 F64 = torch.float64
+#: Of two ways to one number in float64.
+EXACT = 1e-9
 #: Of STRATEGIES: the rate of SGD inside, and K.
 LR = 0.1
 STEPS = 3
@@ -90,6 +95,13 @@ def meta_gradient(strategy: MetaStrategy, problem: Problem, **options: Any) -> M
     return strategy.meta_gradient(
         problem.model, problem.objective, problem.train, problem.meta, **options
     )
+
+
+def run_example(owner: type) -> None:
+    """Run the example in a docstring that is a block of Python and no doctest."""
+    (example,) = re.findall(r"( *```python\n.*?)```", inspect.getdoc(owner) or "", re.DOTALL)
+    with torch.random.fork_rng():
+        exec(textwrap.dedent(example).removeprefix("```python\n"), {})  # noqa: S102, our own docstring
 
 
 def derivative(function: Callable[[float], float], at: float = 0.0, step: float = 1e-3) -> float:
@@ -269,3 +281,5 @@ def prism() -> Problem:
 
 
 PROBLEMS = (mlp, conv, prism)
+every_problem = pytest.mark.parametrize("make_problem", PROBLEMS)
+every_order = pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import sys
-import textwrap
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -13,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    EXACT,
+    LR,
     PROBLEMS,
     Problem,
     batch_norm,
@@ -21,11 +20,14 @@ from helpers import (
     corners,
     dropout,
     equal,
+    every_order,
+    every_problem,
     meta_gradient,
     mlp,
     mse,
     norm,
     relative_error,
+    run_example,
     trainable,
 )
 from torch import Tensor, nn, optim
@@ -36,11 +38,7 @@ from prism_meta.integrations.higher import INSTALL, HigherStrategy
 from prism_meta.learner import MetaLearner
 from prism_meta.strategies import FirstOrder, SecondOrder
 
-LR = 0.1
-EXACT = 1e-9
 Make = Callable[[list[Tensor]], optim.Optimizer]
-every_problem = pytest.mark.parametrize("make_problem", PROBLEMS)
-every_order = pytest.mark.parametrize("first_order", [False, True], ids=["second", "first"])
 
 
 @pytest.fixture(autouse=True)
@@ -293,10 +291,7 @@ def test_no_inner_step_and_no_parameter_are_refused() -> None:
 
 
 def test_the_example_runs() -> None:
-    doc = inspect.getdoc(HigherStrategy) or ""
-    (example,) = re.findall(r"( *```python\n.*?)```", doc, re.DOTALL)
-    with torch.random.fork_rng():
-        exec(textwrap.dedent(example).removeprefix("```python\n"), {})  # noqa: S102, our own docstring
+    run_example(HigherStrategy)
 
 
 def test_without_higher_the_error_has_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
