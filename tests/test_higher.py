@@ -57,7 +57,7 @@ def momentum(params: list[Tensor]) -> optim.Optimizer:
 
 def small_eps(params: list[Tensor]) -> optim.Optimizer:
     """With so small an eps it does not matter where Adam adds it; see the second test."""
-    return optim.Adam(params, 0.05, eps=1e-18)
+    return optim.Adam(params, 0.05, eps=1e-26)
 
 
 SAME = {
@@ -66,7 +66,7 @@ SAME = {
         lambda params: optim.SGD(params, LR, momentum=0.9, nesterov=True),
         SGD(LR, momentum=0.9, nesterov=True),
     ),
-    "adam": (small_eps, Adam(0.05, eps=1e-18)),
+    "adam": (small_eps, Adam(0.05, eps=1e-26)),
 }
 
 
@@ -195,7 +195,7 @@ def test_groups_have_their_own_rates() -> None:
     ("make_optimizer", "inner"),
     [
         pytest.param(momentum, SGD(LR, momentum=0.9, nesterov=True, weight_decay=0.1), id="sgd"),
-        pytest.param(small_eps, Adam(0.05, eps=1e-18), id="adam"),
+        pytest.param(small_eps, Adam(0.05, eps=1e-26), id="adam"),
     ],
 )
 def test_the_state_is_carried_on(make_optimizer: Make, inner: Any, first_order: bool) -> None:
