@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import errors, run, settings
 from monai.networks.nets.unet import UNet
-from niftis import write_cases
-from test_cli import errors, run, settings
 
 import prism_meta
 from prism_meta.baselines import BASELINES, read_baseline
@@ -93,14 +92,6 @@ def test_the_file_and_then_the_overrides_come_after_the_baseline(tmp_path: Path)
     path.write_text("model = 3\n")
     with pytest.raises(ConfigError, match=r"^model: got 3; "):
         load_config(path, baseline="zero_fill")
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four cases, the first without t2."""
-    root = write_cases(tmp_path_factory.mktemp("cases"), 4)
-    (root / "p0" / "p0_t2.nii.gz").unlink()
-    return root
 
 
 @pytest.mark.parametrize("name", BASELINES)

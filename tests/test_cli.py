@@ -16,44 +16,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from commands import errors, run, settings
 from niftis import forbidden, write_case, write_cases
-from typer.testing import CliRunner
 
 from prism_meta import trainer
 from prism_meta.cases import Case
-from prism_meta.cli import app
 from prism_meta.config import MetaConfig
 from prism_meta.run import command_line
 
-SMALL = (
-    "data.spacing=[1,1,1]", "data.patch=[16,16]", "data.batch_size=2", "model.width=2",
-    "model.depth=2", "training.steps=4",
-)  # fmt: skip
 VOLUMES = ("data.patch=[16,16,8]",)
-
-
-def run(*arguments: object) -> tuple[int, str]:
-    """Exit code, and both streams as one text without line breaks of the terminal's making."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
-
-
-def settings(*extra: str) -> list[str]:
-    return [part for value in (*SMALL, *extra) for part in ("--set", value)]
-
-
-def errors(output: str) -> list[str]:
-    return [line.removeprefix("error: ") for line in output.splitlines() if "error: " in line]
-
-
-@pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four cases, the first without t2."""
-    root = write_cases(tmp_path_factory.mktemp("cases"), 4)
-    (root / "p0" / "p0_t2.nii.gz").unlink()
-    return root
 
 
 @pytest.mark.parametrize("strategy", get_args(MetaConfig.model_fields["strategy"].annotation))

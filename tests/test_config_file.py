@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import faults_of
 from pydantic import BaseModel
 
 from prism_meta.config import Config, load_config
@@ -25,12 +26,6 @@ class Schema(BaseModel, extra="forbid"):
     seed: int = 0
     first: Section = Section()
     second: Section = Section()
-
-
-def faults_of(action: Callable[[], object]) -> tuple[str, ...]:
-    with pytest.raises(ConfigError) as caught:
-        action()
-    return caught.value.faults
 
 
 def test_the_file_comes_after_the_start_and_overrides_after_both(tmp_path: Path) -> None:
@@ -71,13 +66,14 @@ def test_an_overrides_value_is_toml_or_a_bare_word(override: str, value: Any) ->
     ],
 )
 def test_an_override_that_cannot_be_is_refused(override: str, fault: str) -> None:
-    start = {"seed": 1}
-    assert faults_of(lambda: read_config(Schema, overrides=[override], start=start)) == (fault,)
+    action = partial(read_config, Schema, overrides=[override], start={"seed": 1})
+    assert faults_of(action, ConfigError) == (fault,)
 
 
 def test_all_faults_are_reported_together() -> None:
     overrides = ["seed=x", "first.rate=[]", "second.nam=b"]
-    assert faults_of(lambda: read_config(Schema, overrides=overrides, start={})) == (
+    action = partial(read_config, Schema, overrides=overrides, start={})
+    assert faults_of(action, ConfigError) == (
         "seed: got 'x'; input should be a valid integer, unable to parse string as an integer",
         "first.rate: got []; input should be a valid number",
         "second.nam: unknown key; did you mean second.name?",
@@ -93,7 +89,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None, reaso
     path = tmp_path / "c.toml"
     if content is not None:
         path.write_bytes(content)
-    (fault,) = faults_of(lambda: read_config(Schema, path, start={}))
+    (fault,) = faults_of(partial(read_config, Schema, path, start={}), ConfigError)
     assert fault.startswith(f"{path}: cannot be read as TOML (") and reason in fault
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import niftis
 import numpy as np
 import pytest
 import torch
-from helpers import dice
+from helpers import dice, faults_of
 from niftis import SHAPE, write_cases
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -217,9 +218,8 @@ def test_cases_without_foreground_or_contrast_can_be_drawn(
 
 def test_patch_larger_than_the_volume(pool: list[CachedCase]) -> None:
     for patch, shown in (((8, 25, 8), "(8, 25, 8)"), ((21, 8), "(21, 8)")):
-        with pytest.raises(ConfigError) as caught:
-            episodes(pool[:2], patch=patch)
-        assert caught.value.faults == tuple(
+        faults = faults_of(partial(episodes, pool[:2], patch=patch), ConfigError)
+        assert faults == tuple(
             f"patch {shown} is larger than the volume of case {case}, (20, 24, 16) voxels at the "
             "model's spacing; use a smaller data.patch or a finer data.spacing"
             for case in ("p0", "p1")
@@ -228,18 +228,14 @@ def test_patch_larger_than_the_volume(pool: list[CachedCase]) -> None:
 
 def test_too_few_cases(pool: list[CachedCase]) -> None:
     for count in (0, 1):
-        with pytest.raises(ConfigError) as caught:
-            episodes(pool[:count])
-        assert str(caught.value) == (
+        assert faults_of(partial(episodes, pool[:count]), ConfigError) == (
             f"{count} training case: an episode needs at least 2, for its train and its meta batch "
-            "are drawn from different cases; add cases or hold fewer out"
+            "are drawn from different cases; add cases or hold fewer out",
         )
 
 
 def test_both_faults_of_episodes_are_reported_together(pool: list[CachedCase]) -> None:
-    with pytest.raises(ConfigError) as caught:
-        episodes(pool[:1], patch=(99, 9, 9))
-    assert len(caught.value.faults) == 2
+    assert len(faults_of(partial(episodes, pool[:1], patch=(99, 9, 9)), ConfigError)) == 2
 
 
 def test_full_meta_batches_hold_complete_cases_only(pool: list[CachedCase]) -> None:
@@ -275,11 +271,10 @@ def test_full_train_batches_leave_a_complete_case_in_every_episode(pool: list[Ca
 def test_no_complete_case_for_the_full_policy(
     pool: list[CachedCase], chosen: slice, train_mask: Any, meta_mask: Any, found: tuple[int, int]
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
-        episodes(pool[chosen], train_mask=train_mask, meta_mask=meta_mask)
-    assert str(caught.value) == (
+    action = partial(episodes, pool[chosen], train_mask=train_mask, meta_mask=meta_mask)
+    assert faults_of(action, ConfigError) == (
         f"masks: no episode can be drawn: {found[0]} cases fit the train mask and {found[1]} "
-        "others the meta mask; the full policy needs complete cases, use dynamic instead"
+        "others the meta mask; the full policy needs complete cases, use dynamic instead",
     )
 
 

@@ -1,0 +1,28 @@
+"""The commands as a user runs them, on small cases with small settings."""
+
+from __future__ import annotations
+
+from typer.testing import CliRunner
+
+from prism_meta.cli import app
+
+SMALL = (
+    "data.spacing=[1,1,1]", "data.patch=[16,16]", "data.batch_size=2", "model.width=2",
+    "model.depth=2", "training.steps=4",
+)  # fmt: skip
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    """Exit code, and both streams as one text without line breaks of the terminal's making."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def settings(*extra: str) -> list[str]:
+    return [part for value in (*SMALL, *extra) for part in ("--set", value)]
+
+
+def errors(output: str) -> list[str]:
+    return [line.removeprefix("error: ") for line in output.splitlines() if "error: " in line]
