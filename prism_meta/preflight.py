@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,21 +14,11 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from prism_meta.inner import Params
 from prism_meta.strategies.base import Objective
+from prism_meta.strategies.differentiate import CheckpointError, Stage, advice, operation, reentrant
 from prism_meta.strategies.problem import Problem
-
-#: What to do about an operation without a second derivative, by a part of its name.
-_REMEDIES = {
-    "scaled_dot_product": (
-        "run it within torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
-    ),
-    "cudnn_rnn": "run it within torch.backends.cudnn.flags(enabled=False)",
-    "once_differentiable": "write its backward pass with differentiable operations, without that mark",
-}
-_WITHOUT_SECOND_DERIVATIVE = "use FiniteDifference or FirstOrder, which need none"
 
 
 @dataclass(frozen=True)
@@ -98,7 +89,8 @@ def preflight(model: nn.Module, objective: Objective, batch: Any, *, steps: int 
 
     It tells which modules block a second derivative and what to use instead, which parameters are
     unused or frozen, whether BatchNorm statistics are at stake, whether loss and gradient are finite,
-    and how much memory each strategy would need. The model is not changed.
+    which strategies checkpointing excludes, and how much memory each would need (which is not known
+    where none can run). The model is not changed.
 
     Args:
         model: any module.
@@ -118,10 +110,15 @@ def preflight(model: nn.Module, objective: Objective, batch: Any, *, steps: int 
     """
     problem = Problem(model, objective)
     random = problem.random_state()
-    with problem.replaying(random):
-        first, second, used, finite, error = _probe(problem, batch)
+    try:
+        with problem.replaying(random):
+            first, second, used, finite, error = _probe(problem, batch)
+    except CheckpointError as refusal:
+        finding = Finding("error", "model", f"{refusal.module} {refusal.what}", refusal.advice)
+        return Preflight((finding, *_statistics(model), *_frozen(model)), {}, steps)
     findings = [
         *_not_finite(finite),
+        *_checkpoint(problem, batch, random),
         *_blockers(problem, batch, error, random),
         *_unused(used),
         *_frozen(model),
@@ -142,20 +139,31 @@ def _probe(
     """Bytes of the graph and of that of its gradient, used parameters, finiteness, and what failed."""
     phi = problem.leaves()
     own = {t.untyped_storage().data_ptr() for t in (*phi.values(), *problem.model.buffers())}
-    with _SavedBytes(own) as first:
+    with _SavedBytes(own) as first, _no_lost_gradient():
         value = problem.evaluate(phi, batch)
     with _SavedBytes(own | first.keys()) as second:
-        grads = torch.autograd.grad(
-            value.loss, list(phi.values()), create_graph=True, allow_unused=True
-        )
-    used = {name: g is not None for name, g in zip(phi, grads, strict=True)}
-    given = [g for g in grads if g is not None]
+        grads = problem.reached_gradient(value.loss, phi, at=value.at, create_graph=True)
+    used = {name: name in grads for name in phi}
     finite = {
         "loss": bool(value.loss.isfinite()),
-        "gradient": all(bool(g.isfinite().all()) for g in given),
+        "gradient": all(bool(g.isfinite().all()) for g in grads.values()),
     }
-    error = _failure(given, list(phi.values()))
+    error = problem.placed(value.at, lambda: _failure([*grads.values()], [*phi.values()]))
     return sum(first.values()), sum(second.values()), used, finite, error
+
+
+@contextmanager
+def _no_lost_gradient() -> Iterator[None]:
+    """A reentrant checkpoint of an input without gradient has none for its parameters: torch warns."""
+    warning = "None of the inputs have requires_grad=True"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=warning)
+        try:
+            yield
+        except UserWarning as caught:
+            if not str(caught).startswith(warning):
+                raise
+            raise reentrant() from caught
 
 
 class _SavedBytes:
@@ -202,6 +210,18 @@ def _not_finite(finite: Mapping[str, bool]) -> Iterator[Finding]:
             )
 
 
+def _checkpoint(problem: Problem, batch: Any, random: Any) -> Iterator[Finding]:
+    """A part that runs again when the model is differentiated, by what happens if it does so elsewhere."""
+    phi = problem.leaves()
+    with problem.replaying(random):
+        value = problem.evaluate(phi, batch)
+        try:
+            problem.reached_gradient(value.loss, phi, at=None)
+        except CheckpointError as refusal:
+            what = f"blocks SecondOrder(graph='stored'): {refusal.what}"
+            yield Finding("error", refusal.module, what, refusal.advice)
+
+
 def _blockers(problem: Problem, batch: Any, error: str | None, random: Any) -> Iterator[Finding]:
     """The smallest modules whose second derivative fails; the objective if none of them does."""
     if error is None:
@@ -209,13 +229,14 @@ def _blockers(problem: Problem, batch: Any, error: str | None, random: Any) -> I
     calls: dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
 
     def record(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             calls[name] = (module, _constants(args), _constants(kwargs))
 
         return hook
 
     handles = [
-        module.register_forward_hook(record(name), with_kwargs=True)
+        # Before the module runs, which may change its input in place.
+        module.register_forward_pre_hook(record(name), with_kwargs=True)
         for name, module in problem.model.named_modules()
     ]
     with problem.replaying(random):
@@ -232,27 +253,16 @@ def _blockers(problem: Problem, batch: Any, error: str | None, random: Any) -> I
     }
     for name, failure in (smallest or {"objective": error}).items():
         kind = f" ({type(calls[name][0]).__name__})" if name in calls else ""
-        operation = _operation(failure)
-        remedy = next((r for part, r in _REMEDIES.items() if part in failure), None)
-        advice = (
-            f"{remedy}, or {_WITHOUT_SECOND_DERIVATIVE}" if remedy else _WITHOUT_SECOND_DERIVATIVE
-        )
         yield Finding(
-            "error", f"{name or 'model'}{kind}", f"blocks SecondOrder: {operation}", advice
+            "error",
+            f"{name or 'model'}{kind}",
+            f"blocks SecondOrder: {operation(failure)}",
+            advice(failure),
         )
 
 
 def _inside(other: str, name: str) -> bool:
     return name == "" or other.startswith(f"{name}.")
-
-
-def _operation(failure: str) -> str:
-    found = re.search(
-        r"derivative for '?(?:aten::)?([\w:]+?)(?:_backward)?'? is not implemented", failure
-    )
-    if found:
-        return f"{found[1].lstrip('_')} has no second derivative"
-    return failure.splitlines()[0]
 
 
 def _second_derivative(
@@ -263,13 +273,19 @@ def _second_derivative(
     state = {**params, **{n: b.detach().clone() for n, b in module.named_buffers()}}
     args, kwargs = _leaves(args), _leaves(kwargs)
     inputs = [*params.values(), *(t for t in _tensors((args, kwargs)) if t.requires_grad)]
-    outputs = [o for o in _tensors(functional_call(module, state, args, kwargs)) if o.requires_grad]
-    if not outputs or not inputs:
-        return None
-    # A square, for a linear module's second derivative is 0 and is never computed.
-    loss = torch.stack([o.float().square().mean() for o in outputs]).sum()
-    grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
-    return _failure([g for g in grads if g is not None], inputs)
+
+    def failure() -> str | None:
+        # Not the leaves themselves, which a module that works in place may not change.
+        given = module(*_map(args, torch.clone), **_map(kwargs, torch.clone))
+        outputs = [o for o in _tensors(given) if o.requires_grad]
+        if not outputs or not inputs:
+            return None
+        # A square, for a linear module's second derivative is 0 and is never computed.
+        loss = torch.stack([o.float().square().mean() for o in outputs]).sum()
+        grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
+        return _failure([g for g in grads if g is not None], inputs)
+
+    return Stage(module).run(state, failure)
 
 
 def _failure(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> str | None:

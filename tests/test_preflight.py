@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812, torch's own convention
 
 from prism_meta.inner import SGD
 from prism_meta.preflight import Preflight, preflight
-from prism_meta.strategies import SecondOrder
+from prism_meta.strategies import SecondDerivativeError, SecondOrder
 
 BATCH = randn(3, 5, 4, seed=1).float(), randn(3, 5, 2, seed=2).float()
 NO_SECOND = "scaled_dot_product_flash_attention_for_cpu has no second derivative"
@@ -90,13 +90,28 @@ def test_what_it_calls_an_error_is_one_and_its_advice_helps() -> None:
     torch.manual_seed(0)
     net = Net()
     strategy = SecondOrder(SGD(0.1))
-    with pytest.raises(RuntimeError, match="is not implemented"):
+    with pytest.raises(SecondDerivativeError, match="has no second derivative"):
         strategy.meta_gradient(net, mse, BATCH, BATCH)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         assert preflight(net, mse, BATCH).ok
         assert (
             strategy.meta_gradient(net, mse, BATCH, BATCH).gradient["stem.weight"].abs().sum() > 0
         )
+
+
+def test_a_blocker_beside_activations_that_work_in_place() -> None:
+    """They may change no leaf: the input that the module is tried with is a copy."""
+    net = nn.Sequential(
+        nn.Linear(4, 8),
+        nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8)),
+        nn.Sequential(
+            nn.LeakyReLU(inplace=True), Attention(), nn.Linear(8, 8), nn.LeakyReLU(inplace=True)
+        ),
+        nn.Linear(8, 2),
+    )
+    (finding,) = preflight(net, mse, BATCH).findings
+    assert (finding.level, finding.where) == ("error", "2.1 (Attention)")
+    assert finding.what == f"blocks SecondOrder: {NO_SECOND}"
 
 
 def test_a_function_that_is_differentiable_once() -> None:

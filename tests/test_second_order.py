@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -30,9 +31,17 @@ from helpers import (
     trainable,
 )
 from torch import nn
+from torch.nn import functional as F  # noqa: N812, torch's own convention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prism_meta.inner import SGD, Adam, AdamW, InnerOptimizer, MetaSGD
-from prism_meta.strategies import FirstOrder, MetaStrategy, SecondOrder
+from prism_meta.strategies import (
+    FirstOrder,
+    ImplicitMAML,
+    MetaStrategy,
+    SecondDerivativeError,
+    SecondOrder,
+)
 
 LR = 0.1
 EXACT = 1e-9
@@ -330,6 +339,56 @@ def test_second_order_equals_finite_differences(
         expected = derivative(along, 0.0, 1e-5 if problem.name == "conv" else 1e-4)
         actual = sum((result.gradient[n] * d).sum().item() for n, d in direction.items())
         assert actual == pytest.approx(expected, rel=1e-7, abs=1e-9)
+
+
+# ---------------------------------------------------------------- what has no second derivative
+
+
+def attention() -> Problem:
+    """Fused attention, whose backward pass has no derivative on the CPU."""
+
+    def objective(forward: Callable[..., Any], batch: Any) -> Any:
+        q, k, v = forward(batch).unflatten(-1, (3, 1, 4)).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).square().mean()
+
+    model = nn.Linear(6, 12, dtype=F64)
+    return Problem("attention", model, objective, randn(2, 5, 6, seed=1), randn(2, 5, 6, seed=2))
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [stored(SGD(LR)), recomputed(SGD(LR)), stored(SGD(LR), 2), ImplicitMAML(SGD(LR))],
+    ids=["stored", "recomputed", "two-steps", "implicit"],
+)
+def test_an_operation_without_second_derivative_is_named_with_what_to_do(
+    strategy: MetaStrategy,
+) -> None:
+    problem = attention()
+    message = (
+        "scaled_dot_product_flash_attention_for_cpu has no second derivative; run it within "
+        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), or use FiniteDifference "
+        "or FirstOrder, which need none; preflight(model, objective, batch) names the module"
+    )
+    with (
+        sdpa_kernel(SDPBackend.FLASH_ATTENTION),
+        pytest.raises(SecondDerivativeError, match=f"^{re.escape(message)}$") as caught,
+    ):
+        meta_gradient(strategy, problem)
+    assert isinstance(caught.value, RuntimeError)
+    assert re.search(r"flash_attention.*not implemented", str(caught.value.__cause__))
+    with sdpa_kernel(SDPBackend.MATH):
+        meta_gradient(strategy, problem)
+
+
+def test_other_errors_of_torch_are_left_as_they_are() -> None:
+    """igammac has no first derivative with respect to its first argument: no advice of ours helps."""
+
+    def objective(forward: Callable[..., Any], batch: Any) -> Any:
+        return torch.special.gammaincc(forward(batch).exp(), batch[:, :2].exp()).sum()
+
+    problem = replace(linear(), objective=objective, train=linear().train[0], meta=linear().meta[0])
+    with pytest.raises(NotImplementedError, match=r"derivative for .*igammac.* is not implemented"):
+        meta_gradient(stored(SGD(LR)), problem)
 
 
 # ---------------------------------------------------------------- first against second order

@@ -26,6 +26,7 @@ from prism_meta.strategies.base import (
     Objective,
     ObjectiveValue,
 )
+from prism_meta.strategies.differentiate import CheckpointError, SecondDerivativeError
 from prism_meta.strategies.first_order import FirstOrder, Reptile, SingleLevel
 from prism_meta.strategies.implicit import ImplicitMAML
 from prism_meta.strategies.second_order import FiniteDifference, SecondOrder
@@ -42,6 +43,7 @@ ALL_STRATEGIES: tuple[type[MetaStrategy], ...] = (
 
 __all__ = [
     "ALL_STRATEGIES",
+    "CheckpointError",
     "FiniteDifference",
     "FirstOrder",
     "Forward",
@@ -52,6 +54,7 @@ __all__ = [
     "Objective",
     "ObjectiveValue",
     "Reptile",
+    "SecondDerivativeError",
     "SecondOrder",
     "SingleLevel",
 ]

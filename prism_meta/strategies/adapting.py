@@ -37,6 +37,7 @@ class Trajectory:
         params: phi~, of those that are.
         state: of the inner optimizer after the last step.
         buffers: the model's buffers after the last step.
+        reached: names of the adapted parameters that a train batch reached.
         train_loss: L_train at phi.
         steps: one entry per step, where they were asked for.
     """
@@ -46,6 +47,7 @@ class Trajectory:
     state: State
     buffers: Params
     train_loss: Tensor
+    reached: set[str]
     steps: list[Step] = field(default_factory=list)
 
 
@@ -83,14 +85,15 @@ class Adapting(ProblemStrategy):
         params, fixed = self.split(phi)
         state = self.inner.init(detached(params)) if state is None else state
         buffers, losses = problem.buffers(), []
-        batches = batches_of(train)
+        batches, reached = batches_of(train), set[str]()
         for k in range(self.steps):
             value = problem.evaluate({**fixed, **params}, batches[k % len(batches)], buffers)
-            grads = problem.inner_gradient(value.loss, params, create_graph=True)
+            grads = problem.reached_gradient(value.loss, params, at=value.at, create_graph=True)
+            reached |= grads.keys()
             params, state = self.update(grads, state, params)
             buffers = value.buffers
             losses.append(value.loss)
-        return Trajectory(fixed, params, state, buffers, losses[0])
+        return Trajectory(fixed, params, state, buffers, losses[0], reached)
 
     def walk(
         self,
@@ -110,13 +113,14 @@ class Adapting(ProblemStrategy):
         state = self.inner.init(params) if state is None else state
         follows = record == "updates" or (bool(self.inner.learned()) and record == "nothing")
         buffers, losses, steps = problem.buffers(), [], []
-        batches = batches_of(train)
+        batches, reached = batches_of(train), set[str]()
         for k in range(self.steps):
             batch = batches[k % len(batches)]
             random = problem.random_state()
             leaves = detached(params, requires_grad=True)
             value = problem.evaluate({**fixed, **leaves}, batch, buffers)
-            grads = problem.inner_gradient(value.loss, leaves)
+            grads = problem.reached_gradient(value.loss, leaves, at=value.at)
+            reached |= grads.keys()
             if record == "updates":
                 grads = detached(grads, requires_grad=True)
             if record != "nothing":
@@ -129,7 +133,7 @@ class Adapting(ProblemStrategy):
                 params, state = self.update(grads, state, params)
             buffers = value.buffers
             losses.append(value.loss.detach())
-        return Trajectory(fixed, params, state, buffers, losses[0], steps)
+        return Trajectory(fixed, params, state, buffers, losses[0], reached, steps)
 
     def update(self, grads: Params, state: State, params: Params) -> tuple[Params, State]:
         """One step of the inner optimizer on the parameters that have a gradient."""

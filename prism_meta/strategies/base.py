@@ -59,6 +59,8 @@ class MetaGradient:
             objective's learned weights under ``objective.<name>``.
         state: of the inner optimizer after the last inner step.
         diagnostics: how well the strategy solved its own problem, e.g. a residual.
+        unused: names of the parameters that no batch of the episode reached, e.g. the encoder of a
+            modality that none of them shows. Their gradient is 0, and ``MetaLearner`` passes them by.
     """
 
     gradient: Params
@@ -71,13 +73,14 @@ class MetaGradient:
     hyper_gradient: Params = field(default_factory=dict)
     state: State = field(default_factory=dict)
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
+    unused: frozenset[str] = frozenset()
 
     @staticmethod
     def mean(results: Sequence[MetaGradient]) -> MetaGradient:
         """The mean over several episodes that started at the same phi.
 
         Integer buffers are the first episode's; an optimizer's state of a parameter is the mean over
-        the episodes that used it.
+        the episodes that used it; unused is what all of them leave unused.
 
         Raises:
             ValueError: there is no episode.
@@ -93,6 +96,8 @@ class MetaGradient:
                 if not first.is_floating_point():
                     return first
                 return torch.stack(tuple(values)).mean(0)
+            if isinstance(first, frozenset):
+                return first.intersection(*values[1:])
             keys = {key: None for value in values for key in value}
             return {key: over([value[key] for value in values if key in value]) for key in keys}
 

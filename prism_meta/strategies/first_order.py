@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LinearLR
 from prism_meta.inner import InnerOptimizer, Params, State
 from prism_meta.strategies.adapting import Adapted, Adapting, Trajectory, detached_state
 from prism_meta.strategies.base import MetaGradient, batches_of
-from prism_meta.strategies.problem import Problem, ProblemStrategy, detached
+from prism_meta.strategies.problem import NOWHERE, Problem, ProblemStrategy, detached, filled
 
 
 class SingleLevel(ProblemStrategy):
@@ -34,11 +34,12 @@ class SingleLevel(ProblemStrategy):
     def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
         phi = problem.leaves()
         value = problem.evaluate(phi, batches_of(train)[0])
-        gradient = problem.gradient(value.loss, phi)
+        gradient = problem.reached_gradient(value.loss, phi, at=value.at)
         with torch.no_grad():
             meta_value = problem.evaluate_meta(phi, meta)
         return problem.result(
             gradient=gradient,
+            reached=gradient,
             adapted=phi,
             train_loss=value.loss,
             meta=meta_value,
@@ -81,14 +82,15 @@ class FirstOrder(Adapting):
         inner = self.walk(problem, train, state, record=record)
         leaves = detached({**inner.fixed, **inner.params}, requires_grad=True)
         value = problem.evaluate_meta(leaves, meta)
-        gradient = problem.gradient(value.loss, leaves)
+        gradient = problem.reached_gradient(value.loss, leaves, at=value.at)
         return problem.result(
             gradient=gradient,
+            reached=gradient.keys() | inner.reached,
             adapted=inner.params,
             train_loss=inner.train_loss,
             meta=value,
             inner_buffers=inner.buffers,
-            hyper_gradient=self._hyper_gradient(problem, inner, gradient),
+            hyper_gradient=self._hyper_gradient(problem, inner, filled(gradient, leaves)),
             state=detached_state(inner.state),
         )
 
@@ -98,8 +100,12 @@ class FirstOrder(Adapting):
         for k, step in enumerate(inner.steps):
             inputs |= {f"{k} {n}": g for n, g in (step.gradient or {}).items()}
         pulled = problem.pull_back(
-            list(inner.params.values()), [gradient[n] for n in inner.params], inputs
+            list(inner.params.values()),
+            [gradient[n] for n in inner.params],
+            inputs,
+            at=NOWHERE,
         )
+        pulled = filled(pulled, inputs)
         weights = {n: torch.zeros_like(w) for n, w in problem.learned.items()}
         for k, step in enumerate(inner.steps):
             direction = {n: pulled[f"{k} {n}"] for n in step.gradient or {}}
@@ -151,7 +157,8 @@ class Reptile(Adapting):
             value = problem.evaluate_meta({**inner.fixed, **inner.params}, meta)
         moved = {n: problem.trainable[n].detach() - p for n, p in inner.params.items()}
         return problem.result(
-            gradient={**{n: torch.zeros_like(p) for n, p in inner.fixed.items()}, **moved},
+            gradient=moved,
+            reached=inner.reached,
             adapted=inner.params,
             train_loss=inner.train_loss,
             meta=value,

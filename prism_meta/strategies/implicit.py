@@ -10,7 +10,7 @@ from torch import Tensor
 from prism_meta.inner import InnerOptimizer, Params, State
 from prism_meta.strategies.adapting import Adapted, Adapting, detached_state
 from prism_meta.strategies.base import MetaGradient, batches_of
-from prism_meta.strategies.problem import Problem, detached, dot
+from prism_meta.strategies.problem import Problem, detached, dot, filled
 
 
 class ImplicitMAML(Adapting):
@@ -75,20 +75,27 @@ class ImplicitMAML(Adapting):
         inner = self.walk(problem, train, state, penalty=pull)
         leaves = detached({**inner.fixed, **inner.params}, requires_grad=True)
         value = problem.evaluate_meta(leaves, meta)
-        gradient = problem.gradient(value.loss, leaves)
+        partial = problem.reached_gradient(value.loss, leaves, at=value.at)
+        gradient = filled(partial, leaves)
 
         adapted = {n: leaves[n] for n in inner.params}
-        losses = [problem.evaluate(leaves, batch).loss for batch in batches_of(train)]
-        loss = torch.stack(losses).mean()
-        grads = problem.inner_gradient(loss, adapted, create_graph=True)
+        values = [problem.evaluate(leaves, batch) for batch in batches_of(train)]
+        at = values[0].at  # all of them were evaluated there
+        loss = torch.stack([v.loss for v in values]).mean()
+        grads = problem.reached_gradient(loss, adapted, at=at, create_graph=True)
+        reached = partial.keys() | inner.reached
 
         def curvature(vector: Params) -> Params:
-            return problem.pull_back(
+            inputs = {**leaves, **problem.learned}
+            pulled = problem.pull_back(
                 list(grads.values()),
                 [vector[n] for n in grads],
-                {**leaves, **problem.learned},
+                inputs,
+                at=at,
                 retain_graph=True,
             )
+            reached.update(pulled)
+            return filled(pulled, inputs)
 
         def system(vector: Params) -> Params:
             curved = curvature(vector)
@@ -104,6 +111,7 @@ class ImplicitMAML(Adapting):
                 **{n: gradient[n] - mixed[n] / self.proximal for n in inner.fixed},
                 **solution,
             },
+            reached=reached,
             adapted=inner.params,
             train_loss=inner.train_loss,
             meta=value,

@@ -1,13 +1,17 @@
 """A model and an objective as a function of parameters: where the policies are kept.
 
-The model is never changed; every evaluation is a ``torch.func.functional_call``.
+The model is never changed; every evaluation is a ``torch.func.functional_call`` (``Stage``).
 
 - *Frozen* parameters (``requires_grad=False``) are neither adapted nor given a gradient.
 - *Unused* parameters get a zero gradient, and the inner step passes them by as ``torch.optim`` does
-  those without a gradient: neither momentum nor weight decay moves them.
+  those without a gradient: neither momentum nor weight decay moves them. Those that no batch of the
+  episode reached are named, so that the outer step passes them by too.
 - *Tied* parameters are one parameter under their first name.
 - *Buffers* (BatchNorm statistics) are isolated: an episode works on copies. They are statistics, and
   no gradient goes through them from one evaluation to the next.
+- *Checkpointed* parts (``torch.utils.checkpoint``) run again while they are differentiated: where the
+  graph is of one evaluation, with its parameters, and with copies of the buffers that it started from,
+  which are not updated twice; else they are refused, see ``differentiate``.
 - *Autocast* holds for the model and the objective; derivatives are computed in the types that the
   forward pass chose, as torch advises.
 """
@@ -16,7 +20,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,19 +28,32 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
 
 from prism_meta.inner import Params, State
 from prism_meta.strategies.base import LearnedObjective, MetaGradient, MetaStrategy, Objective
+from prism_meta.strategies.differentiate import Stage, T, explained, misplaced
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where the model is evaluated: parameters, and buffers to start from (its own where None)."""
+
+    params: Params
+    buffers: Params | None = None
+
+
+#: Of a graph with no evaluation of the model in it, e.g. that of an update.
+NOWHERE = Point({}, {})
 
 
 @dataclass(frozen=True)
 class Value:
-    """The objective at some parameters: loss, terms, and the buffers that the evaluation left."""
+    """The objective at a point: loss, terms, and the buffers that the evaluation left."""
 
     loss: Tensor
     terms: Mapping[str, Tensor]
     buffers: Params
+    at: Point
 
 
 class Problem:
@@ -58,6 +75,7 @@ class Problem:
             self.outer = objective.outer
             # A name with a space is not that of a parameter of the model.
             self.learned = {f"objective {n}": p for n, p in objective.learned().items()}
+        self._stage = Stage(model)
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise ValueError(
@@ -96,11 +114,11 @@ class Problem:
     ) -> Value:
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # it would keep every step's cast weights alive
-        start = self.buffers() if buffers is None else {n: b.clone() for n, b in buffers.items()}
-        state = {**params, **start}
+        at = Point(params, buffers)
+        state = self._state(at)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(self.model, state, args, kwargs)
+            return self._stage.run(state, lambda: self.model(*args, **kwargs))
 
         value = objective(forward, batch)
         loss, terms = (value, {}) if isinstance(value, Tensor) else (value.loss, value.terms)
@@ -109,18 +127,26 @@ class Problem:
                 f"objective: got a loss of shape {tuple(loss.shape)}, expected a scalar"
             )
         # A buffer is changed in place (BatchNorm) or replaced in ``state`` (a plain assignment).
-        return Value(loss.reshape(()), terms, {name: state[name].detach() for name in start})
+        after = {n: state[n].detach() for n, _ in self.model.named_buffers()}
+        return Value(loss.reshape(()), terms, after, at)
 
-    def gradient(self, loss: Tensor, params: Params) -> Params:
-        """d loss / d params; 0 for what the loss does not depend on."""
-        return self.pull_back([loss], [torch.ones_like(loss)], params)
+    def _state(self, at: Point) -> Params:
+        """The tensors of ``at``, buffers as copies that may be changed."""
+        if at.buffers is None:
+            return {**at.params, **self.buffers()}
+        return {**at.params, **{n: b.clone() for n, b in at.buffers.items()}}
 
-    def inner_gradient(self, loss: Tensor, params: Params, *, create_graph: bool = False) -> Params:
-        """The same for an inner step: without an entry for what the loss does not depend on."""
-        pulled = self._pull_back(
-            [loss], [torch.ones_like(loss)], params, create_graph=create_graph, retain_graph=None
+    def gradient(self, loss: Tensor, params: Params, *, at: Point | None = None) -> Params:
+        """d loss / d params; 0 for what the loss does not depend on. ``at`` as in ``pull_back``."""
+        return filled(self.reached_gradient(loss, params, at=at), params)
+
+    def reached_gradient(
+        self, loss: Tensor, params: Params, *, at: Point | None, create_graph: bool = False
+    ) -> Params:
+        """The same without an entry for what the loss does not depend on."""
+        return self.pull_back(
+            [loss], [torch.ones_like(loss)], params, at=at, create_graph=create_graph
         )
-        return {name: g for name, g in zip(params, pulled, strict=True) if g is not None}
 
     def mixed_derivative(
         self, params: Params, fixed: Params, direction: Params, batch: Any, buffers: Params
@@ -137,14 +163,9 @@ class Problem:
                 warnings.simplefilter("ignore", FutureWarning)
                 duals = {n: forward_ad.make_dual(constants[n], v) for n, v in direction.items()}
             value = self.evaluate({**constants, **duals}, batch, buffers)
-            slopes = torch.autograd.grad(value.loss, list(self.learned.values()), allow_unused=True)
-            tangents = [
-                None if slope is None else forward_ad.unpack_dual(slope).tangent for slope in slopes
-            ]
-        return {
-            name: torch.zeros_like(weight) if tangent is None else tangent
-            for (name, weight), tangent in zip(self.learned.items(), tangents, strict=True)
-        }
+            slopes = self.reached_gradient(value.loss, self.learned, at=value.at)
+            tangents = {n: forward_ad.unpack_dual(slope).tangent for n, slope in slopes.items()}
+        return filled({n: t for n, t in tangents.items() if t is not None}, self.learned)
 
     def pull_back(
         self,
@@ -152,33 +173,34 @@ class Problem:
         cotangents: Sequence[Tensor],
         inputs: Params,
         *,
+        at: Point | None,
+        create_graph: bool = False,
         retain_graph: bool | None = None,
     ) -> Params:
-        """The vector-Jacobian product: sum over outputs of cotangent^T d output / d inputs."""
-        pulled = self._pull_back(
-            outputs, cotangents, inputs, create_graph=False, retain_graph=retain_graph
-        )
-        return {
-            name: torch.zeros_like(value) if g is None else g
-            for (name, value), g in zip(inputs.items(), pulled, strict=True)
-        }
+        """The vector-Jacobian product: sum over outputs of cotangent^T d output / d inputs.
 
-    def _pull_back(
-        self,
-        outputs: Sequence[Tensor],
-        cotangents: Sequence[Tensor],
-        inputs: Params,
-        *,
-        create_graph: bool,
-        retain_graph: bool | None,
-    ) -> list[Tensor | None]:
-        """One entry per input; None where no output depends on it."""
+        Args:
+            outputs: functions of the inputs.
+            cotangents: one per output, shaped like it.
+            inputs: by name.
+            at: of the evaluation that the graph is of; None if it is of several at different points.
+            create_graph: whether the result has a graph.
+            retain_graph: whether this one is kept; as ``create_graph`` unless given.
+
+        Returns:
+            One entry per input that an output depends on.
+
+        Raises:
+            SecondDerivativeError: an operation has no second derivative.
+            CheckpointError: the model has a checkpoint, and ``at`` is None; or one that is reentrant.
+        """
         followed = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
         if not followed or not inputs:
-            return [None] * len(inputs)
+            return {}
         scaled = not isinstance(self.scale, float) or self.scale != 1.0
-        with torch.autocast(self.device.type, enabled=False):
-            grads = torch.autograd.grad(
+
+        def differentiate() -> Sequence[Tensor | None]:
+            return torch.autograd.grad(
                 [output for output, _ in followed],
                 list(inputs.values()),
                 [self.scale * c if scaled else c for _, c in followed],
@@ -186,7 +208,19 @@ class Problem:
                 retain_graph=retain_graph,
                 allow_unused=True,
             )
-        return [g / self.scale if scaled and g is not None else g for g in grads]
+
+        with torch.autocast(self.device.type, enabled=False), explained():
+            grads = self.placed(at, differentiate)
+        named = {n: g for n, g in zip(inputs, grads, strict=True) if g is not None}
+        return {n: g / self.scale for n, g in named.items()} if scaled else named
+
+    def placed(self, at: Point | None, function: Callable[[], T]) -> T:
+        """``function()`` with what a checkpointed part that runs again is to find in the model."""
+        if at is NOWHERE:
+            return function()
+        names = self._stage.names.values()
+        tensors = misplaced(names) if at is None else self._state(at)
+        return self._stage.run(tensors, function)
 
     def random_state(self) -> tuple[Tensor, Tensor | None]:
         """The state of the random numbers that the model draws from, on the CPU and its device."""
@@ -214,13 +248,20 @@ class Problem:
         train_loss: Tensor,
         meta: Value,
         hyper_gradient: Params | None = None,
+        reached: Iterable[str] | None = None,
         **more: Any,
     ) -> MetaGradient:
-        """Everything detached, in the order of the model's parameters."""
+        """Everything detached, in the order of the model's parameters.
+
+        ``reached`` has the names of the parameters that some gradient was taken of, all unless given.
+        The gradient may lack those that are not among them.
+        """
+        reached = self.trainable if reached is None else set(reached)
         hyper = {n.replace(" ", "."): g for n, g in (hyper_gradient or {}).items()}
         every = {**self.trainable, **adapted}
         return MetaGradient(
-            gradient=detached({name: gradient[name] for name in self.trainable}),
+            gradient=detached(filled(gradient, self.trainable)),
+            unused=frozenset(n for n in self.trainable if n not in reached),
             # Not a view of the model's memory, which the outer step will change.
             adapted={n: every[n].detach().clone() for n in self.trainable},
             train_loss=train_loss.detach(),
@@ -260,6 +301,11 @@ class ProblemStrategy(MetaStrategy):
 def detached(params: Mapping[str, Tensor], *, requires_grad: bool = False) -> Params:
     """The same values as constants, or as new leaves."""
     return {name: p.detach().requires_grad_(requires_grad) for name, p in params.items()}
+
+
+def filled(values: Params, like: Mapping[str, Tensor]) -> Params:
+    """An entry for each of ``like``: that of ``values``, or 0."""
+    return {n: values[n] if n in values else torch.zeros_like(p) for n, p in like.items()}
 
 
 def dot(a: Params, b: Params) -> Tensor:

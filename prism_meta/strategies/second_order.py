@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from prism_meta.inner import InnerOptimizer, Params, State
-from prism_meta.strategies.adapting import Adapted, Adapting, Step, Trajectory, detached_state
+from prism_meta.strategies.adapting import Adapted, Adapting, Step, detached_state
 from prism_meta.strategies.base import MetaGradient
-from prism_meta.strategies.problem import Problem, Value, detached, dot
+from prism_meta.strategies.problem import NOWHERE, Problem, detached, dot, filled
 
 Graph = Literal["auto", "stored", "recomputed"]
 #: From w, shaped like the adapted parameters, to the derivative of <grad L_train, w> with respect to
 #: all parameters: H w, and the mixed derivatives for those that are not adapted; and with respect to
-#: the objective's learned weights (E12).
+#: the objective's learned weights (E12). What it does not depend on has no entry.
 Curvature = Callable[[Params], Params]
 
 
@@ -41,7 +41,10 @@ class Adjoint(Adapting):
 
     def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
         inner = self.walk(problem, train, state, record=self.record)
-        value, gradient = _at(problem, inner, meta)
+        leaves = detached({**inner.fixed, **inner.params}, requires_grad=True)
+        value = problem.evaluate_meta(leaves, meta)
+        partial = problem.reached_gradient(value.loss, leaves, at=value.at)
+        gradient, reached = filled(partial, leaves), partial.keys() | inner.reached
         adjoint = {n: gradient[n] for n in inner.params}
         total = {n: gradient[n] for n in inner.fixed}
         hyper = {
@@ -55,10 +58,11 @@ class Adjoint(Adapting):
                 problem, step, inner.fixed, adjoint, state_adjoint
             )
             diagnostics = {n: torch.maximum(v, diagnostics.get(n, v)) for n, v in here.items()}
-            total = {n: t + fixed_part[n] for n, t in total.items()}
-            hyper = {n: h + hyper_part[n] for n, h in hyper.items()}
+            reached |= fixed_part.keys()
+            total, hyper = _sum(total, fixed_part), _sum(hyper, hyper_part)
         return problem.result(
             gradient={**total, **adjoint},
+            reached=reached,
             adapted=inner.params,
             train_loss=inner.train_loss,
             meta=value,
@@ -91,17 +95,19 @@ class Adjoint(Adapting):
             [*new_params.values(), *followed.values()],
             [*(adjoint[n] for n in new_params), *(state_adjoint[n] for n in followed)],
             inputs,
+            at=NOWHERE,
         )
+        pulled = filled(pulled, inputs)
 
         def part(kind: str) -> Params:
             return {n[len(kind) + 1 :]: v for n, v in pulled.items() if n.startswith(f"{kind} ")}
 
         direct, curved = part("params"), curvature(part("grads"))
         return (
-            {n: direct[n] + curved[n] for n in direct},
+            _sum(direct, curved),
             part("state"),
-            {n: curved[n] for n in fixed},
-            {**part("hyper"), **{n: curved[n] for n in problem.learned}},
+            {n: c for n, c in curved.items() if n in fixed},
+            {**part("hyper"), **{n: c for n, c in curved.items() if n in problem.learned}},
             diagnostics,
         )
 
@@ -161,12 +167,13 @@ class SecondOrder(Adjoint):
         inner = self.unroll(problem, phi, train, state)
         value = problem.evaluate_meta({**inner.fixed, **inner.params}, meta)
         learned = self.inner.learned()
-        gradient = problem.gradient(
-            value.loss,
-            {**phi, **{f"hyper {n}": h for n, h in learned.items()}, **problem.learned},
-        )
+        inputs = {**phi, **{f"hyper {n}": h for n, h in learned.items()}, **problem.learned}
+        # The graph is of several evaluations: at phi, at phi_1, ... and at phi~.
+        partial = problem.reached_gradient(value.loss, inputs, at=None)
+        gradient = filled(partial, inputs)
         return problem.result(
             gradient=gradient,
+            reached=partial.keys() | inner.reached,
             adapted=inner.params,
             train_loss=inner.train_loss,
             meta=value,
@@ -185,13 +192,14 @@ class SecondOrder(Adjoint):
         others = detached(fixed, requires_grad=True)
         with problem.replaying(step.random):
             value = problem.evaluate({**others, **params}, step.batch, step.buffers)
-        grads = problem.inner_gradient(value.loss, params, create_graph=True)
+        grads = problem.reached_gradient(value.loss, params, at=value.at, create_graph=True)
 
         def product(vector: Params) -> Params:
             return problem.pull_back(
                 list(grads.values()),
                 [vector[n] for n in grads],
                 {**params, **others, **problem.learned},
+                at=value.at,
             )
 
         return grads, product, {}
@@ -257,14 +265,14 @@ class FiniteDifference(Adjoint):
         precision = max(torch.finfo(p.dtype).eps for p in step.params.values())
         radius = self.radius or precision ** (1 / 3)
         everything = {**step.params, **fixed}
-        inputs = [*everything, *problem.learned]
 
         def gradient(vector: Params, r: Tensor) -> Params:
             moved = {n: step.params[n] + r.to(v.dtype) * v for n, v in vector.items()}
             leaves = detached({**everything, **moved}, requires_grad=True)
             with problem.replaying(step.random):
                 value = problem.evaluate(leaves, step.batch, step.buffers)
-            return problem.gradient(value.loss, {**leaves, **problem.learned})
+            inputs = {**leaves, **problem.learned}
+            return problem.reached_gradient(value.loss, inputs, at=value.at)
 
         def product(vector: Params) -> Params:
             size, reach = _norm(vector), _norm(step.params)
@@ -275,16 +283,14 @@ class FiniteDifference(Adjoint):
             bend = {n: plus[n] - 2 * middle[n] + minus[n] for n in middle}
             slope = {n: (plus[n] - minus[n]) / 2 for n in middle}
             diagnostics["asymmetry"] = _norm(bend) / _norm(slope).clamp(min=1e-30)
-            return {n: (plus[n] - minus[n]) / (2 * r).to(plus[n].dtype) for n in inputs}
+            return {n: (p - minus[n]) / (2 * r).to(p.dtype) for n, p in plus.items()}
 
         return middle, product, diagnostics
 
 
-def _at(problem: Problem, inner: Trajectory, meta: Any) -> tuple[Value, Params]:
-    """L_meta at phi~ and its gradient there, with respect to all parameters."""
-    leaves = detached({**inner.fixed, **inner.params}, requires_grad=True)
-    value = problem.evaluate_meta(leaves, meta)
-    return value, problem.gradient(value.loss, leaves)
+def _sum(total: Params, part: Params) -> Params:
+    """``total`` with what ``part`` adds to it."""
+    return {n: t + part[n] if n in part else t for n, t in total.items()}
 
 
 def _norm(values: Params) -> Tensor:
