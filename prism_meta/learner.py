@@ -138,6 +138,9 @@ class MetaLearner:
     def apply(self, result: MetaGradient) -> Tensor:
         """The second half: E2. What lies between (e.g. averaging over processes) is the caller's.
 
+        Parameters that are ``result.unused`` have no gradient (None): the optimizer passes them by, and
+        neither its moments nor weight decay move them.
+
         Returns:
             The norm of the meta-gradient before it is clipped.
         """
@@ -164,7 +167,9 @@ class MetaLearner:
                 param.copy_(result.adapted[name])
         for target, gradient in zip(targets, gradients, strict=True):
             target.grad = gradient if factor is None else gradient * factor
-        self._optimize(targets)
+        for name in result.unused & params.keys():
+            params[name].grad = None
+        self._optimize([target for target in targets if target.grad is not None])
         for name, param in params.items():
             param.add_(pulls[name])
         taken = {"outer": result.buffers, "inner": result.inner_buffers, "isolated": {}}
@@ -193,6 +198,9 @@ class MetaLearner:
             self.scaler.load_state_dict(state["scaler"])
 
     def _optimize(self, targets: Sequence[Tensor]) -> None:
+        """The optimizer's step on ``targets``, those of its parameters that have a gradient."""
+        if not targets:
+            return  # a scaler refuses to make a step without a gradient
         if self.scaler is None:
             self.optimizer.step()
         else:
