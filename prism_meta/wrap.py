@@ -231,8 +231,8 @@ def wrap(
         that of ``net``.
 
     Raises:
-        ValueError: no modality or a name twice, no such layer, a declaration of ``MultiEncoderNet``
-            that lacks a method, or a part with ``use_checkpoint=True``; later, outputs of a wrong shape.
+        ValueError: no modality or a name twice, no such layer, or a declaration of ``MultiEncoderNet``
+            that lacks a method; later, outputs of a wrong shape.
 
     Example:
         >>> model = wrap(nn.Conv2d(2, 3, 1), modalities=("t1", "t2"))
@@ -251,7 +251,6 @@ def wrap(
         )
     _check_layer(net, features)
     _check_declaration(net)
-    _check_checkpoints(net)
     return WrappedNet(net, modalities, features)
 
 
@@ -275,17 +274,6 @@ def _check_declaration(net: nn.Module) -> None:
             f"net: {type(net).__name__} has no {', '.join(missing)}; a net with several encoders "
             f"declares {', '.join(methods)}, see MultiEncoderNet"
         )
-
-
-def _check_checkpoints(net: nn.Module) -> None:
-    # torch.utils.checkpoint runs the block again during the backward pass, when functional_call has
-    # put the net's own weights back: a gradient at adapted parameters is wrong without an error.
-    for name, module in net.named_modules():
-        if getattr(module, "use_checkpoint", False) is True:
-            raise ValueError(
-                f"net: {name or type(net).__name__} has use_checkpoint=True, which computes gradients "
-                "at adapted parameters with the net's own weights; build it with use_checkpoint=False"
-            )
 
 
 def _maps(output: Any, rows: int, size: torch.Size) -> tuple[Tensor, ...]:

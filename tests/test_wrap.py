@@ -17,6 +17,7 @@ from monai.networks.nets.unet import UNet
 from niftis import write_case
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
+from torch.utils.checkpoint import checkpoint
 
 from prism_meta.cases import load_cases
 from prism_meta.inference import Predictor
@@ -395,17 +396,36 @@ def test_outputs_that_are_no_logits_are_refused(form: Callable[..., Any], messag
         wrap(Giving(form), NAMES)(randn(2, 3, 8, 8, seed=52), MASK)
 
 
-def test_checkpointed_blocks_are_refused() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 3, 1), layers())
-    net[1].use_checkpoint = False
-    wrap(net, NAMES)
-    net[1].use_checkpoint = True
-    expected = (
-        "net: 1 has use_checkpoint=True, which computes gradients at adapted parameters with the "
-        "net's own weights; build it with use_checkpoint=False"
-    )
-    with pytest.raises(ValueError, match=re.escape(expected)):
-        wrap(net, NAMES)
+class Checkpointed(nn.Module):
+    """A net whose layers run again in the backward pass, where that is switched on."""
+
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        self.layers, self.head, self.on = layers(), nn.Conv2d(3, 3, 1), on
+        randomize(self.head, seed=41)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.layers, x, use_reentrant=False) if self.on else self.layers(x)
+        out: Tensor = self.head(x)
+        return out
+
+
+@pytest.mark.parametrize("features", [None, "layers.1", "layers"])
+@pytest.mark.parametrize(
+    "strategy", [FirstOrder(SGD(0.1), 2), SecondOrder(SGD(0.1), 2)], ids=["first", "second"]
+)
+def test_checkpointed_layers_change_no_gradient(strategy: Any, features: str | None) -> None:
+    """Also where the features are taken within them."""
+    results = [
+        strategy.meta_gradient(
+            wrap(Checkpointed(on), NAMES, features=features),
+            PrismObjective(),
+            prism_batch([[True, True, False]], 8, 8, seed=80),
+            prism_batch([[True, False, True]], 8, 8, seed=82),
+        )
+        for on in (False, True)
+    ]
+    assert relative_error(results[1].gradient, results[0].gradient) <= 1e-12
 
 
 # --- nets with several encoders -------------------------------------------------------------------

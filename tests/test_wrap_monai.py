@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import randn
+from helpers import randn, relative_error
 from monai.networks.nets.dynunet import DynUNet
 from monai.networks.nets.segresnet import SegResNet
 from monai.networks.nets.segresnet_ds import SegResNetDS
@@ -144,10 +145,19 @@ def test_a_layer_of_tokens_is_refused() -> None:
         model(data.image, data.mask)
 
 
-def test_checkpointing_is_refused() -> None:
-    message = "net: swinViT.layers1.0 has use_checkpoint=True, which computes gradients at adapted"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        wrap(SwinUNETR(**SWIN, use_checkpoint=True), NAMES)
+@pytest.mark.parametrize(
+    "strategy", [FirstOrder(SGD(0.05)), SecondOrder(SGD(0.05), graph="recomputed")]
+)
+def test_checkpointing_changes_no_gradient(strategy: MetaStrategy) -> None:
+    results = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = wrap(SwinUNETR(**SWIN, use_checkpoint=on), NAMES).double()
+        data = [batch("SwinUNETR", [[True, False, True]], seed=seed) for seed in (8, 9)]
+        train, meta = (replace(b, image=b.image.double()) for b in data)
+        results.append(strategy.meta_gradient(model, PrismObjective(), train, meta))
+    plain, checkpointed = (r.gradient for r in results)
+    assert relative_error(checkpointed, plain) <= 1e-12
 
 
 @pytest.mark.parametrize("name", NETS)
