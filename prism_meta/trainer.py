@@ -186,8 +186,13 @@ class Trainer:
         def floating(buffers: Params) -> Params:
             return {n: b for n, b in buffers.items() if b.is_floating_point()}
 
+        # Unused is what no process used: else some would step where others do not.
+        names = list(result.gradient)
+        flags = torch.tensor([float(n in result.unused) for n in names], device=self.fabric.device)
+        everywhere = mean(flags).eq(1).tolist()
         return replace(
             result,
+            unused=frozenset(n for n, unused in zip(names, everywhere, strict=True) if unused),
             gradient=mean(result.gradient),
             adapted=mean(result.adapted),
             hyper_gradient=mean(result.hyper_gradient),

@@ -21,7 +21,7 @@ from prism_meta.inner import SGD
 from prism_meta.learner import MetaLearner
 from prism_meta.modalities import Batch
 from prism_meta.objective import PrismObjective
-from prism_meta.strategies import FirstOrder, SecondOrder, SingleLevel
+from prism_meta.strategies import FirstOrder, MetaGradient, SecondOrder, SingleLevel
 from prism_meta.trainer import Trainer
 from prism_meta.weighting import LearnedWeights, RelativePreference, Weighting
 
@@ -179,6 +179,23 @@ def test_sums_of_several_processes_are_gathered(tmp_path: Path) -> None:
     trained._gather(trained.objective)
     here.end_epoch(), both.end_epoch()
     torch.testing.assert_close(here.factor, both.factor)
+
+
+def test_a_parameter_is_unused_only_if_no_process_used_it(tmp_path: Path) -> None:
+    """Here a and b are unused, in the other process b and c: only b is passed by in both."""
+    there = torch.tensor([0.0, 1.0, 1.0])
+
+    def all_reduce(values: Any, reduce_op: str) -> Any:
+        return (values + there) / 2 if isinstance(values, Tensor) else values
+
+    trained = trainer(tmp_path, None)
+    trained.fabric = SimpleNamespace(  # type: ignore[assignment]
+        world_size=2, all_reduce=all_reduce, device=torch.device("cpu")
+    )
+    zero = torch.zeros(())
+    gradient = {name: zero for name in "abc"}
+    result = MetaGradient(gradient, gradient, zero, zero, unused=frozenset("ab"))
+    assert trained._averaged(result).unused == {"b"}
 
 
 def test_an_objective_without_state_is_left_alone(tmp_path: Path) -> None:
