@@ -292,18 +292,20 @@ def test_restored_classes_on_an_oblique_grid(
     assert torch.equal(classes[decided], maps.argmax(0).to(torch.uint8)[decided])
 
 
-def test_restored_classes_by_hand() -> None:
+@pytest.mark.parametrize("share", [0.6, 0.45], ids=["foreground", "background, but not surely"])
+def test_restored_classes_by_hand(share: float) -> None:
     """2 mm to 1 mm along one axis: voxels lie 1/4 and 3/4 of the way, and the likeliest wins."""
     affine = np.diag([1.0, 1.0, 1.0, 1.0])
     volume = Volume({}, None, affine, (6, 1, 1))
     coarse = torch.eye(4, dtype=torch.float64)
     coarse[0, 0], coarse[0, 3] = 2.0, 0.5
     ready = Prepared(torch.zeros(1, 3, 1, 1), ("t1",), torch.ones(3, 1, 1).bool(), None, coarse)
-    # Voxels of 2 mm: background outside the box, then p = (0.4, 0.6), then p = (0.1, 0.9).
-    logits = torch.tensor([[0.4, 0.1], [0.6, 0.9]]).log()[:, :, None, None]
+    # Voxels of 2 mm: background outside the box, then p of class 1, share and 0.9.
+    logits = torch.tensor([[1 - share, 0.1], [share, 0.9]]).log()[:, :, None, None]
     box = (slice(1, 3), slice(0, 1), slice(0, 1))
     classes = Preprocessing().restore_classes(logits, box, prepared=ready, volume=volume)
-    # p of class 1 at the six voxels: 0, 0.15, 0.45, 0.675, 0.825, 0.9.
+    # p of class 1 at the six voxels: 0, 0.15, 0.45, 0.675, 0.825, 0.9; or 0, 0.1125, 0.3375, 0.5625,
+    # 0.7875, 0.9.
     assert classes.flatten().tolist() == [0, 0, 0, 1, 1, 1]
 
 
