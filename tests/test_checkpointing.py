@@ -270,3 +270,28 @@ def test_preflight_reports_a_reentrant_one(first: bool) -> None:
     report = preflight(model, mse, mlp().train)
     assert str(report.findings[0]) == REENTRANT.replace("model:", "error: model:")
     assert not report.ok and report.memory == {}
+
+
+class Twice(nn.Module):
+    """Registers its layers under two names, as MONAI's DynUNet does its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 2)
+        self.layers = nn.ModuleList([self.first, self.last])
+        randomize(self, seed=67)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers[1](torch.tanh(self.first(x)))
+        return out
+
+
+@every_k
+@pytest.mark.parametrize("graph", ["stored", "recomputed"])
+def test_a_module_under_two_names_is_left_as_it_was(graph: Any, steps: int) -> None:
+    problem = replace(mlp(), model=Twice())
+    before = dict(problem.model.named_parameters(remove_duplicate=False))
+    result = meta_gradient(SecondOrder(SGD(LR), steps, graph=graph), problem)
+    assert relative_error(result.gradient, oracles.second_order(problem, LR, steps)) <= 1e-9
+    after = dict(problem.model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is param for name, param in before.items())

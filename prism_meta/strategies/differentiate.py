@@ -68,10 +68,15 @@ class Stage(nn.Module):
         #: Every name of every tensor here, and the first name in ``model`` of the same tensor.
         self.names: dict[str, str] = {}
         first: dict[int, str] = {}
-        for part in (self.named_parameters, self.named_buffers):
-            for name, tensor in part(remove_duplicate=False):
-                own = name.removeprefix("model.")
-                self.names[name] = first.setdefault(id(tensor), own)
+        # A module under two names (MONAI's DynUNet) has its tensors replaced and put back once: the
+        # second time, what is put back would be the replacement.
+        for path, module in self.named_modules():
+            for tensors in (module._parameters, module._buffers):
+                for attribute, tensor in tensors.items():
+                    if tensor is not None:
+                        name = f"{path}.{attribute}"
+                        own = first.setdefault(id(tensor), name.removeprefix("model."))
+                        self.names[name] = own
 
     def forward(self, function: Callable[[], T]) -> T:
         return function()
