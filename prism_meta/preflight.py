@@ -126,9 +126,10 @@ def preflight(model: nn.Module, objective: Objective, batch: Any, *, steps: int 
     ]
     rank = {"error": 0, "warning": 1, "note": 2}
     size = sum(p.numel() * p.element_size() for p in problem.trainable.values())
+    wide = sum(p.numel() * max(8, p.element_size()) for p in problem.trainable.values()) / size
     return Preflight(
         tuple(sorted(findings, key=lambda f: rank[f.level])),
-        _memory(first, second, size, steps),
+        _memory(first, second, size, wide, steps),
         steps,
     )
 
@@ -188,8 +189,11 @@ class _SavedBytes:
         return tensor
 
 
-def _memory(first: int, second: int, size: int, steps: int) -> dict[str, int]:
-    """What each strategy keeps alive at its peak: graphs, and copies of the parameters."""
+def _memory(first: int, second: int, size: int, wide: float, steps: int) -> dict[str, int]:
+    """What each strategy keeps alive at its peak: graphs, and copies of the parameters.
+
+    ``wide`` is how much larger a tensor is in float64, in which FiniteDifference works.
+    """
     both = first + second
     return {
         "SingleLevel": first + size,
@@ -197,7 +201,7 @@ def _memory(first: int, second: int, size: int, steps: int) -> dict[str, int]:
         "Reptile": first + 2 * size,
         "SecondOrder(graph='stored')": steps * (both + 2 * size) + first,
         "SecondOrder(graph='recomputed')": both + (steps + 3) * size,
-        "FiniteDifference": first + (2 * steps + 4) * size,
+        "FiniteDifference": int(wide * (first + (2 * steps + 4) * size)),
         "ImplicitMAML": both + 6 * size,
     }
 

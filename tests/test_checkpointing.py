@@ -292,6 +292,7 @@ def test_a_module_under_two_names_is_left_as_it_was(graph: Any, steps: int) -> N
     problem = replace(mlp(), model=Twice())
     before = dict(problem.model.named_parameters(remove_duplicate=False))
     result = meta_gradient(SecondOrder(SGD(LR), steps, graph=graph), problem)
-    assert relative_error(result.gradient, oracles.second_order(problem, LR, steps)) <= 1e-9
     after = dict(problem.model.named_parameters(remove_duplicate=False))
     assert all(after[name] is param for name, param in before.items())
+    # Last, for functional_call with tie_weights, which the oracle uses, does not put them back.
+    assert relative_error(result.gradient, oracles.second_order(problem, LR, steps)) <= 1e-9

@@ -202,7 +202,8 @@ def test_the_finite_difference_strategy(
 ) -> None:
     problem, (optimizer, rule) = replace(mlp(), objective=Weighted()), inner()
     result = meta_gradient(FiniteDifference(optimizer, steps), problem)
-    assert relative_error(result.hyper_gradient, expected(problem, rule, steps)) <= 1e-7
+    # Rounding at the default radius, see test_finite_difference.
+    assert relative_error(result.hyper_gradient, expected(problem, rule, steps)) <= 2e-4
 
 
 def test_implicit_gradient_of_the_minimum() -> None:

@@ -60,7 +60,10 @@ def test_autocast_gives_a_float32_gradient_near_the_full_one(strategy: MetaStrat
     assert all(g.dtype == torch.float32 for g in half.gradient.values())
     assert all(p.dtype == torch.float32 for p in half.adapted.values())
     error = relative_error(half.gradient, full.gradient)
-    assert 1e-5 < error < 0.02  # bfloat16 rounds to 4e-3
+    if isinstance(strategy, FiniteDifference):
+        assert error <= 1e-12  # autocast leaves float64 as it is
+    else:
+        assert 1e-5 < error < 0.02  # bfloat16 rounds to 4e-3
     assert not torch.is_autocast_enabled("cpu")
 
 

@@ -11,7 +11,7 @@ class                gradient                                    units at K = 1
 ``FirstOrder``       E3, of L_meta at phi~                       2
 ``Reptile``          phi - phi~                                  1 1/3
 ``SecondOrder``      E4, exact                                   4
-``FiniteDifference`` E4, curvature from two more gradients       4
+``FiniteDifference`` E4, curvature from two more gradients       4, in float64
 ``ImplicitMAML``     of the inner problem's solution             3 + 2 per CG step
 ==================== =========================================== ===================
 

@@ -18,16 +18,18 @@ The model is never changed; every evaluation is a ``torch.func.functional_call``
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map_only
 
 from prism_meta.inner import Params, State
 from prism_meta.strategies.base import LearnedObjective, MetaGradient, MetaStrategy, Objective
@@ -76,7 +78,9 @@ class Problem:
             # A name with a space is not that of a parameter of the model.
             self.learned = {f"objective {n}": p for n, p in objective.learned().items()}
         self._stage = Stage(model)
-        self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._type: torch.dtype | None = None
+        self._frozen = Params()
+        self.trainable: Params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise ValueError(
                 f"model: {type(model).__name__} has no trainable parameter; "
@@ -93,13 +97,26 @@ class Problem:
                 "or SecondOrder, or an objective with fixed weights"
             )
 
+    def in_type(self, dtype: torch.dtype) -> Problem:
+        """The same with parameters, buffers and what the model is given in ``dtype``, or as they are if
+        that is wider; this problem itself if its trainable parameters all are."""
+        if all(wider(p, dtype) is p for p in self.trainable.values()):
+            return self
+        other = copy.copy(self)
+        other._type = dtype
+        named = {n: wider(p.detach(), dtype) for n, p in self.model.named_parameters()}
+        other.trainable = {n: named.pop(n) for n in self.trainable}
+        other._frozen = named
+        return other
+
     def leaves(self) -> Params:
         """phi as leaves of a graph of our own, so that ``.grad`` of the model is never touched."""
         return detached(self.trainable, requires_grad=True)
 
     def buffers(self) -> Params:
         """Copies of the model's own buffers."""
-        return {name: b.detach().clone() for name, b in self.model.named_buffers()}
+        own = {name: b.detach().clone() for name, b in self.model.named_buffers()}
+        return own if self._type is None else {n: wider(b, self._type) for n, b in own.items()}
 
     def evaluate_meta(self, params: Params, batch: Any) -> Value:
         """L_meta at ``params``, from the model's own buffers."""
@@ -118,6 +135,8 @@ class Problem:
         state = self._state(at)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if (dtype := self._type) is not None:
+                args, kwargs = tree_map_only(Tensor, lambda t: wider(t, dtype), (args, kwargs))
             return self._stage.run(state, lambda: self.model(*args, **kwargs))
 
         value = objective(forward, batch)
@@ -132,9 +151,9 @@ class Problem:
 
     def _state(self, at: Point) -> Params:
         """The tensors of ``at``, buffers as copies that may be changed."""
-        if at.buffers is None:
-            return {**at.params, **self.buffers()}
-        return {**at.params, **{n: b.clone() for n, b in at.buffers.items()}}
+        start = at.buffers
+        buffers = self.buffers() if start is None else {n: b.clone() for n, b in start.items()}
+        return {**self._frozen, **at.params, **buffers}
 
     def gradient(self, loss: Tensor, params: Params, *, at: Point | None = None) -> Params:
         """d loss / d params; 0 for what the loss does not depend on. ``at`` as in ``pull_back``."""
@@ -271,6 +290,29 @@ class Problem:
             **{"buffers": meta.buffers, **more},
         )
 
+    def narrowed(self, result: MetaGradient) -> MetaGradient:
+        """``result`` of ``in_type`` in the types of this problem; a loss has that of the widest tensor."""
+
+        def as_own(values: Params, own: Mapping[str, Tensor]) -> Params:
+            return {n: v.to(own[n].dtype) for n, v in values.items()}
+
+        params, buffers = self.trainable, dict(self.model.named_buffers())
+        state = {
+            name: {
+                key: value.to(params[name].dtype) if value.shape == params[name].shape else value
+                for key, value in values.items()
+            }
+            for name, values in result.state.items()
+        }
+        return replace(
+            result,
+            gradient=as_own(result.gradient, params),
+            adapted=as_own(result.adapted, params),
+            buffers=as_own(result.buffers, buffers),
+            inner_buffers=as_own(result.inner_buffers, buffers),
+            state=state,
+        )
+
 
 class ProblemStrategy(MetaStrategy):
     """Base of the strategies that evaluate the model as a ``Problem``: they write ``solve`` alone."""
@@ -301,6 +343,13 @@ class ProblemStrategy(MetaStrategy):
 def detached(params: Mapping[str, Tensor], *, requires_grad: bool = False) -> Params:
     """The same values as constants, or as new leaves."""
     return {name: p.detach().requires_grad_(requires_grad) for name, p in params.items()}
+
+
+def wider(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating-point tensor in ``dtype`` unless its own is wider; others as they are."""
+    if not value.is_floating_point():
+        return value
+    return value.to(torch.promote_types(value.dtype, dtype))
 
 
 def filled(values: Params, like: Mapping[str, Tensor]) -> Params:

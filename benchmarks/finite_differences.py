@@ -1,0 +1,175 @@
+"""How near do finite differences come to E4, by the radius and the type that they are computed in?
+
+    python benchmarks/finite_differences.py                          # all nets, one seed
+    python benchmarks/finite_differences.py --net unet --seeds 0 1 2
+    python benchmarks/finite_differences.py --net unet --size 40     # more voxels, more kinks
+
+Error: of the meta-gradient of a float32 net, K = 1 and SGD, against the same unrolled step in float64,
+relative to its norm. Where an activation has a kink (LeakyReLU) the gradient jumps, which a difference
+counts as curvature; the smooth net has none. PrismNet's fusion is by the mean and the objective has no
+distillation: nothing in either is detached, so that a difference and a derivative have one limit. Time:
+of the second call, relative to first order's. The table has the asymmetry that the strategy reports in
+brackets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from first_vs_second_order import LR, Setting, build, flat, loss_of
+from measuring import facts
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.func import functional_call
+
+import prism_meta as pm
+from prism_meta.fusion import MeanFusion
+
+Episode = tuple[nn.Module, Callable[..., Any], Any, Any]
+
+
+def cross_entropy(forward: Callable[..., Any], batch: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(forward(batch.image), batch.target)
+
+
+def mlp(seed: int, activation: Callable[[], nn.Module]) -> Episode:
+    """Three layers of 64 units; its batches are those of 64 points."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Linear(20, 64), activation(), nn.Linear(64, 64), activation(), nn.Linear(64, 5)
+    )
+    train, meta = (
+        pm.Batch(torch.randn(64, 20), torch.ones(64, 20).bool(), torch.randint(5, (64,)))
+        for _ in range(2)
+    )
+    return net, cross_entropy, train, meta
+
+
+def prismnet(seed: int, size: int) -> Episode:
+    _, _, train, meta = build(Setting("prismnet", 1, size, 2, 1, seed))
+    torch.manual_seed(seed)
+    objective = pm.PrismObjective(weighted=False, beta=0.0, delta=0.0)
+    return pm.PrismNet(4, 4, 3, 8, fusion=MeanFusion), objective, train, meta
+
+
+NETS: dict[str, Callable[[int, int], Episode]] = {
+    "smooth MLP": lambda seed, size: mlp(seed, nn.Tanh),
+    "LeakyReLU MLP": lambda seed, size: mlp(seed, nn.LeakyReLU),
+    "unet": lambda seed, size: build(Setting("unet", 1, size, 2, 1, seed)),
+    "prismnet": prismnet,
+}
+
+
+def differences(dtype: torch.dtype, radius: float | None = None) -> pm.MetaStrategy:
+    return pm.FiniteDifference(pm.SGD(LR), dtype=dtype, radius=radius)
+
+
+METHODS: dict[str, pm.MetaStrategy] = {
+    "FirstOrder": pm.FirstOrder(pm.SGD(LR)),
+    "SecondOrder": pm.SecondOrder(pm.SGD(LR)),
+    "float64, 2e-12 (default)": differences(torch.float64),
+    "float64, 1e-8": differences(torch.float64, 1e-8),
+    "float64, 6e-6": differences(torch.float64, 6e-6),
+    "float64, 5e-3": differences(torch.float64, 5e-3),
+    "float32, 3e-2": differences(torch.float32, 3e-2),
+    "float32, 5e-3": differences(torch.float32),
+    "float32, 2e-4": differences(torch.float32, 2e-4),
+    "float32, 2e-5": differences(torch.float32, 2e-5),
+}
+
+
+def oracle(net: nn.Module, objective: Any, train: Any, meta: Any) -> torch.Tensor:
+    """E4 unrolled by hand; ``net`` and the images are in float64."""
+    phi = dict(net.named_parameters())
+
+    def loss(at: dict[str, Any], batch: Any) -> torch.Tensor:
+        return loss_of(objective(lambda *args: functional_call(net, at, args), batch))
+
+    grads = torch.autograd.grad(
+        loss(phi, train), [*phi.values()], create_graph=True, materialize_grads=True
+    )
+    adapted = {n: p - LR * g for (n, p), g in zip(phi.items(), grads, strict=True)}
+    return flat(
+        dict(
+            zip(
+                phi,
+                torch.autograd.grad(loss(adapted, meta), [*phi.values()], materialize_grads=True),
+                strict=True,
+            )
+        )
+    )
+
+
+def measure(name: str, seed: int, size: int) -> dict[str, Any]:
+    """Error, asymmetry and seconds of every method on one net."""
+    wide, objective, *batches = NETS[name](seed, size)
+    exact = oracle(wide.double(), objective, *(_in_float64(b) for b in batches))
+    net, objective, train, meta = NETS[name](seed, size)
+    results = {}
+    for method, strategy in METHODS.items():
+        result = strategy.meta_gradient(net, objective, train, meta)
+        start = time.perf_counter()
+        strategy.meta_gradient(net, objective, train, meta)
+        seconds = time.perf_counter() - start
+        asymmetry = result.diagnostics.get("asymmetry")
+        results[method] = {
+            "error": float((flat(result.gradient) - exact).norm() / exact.norm()),
+            "asymmetry": None if asymmetry is None else float(asymmetry),
+            "seconds": seconds,
+        }
+    return {"net": name, "seed": seed, "size": size, "methods": results}
+
+
+def _in_float64(batch: pm.Batch) -> pm.Batch:
+    return pm.Batch(batch.image.double(), batch.mask, batch.target)
+
+
+def show(console: Console, results: list[dict[str, Any]]) -> None:
+    """One column per net and seed: the error, and in brackets the asymmetry."""
+    table = Table(title="relative error (asymmetry), time / first order", title_justify="left")
+    table.add_column("differences in, radius")
+    for result in results:
+        table.add_column(f"{result['net']} {result['seed']}", justify="right")
+    for method in METHODS:
+        cells = []
+        for result in results:
+            values, base = result["methods"][method], result["methods"]["FirstOrder"]
+            told = "" if values["asymmetry"] is None else f" ({values['asymmetry']:.0e})"
+            cells.append(f"{values['error']:.1e}{told}, {values['seconds'] / base['seconds']:.1f}")
+        table.add_row(method, *cells)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--net", nargs="+", choices=NETS, default=list(NETS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--size", type=int, default=16, help="voxels of a side (default 16)")
+    parser.add_argument("--threads", type=int, default=1)
+    default = Path(__file__).parent / "results/finite_differences.json"
+    parser.add_argument("--out", type=Path, default=default)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    arguments.seed, arguments.rounds = arguments.seeds, 1  # for the facts
+    results = [
+        measure(name, seed, arguments.size) for name in arguments.net for seed in arguments.seeds
+    ]
+    console = Console(width=160)
+    show(console, results)
+    told = facts(arguments, ("prism-meta", "torch"))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({**told, "results": results}, indent=1) + "\n")
+    console.print(f"written: {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
