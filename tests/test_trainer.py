@@ -193,7 +193,7 @@ def test_a_parameter_is_unused_only_if_no_process_used_it(tmp_path: Path) -> Non
         world_size=2, all_reduce=all_reduce, device=torch.device("cpu")
     )
     zero = torch.zeros(())
-    gradient = {name: zero for name in "abc"}
+    gradient = dict.fromkeys("abc", zero)
     result = MetaGradient(gradient, gradient, zero, zero, unused=frozenset("ab"))
     assert trained._averaged(result).unused == {"b"}
 
