@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import higher
 import pytest
 import torch
 from helpers import F64, prism_batch, prism_net, randn, randomize
@@ -151,3 +152,14 @@ def test_every_fusion_trains_in_second_order(kind: type[Fusion]) -> None:
     net, batch = prism_net(fusion=kind), prism_batch([[True, True, True]] * 2, 6, 6, seed=8)
     result = SecondOrder(SGD(0.05)).meta_gradient(net, PrismObjective(), batch, batch)
     assert all(bool(result.gradient[n].any()) for n, _ in net.named_parameters())
+
+
+@every_fusion
+def test_higher_can_patch_a_net_with_it(kind: type[Fusion]) -> None:
+    """As users of higher do; it cannot subclass a module that has ABC among its bases."""
+    net, batch = prism_net(fusion=kind), prism_batch([[True, True, True]], 6, 6, seed=9)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+    with higher.innerloop_ctx(net, optimizer) as (patched, _):
+        torch.testing.assert_close(
+            patched(batch.image, batch.mask).fused, net(batch.image, batch.mask).fused
+        )
