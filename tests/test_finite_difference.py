@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import (
     F64,
+    SMOOTH,
     Problem,
     batch_norm,
     conv,
@@ -41,8 +42,6 @@ from prism_meta.objective import PrismObjective
 from prism_meta.strategies import FiniteDifference, SecondDerivativeError, SecondOrder
 
 LR = 0.1
-#: The cube root of float64's precision, the best there for a smooth loss.
-SMOOTH = 6e-6
 #: Rounding at the default radius, 2e-12, is 2e-16 / 2e-12 = 1e-4 of H v; measured are up to 4e-5.
 DEFAULT = 2e-4
 
@@ -307,8 +306,8 @@ def test_finite_differences_start_from_parameters_that_are_zero() -> None:
     problem = mlp()
     with torch.no_grad():
         problem.model.get_parameter("2.bias").zero_()
-    result = meta_gradient(FiniteDifference(SGD(LR), adapt=moves), problem)
-    assert relative_error(result.gradient, oracles.second_order(problem, LR, 1, moves)) <= DEFAULT
+    result = meta_gradient(FiniteDifference(SGD(LR), adapt=moves, radius=SMOOTH), problem)
+    assert relative_error(result.gradient, oracles.second_order(problem, LR, 1, moves)) <= 1e-6
 
 
 def test_finite_differences_of_fixed_parameters_and_of_the_rate() -> None:
@@ -334,12 +333,11 @@ def test_finite_differences_use_the_same_dropout_on_both_sides() -> None:
 
 def test_finite_differences_see_through_a_stop_gradient() -> None:
     """A detached teacher is a constant to autograd's second derivative, but moves with phi."""
-    problem = replace(
-        prism(), model=prism_net(fusion=MeanFusion)
-    )  # without the prm maps' own detach
+    # Without the prm maps' own detach.
+    problem = replace(prism(), model=prism_net(fusion=MeanFusion))
     plain = replace(problem, objective=PrismObjective(beta=0.0, delta=0.0))
-    for episode, low, high in ((plain, 0, DEFAULT), (problem, 1e-3, 0.1)):
-        result = meta_gradient(FiniteDifference(SGD(LR)), episode)
+    for episode, low, high in ((plain, 0, 1e-7), (problem, 1e-3, 0.1)):
+        result = meta_gradient(FiniteDifference(SGD(LR), radius=SMOOTH), episode)
         error = relative_error(result.gradient, oracles.second_order(episode, LR, 1))
         assert low <= error <= high
 
@@ -364,10 +362,10 @@ def test_finite_differences_work_where_second_derivatives_do_not_exist() -> None
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         with pytest.raises(SecondDerivativeError, match="flash_attention"):
             meta_gradient(SecondOrder(SGD(LR), 2), problem)
-        result = meta_gradient(FiniteDifference(SGD(LR), 2), problem)
+        result = meta_gradient(FiniteDifference(SGD(LR), 2, radius=SMOOTH), problem)
     with sdpa_kernel(SDPBackend.MATH):
         expected = oracles.second_order(problem, LR, 2)
-    assert relative_error(result.gradient, expected) <= DEFAULT
+    assert relative_error(result.gradient, expected) <= 1e-9
 
 
 @pytest.mark.parametrize("radius", [0.0, -1.0, float("nan")])

@@ -243,7 +243,8 @@ class FiniteDifference(Adjoint):
         inner: the inner optimizer, e.g. ``SGD(0.05)``.
         steps: K, the number of inner steps.
         adapt: says by name which parameters inner steps move; all unless given.
-        radius: relative to the norm of the adapted parameters; unless given, by the type as above.
+        radius: relative to the norm of the adapted parameters; unless given, by the type as above, and
+            for the objective's learned weights the root of their type's precision.
         dtype: the model is evaluated in it; parameters of a wider type keep theirs. Give float32 for a
             smooth net, or where the model cannot be evaluated in float64: it casts to a fixed type, or
             an operation or the device has no float64.
@@ -319,7 +320,7 @@ class FiniteDifference(Adjoint):
         def learned(vector: Params, scale: Tensor) -> Params:
             # They are rounded to the weights' own type. Along v they have kinks, but do not jump: the
             # error of the difference is of order r, that of rounding of order eps / r.
-            r = scale * torch.finfo(_coarsest(problem.learned)).eps ** (1 / 2)
+            r = scale * (self.radius or torch.finfo(_coarsest(problem.learned)).eps ** (1 / 2))
             values = [evaluated(vector, s * r, requires_grad=False) for s in (1, -1)]
             up, down = (problem.gradient(v.loss, problem.learned, at=v.at) for v in values)
             return {n: (g - down[n]) / (2 * r).to(g.dtype) for n, g in up.items()}
