@@ -34,6 +34,7 @@ from torch.utils._pytree import tree_map_only
 from prism_meta.inner import Params, State
 from prism_meta.strategies.base import LearnedObjective, MetaGradient, MetaStrategy, Objective
 from prism_meta.strategies.differentiate import Stage, T, explained, misplaced
+from prism_meta.strategies.saved import OutputsForInputs
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,8 @@ class Problem:
                 args, kwargs = tree_map_only(Tensor, lambda t: wider(t, dtype), (args, kwargs))
             return self._stage.run(state, lambda: self.model(*args, **kwargs))
 
-        value = objective(forward, batch)
+        with OutputsForInputs():
+            value = objective(forward, batch)
         loss, terms = (value, {}) if isinstance(value, Tensor) else (value.loss, value.terms)
         if loss.numel() != 1:
             raise ValueError(
