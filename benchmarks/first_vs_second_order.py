@@ -3,11 +3,11 @@
     python benchmarks/first_vs_second_order.py                  # all nets, K = 1, 2, 5, 10
     python benchmarks/first_vs_second_order.py --net unet --steps 1 --rounds 5
 
-Time: every method on the same net and batches in one process, in turns, the median of the rounds and
-its spread; ratios to first order are taken within each round. Memory: the peak of the resident set
-above what the net, its batches and the libraries take, in a process of its own per method. Error: of
-the float32 gradient against the same unrolled steps in float64. Peers that are not installed are left
-out, and the table says so. One unit is a forward and a backward pass of the objective.
+Time: every method on the same net and batches in one process, in turns and each round in another order;
+the median of the rounds and its spread; ratios to first order are taken within each round. Memory: the
+peak of the resident set above what the net, its batches and the libraries take, in a process of its own
+per method. Error: of the float32 gradient against the same unrolled steps in float64. Peers that are not
+installed are left out, and the table says so. One unit is a forward and a backward pass of the objective.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import copy
 import gc
 import importlib.util
 import json
+import random
 import statistics
 import sys
 import time
@@ -251,8 +252,11 @@ def measure_time(setting: Setting, methods: list[str], rounds: int) -> dict[str,
         results[name] = {"seconds": [], "error": None}
         if name in AIMS_AT_E4:
             results[name]["error"] = float((gradients[name] - exact).norm() / exact.norm())
+    order = random.Random(setting.seed)
     for _ in range(rounds):
-        for name in methods:
+        # In another order each time: who goes after whom decides whose memory is still warm.
+        for name in order.sample(methods, len(methods)):
+            gc.collect()
             start = time.perf_counter()
             METHODS[name](net, objective, train, meta, setting.steps)
             results[name]["seconds"].append(time.perf_counter() - start)

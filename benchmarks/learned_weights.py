@@ -1,34 +1,34 @@
 """Do learned weights (E12) find the modality whose labels are wrong?
 
-    python benchmarks/learned_weights.py                       # about 10 minutes on two cores
-    python benchmarks/learned_weights.py --steps 60 --seeds 0  # a short look
+    python benchmarks/learned_weights.py            # about 20 minutes on two cores
+    python benchmarks/learned_weights.py --seeds 0 --clean 20 --steps 20   # a short look
 
-PRISM is trained on phantoms in first order with LearnedWeights. The labels of one modality are
-corrupted in the train batches: its image is turned and moved against them, another way in each
-sample, so that where it says tumour the labels do not, while the other modalities and all meta batches
-are as they are. Distillation then teaches this modality's branch to answer from a wrong image. Printed
-and plotted: beta of each modality over the outer steps, beside a control run without corruption.
-
-What was seen (one seed, flair): its beta rises to 0.15 and falls to 0.13, where that of the control ends
-at 0.17. But t1ce and t1 fall too: a wrong image spoils the fused teacher of all that is shown beside it.
-So beta tells that distillation harms, and not whose fault it is.
+PRISM is trained on phantoms with LearnedWeights, in first order with four inner steps. After ``--clean``
+outer steps the run forks. One fork goes on as before: the control. In each of the others the labels of
+one modality go wrong in the train batches: its image is turned and moved against them, another way in
+each sample, so that where it says tumour the labels do not, while the other modalities and all meta
+batches stay as they are. Distillation then teaches this modality to answer from a wrong image. Printed
+and plotted: beta of each modality, relative to that of the control at the same step.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import multiprocessing
+import statistics
 import tempfile
-from dataclasses import replace
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from measuring import facts
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 import prism_meta as pm
 from prism_meta.data import CachedCase, prepare
@@ -38,6 +38,22 @@ from prism_meta.weighting import LearnedWeights
 
 PATCH = 48
 START = 0.1
+#: The last steps of a fork that a figure is the mean of.
+LAST = 20
+#: Beta of each modality after every outer step.
+History = list[list[float]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One seed's forks."""
+
+    seed: int
+    corrupt: list[str]
+    cases: int
+    rate: float
+    clean: int
+    steps: int
 
 
 def corrupted(batch: pm.Batch, modality: int, generator: torch.Generator) -> pm.Batch:
@@ -49,65 +65,128 @@ def corrupted(batch: pm.Batch, modality: int, generator: torch.Generator) -> pm.
     return replace(batch, image=image)
 
 
-def phantoms(folder: Path, count: int, seed: int) -> list[CachedCase]:
-    """Complete cases, so that every modality is shown as often."""
-    complete = torch.ones(count, len(pm.BRATS), dtype=torch.bool)
-    write_phantoms(folder / "cases", complete, seed=seed, shape=(80, 96, 72), spacing=2.0)
+def phantoms(folder: Path, setting: Setting) -> list[CachedCase]:
+    rates = (setting.rate,) * len(pm.BRATS)
+    availability = pm.draw_availability(setting.cases, rates, seed=setting.seed)
+    shape = (80, 96, 72)
+    write_phantoms(folder / "cases", availability, seed=setting.seed, shape=shape, spacing=2.0)
     cases = pm.load_cases(folder / "cases", pm.BRATS)
     grid = pm.Preprocessing((3.0, 3.0, 3.0))
     return prepare(cases, grid, pm.BRATS_LABELS, folder / "cache")
 
 
-def train(
-    cases: list[CachedCase], modality: int | None, steps: int, seed: int, label: str
-) -> list[list[float]]:
-    """Beta of each modality after every outer step; ``modality`` is corrupted, if there is one."""
+def learner_of(seed: int) -> pm.MetaLearner:
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
     net = pm.PrismNet(num_modalities=4, num_classes=4, spatial_dims=2)
     objective = pm.PrismObjective(
         weighted=False, weighting=LearnedWeights(4, beta=START, delta=0.01)
     )
     # Gradients of the first steps are far larger than later ones, which a long memory would stifle.
     weights = list(objective.learned().values())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": list(net.parameters())},
-            {"params": weights, "lr": 0.02, "betas": (0.9, 0.95), "weight_decay": 0.0},
-        ],
-        lr=1e-2,
-    )
-    learner = pm.MetaLearner(net, objective, pm.FirstOrder(pm.SGD(0.05)), optimizer, clip_norm=5.0)
-    episodes = Episodes(cases, patch=(PATCH, PATCH), batch_size=8, steps=steps, seed=seed)
+    groups: list[dict[str, Any]] = [
+        {"params": list(net.parameters())},
+        {"params": weights, "lr": 0.04, "betas": (0.9, 0.95), "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    strategy = pm.FirstOrder(pm.SGD(0.2), steps=4)
+    return pm.MetaLearner(net, objective, strategy, optimizer, clip_norm=5.0)
+
+
+def train(
+    learner: pm.MetaLearner, episodes: Episodes, steps: range, modality: int | None, seed: int
+) -> History:
+    """``learner`` after these steps of ``episodes``, with ``modality`` corrupted if there is one."""
+    generator = torch.Generator().manual_seed(seed)
+    objective = learner.objective
+    assert isinstance(objective, pm.PrismObjective)
     history = []
-    for step in track(range(steps), description=label):
+    for step in steps:
         batch, meta = episodes[step]
         if modality is not None:
             batch = corrupted(batch, modality, generator)
         learner.step(batch, meta)
-        beta: Tensor = objective.weights()["beta"]
-        history.append(beta.tolist())
+        history.append(objective.weights()["beta"].tolist())
     return history
 
 
-def plot(path: Path, runs: list[dict[str, Any]]) -> None:
+def fork(setting: Setting) -> list[dict[str, Any]]:
+    """The control and the corrupted runs of one seed, on one thread."""
+    torch.set_num_threads(1)
+    end = setting.clean + setting.steps
+    with tempfile.TemporaryDirectory() as folder:
+        cases = phantoms(Path(folder), setting)
+        episodes = Episodes(cases, patch=(PATCH, PATCH), batch_size=8, steps=end, seed=setting.seed)
+        clean = learner_of(setting.seed)
+        before = train(clean, episodes, range(setting.clean), None, setting.seed)
+        runs = []
+        for wrong in (None, *setting.corrupt):
+            modality = None if wrong is None else pm.BRATS.index(wrong)
+            after = train(
+                copy.deepcopy(clean), episodes, range(setting.clean, end), modality, setting.seed
+            )
+            runs.append({"seed": setting.seed, "corrupted": wrong, "beta": before + after})
+            Console().print(f"seed {setting.seed}: {wrong or 'nothing'} corrupted, done")
+    return runs
+
+
+def relative(runs: Sequence[dict[str, Any]], wrong: str) -> list[list[list[float]]]:
+    """Beta with ``wrong`` corrupted over that of the control: seeds, steps, modalities."""
+    control = {run["seed"]: run["beta"] for run in runs if run["corrupted"] is None}
+    return [
+        [
+            [ours / clean for ours, clean in zip(row, base, strict=True)]
+            for row, base in zip(run["beta"], control[run["seed"]], strict=True)
+        ]
+        for run in runs
+        if run["corrupted"] == wrong
+    ]
+
+
+def at_the_end(ratios: list[list[list[float]]], modality: int) -> list[float]:
+    """One number per seed."""
+    return [statistics.mean(row[modality] for row in seed[-LAST:]) for seed in ratios]
+
+
+def show(console: Console, runs: Sequence[dict[str, Any]], corrupt: Sequence[str]) -> None:
+    table = Table(
+        title="beta over that of the control, mean of the last steps: median over seeds (least-most)",
+        title_justify="left",
+    )
+    for column in ("corrupted", *pm.BRATS):
+        table.add_column(column)
+    for wrong in corrupt:
+        cells = []
+        for m, name in enumerate(pm.BRATS):
+            values = at_the_end(relative(runs, wrong), m)
+            cell = f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+            cells.append(f"[bold]{cell}[/]" if name == wrong else cell)
+        table.add_row(wrong, *cells)
+    console.print(table)
+
+
+def plot(path: Path, runs: Sequence[dict[str, Any]], corrupt: Sequence[str], clean: int) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(
-        1, len(runs), figsize=(4 * len(runs), 3.2), sharey=True, layout="constrained", squeeze=False
-    )
-    for axis, run in zip(axes[0], runs, strict=True):
-        wrong = run["corrupted"]
+        1, len(corrupt), figsize=(4 * len(corrupt), 3.2), sharey=True,
+        layout="constrained", squeeze=False,
+    )  # fmt: skip
+    for axis, wrong in zip(axes[0], corrupt, strict=True):
+        ratios = torch.tensor(relative(runs, wrong)).median(0).values
         for m, name in enumerate(pm.BRATS):
-            curve = [row[m] for row in run["beta"]]
-            label = f"{name}, labels wrong" if name == wrong else name
-            axis.plot(curve, label=label, linewidth=2.4 if name == wrong else 1.2)
-        axis.set(title=f"seed {run['seed']}: {wrong or 'nothing'} corrupted", xlabel="outer step")
-        axis.legend(fontsize=8, frameon=False)
-    axes[0][0].set_ylabel("beta, weight of pixel distillation")
+            own = name == wrong
+            axis.plot(
+                ratios[:, m], label=f"{name}, labels wrong" if own else name,
+                linewidth=2.6 if own else 1.2,
+            )  # fmt: skip
+        axis.axvline(clean, color="0.6", linewidth=1, linestyle=":")
+        axis.axhline(1, color="0.6", linewidth=1)
+        axis.set(title=f"labels of {wrong} go wrong", xlabel="outer step")
+        axis.legend(fontsize=8, frameon=False, loc="lower left")
+    axes[0][0].set_ylabel("beta / beta of the control")
     figure.savefig(path, dpi=110)
 
 
@@ -115,41 +194,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corrupt", nargs="+", choices=pm.BRATS, default=["flair", "t2"])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--cases", type=int, default=12)
+    parser.add_argument("--corrupt", nargs="+", choices=pm.BRATS, default=list(pm.BRATS))
+    parser.add_argument("--cases", type=int, default=24)
+    parser.add_argument("--rate", type=float, default=0.5, help="missing rate of each modality")
+    parser.add_argument("--clean", type=int, default=60, help="outer steps before labels go wrong")
+    parser.add_argument("--steps", type=int, default=100, help="outer steps afterwards")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="seeds trained side by side")
     results = Path(__file__).parent / "results"
     parser.add_argument("--out", type=Path, default=results / "learned_weights.json")
     arguments = parser.parse_args()
     arguments.rounds, arguments.seed = 1, arguments.seeds
-    torch.set_num_threads(arguments.threads)
     console = Console()
     told = facts(arguments, ("prism-meta", "torch", "monai"))
     console.print(told)
+    settings = [
+        Setting(
+            seed,
+            arguments.corrupt,
+            arguments.cases,
+            arguments.rate,
+            arguments.clean,
+            arguments.steps,
+        )
+        for seed in arguments.seeds
+    ]
+    spawn = multiprocessing.get_context("spawn")
     runs: list[dict[str, Any]] = []
-    for seed in arguments.seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            cases = phantoms(Path(folder), arguments.cases, seed)
-            for wrong in (None, *arguments.corrupt):
-                modality = None if wrong is None else pm.BRATS.index(wrong)
-                label = f"seed {seed}, {wrong or 'nothing'} corrupted"
-                beta = train(cases, modality, arguments.steps, seed, label)
-                runs.append({"seed": seed, "corrupted": wrong, "beta": beta})
-    table = Table(title=f"beta after {arguments.steps} steps, from {START}", title_justify="left")
-    for column in ("seed", "corrupted", *pm.BRATS):
-        table.add_column(column)
-    for run in runs:
-        cells = [
-            f"[bold]{b:.3f}[/]" if name == run["corrupted"] else f"{b:.3f}"
-            for name, b in zip(pm.BRATS, run["beta"][-1], strict=True)
-        ]
-        table.add_row(str(run["seed"]), run["corrupted"] or "-", *cells)
-    console.print(table)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({**told, "start": START, "runs": runs}, indent=1) + "\n")
-    plot(arguments.out.with_suffix(".png"), runs)
+    with ProcessPoolExecutor(arguments.threads, mp_context=spawn) as pool:
+        for of_seed in pool.map(fork, settings):
+            runs += of_seed
+            written = {**told, "settings": [asdict(s) for s in settings], "runs": runs}
+            arguments.out.write_text(json.dumps(written, indent=1) + "\n")
+    show(console, runs, arguments.corrupt)
+    plot(arguments.out.with_suffix(".png"), runs, arguments.corrupt, arguments.clean)
     console.print(f"written: {arguments.out} and {arguments.out.with_suffix('.png').name}")
 
 

@@ -30,60 +30,31 @@ from helpers import (
     relative_error,
     trainable,
 )
+from orders import (
+    EXACT,
+    INNERS,
+    LR,
+    ROUNDING,
+    Kind,
+    Oracle,
+    every_graph,
+    every_order,
+    every_problem,
+    first,
+    recomputed,
+    stored,
+)
 from torch import nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prism_meta.inner import SGD, Adam, AdamW, InnerOptimizer, MetaSGD
+from prism_meta.inner import SGD, Adam, InnerOptimizer
 from prism_meta.strategies import (
-    FirstOrder,
     ImplicitMAML,
     MetaStrategy,
     SecondDerivativeError,
     SecondOrder,
 )
-
-LR = 0.1
-EXACT = 1e-9
-ROUNDING = 1e-12
-
-
-def first(inner: InnerOptimizer, steps: int = 1, **options: Any) -> MetaStrategy:
-    return FirstOrder(inner, steps, **options)
-
-
-def stored(inner: InnerOptimizer, steps: int = 1, **options: Any) -> MetaStrategy:
-    return SecondOrder(inner, steps, graph="stored", **options)
-
-
-def recomputed(inner: InnerOptimizer, steps: int = 1, **options: Any) -> MetaStrategy:
-    return SecondOrder(inner, steps, graph="recomputed", **options)
-
-
-#: A strategy and the oracle that it equals.
-ORDERS = [
-    pytest.param(first, oracles.first_order, id="first"),
-    pytest.param(stored, oracles.second_order, id="stored"),
-    pytest.param(recomputed, oracles.second_order, id="recomputed"),
-]
-every_order = pytest.mark.parametrize(("kind", "oracle"), ORDERS)
-every_graph = pytest.mark.parametrize("kind", [stored, recomputed])
-every_problem = pytest.mark.parametrize("make_problem", PROBLEMS)
-#: Inner optimizers beside the rules that were written by hand.
-INNERS: list[tuple[Callable[[], InnerOptimizer], oracles.Rule]] = [
-    (lambda: SGD(LR, momentum=0.9), oracles.sgd(LR, 0.9)),
-    (lambda: Adam(0.05), oracles.adam(0.05)),
-    (
-        lambda: Adam(0.05, (0.5, 0.8), eps=1e-3, weight_decay=0.1),
-        oracles.adam(0.05, 0.5, 0.8, 1e-3, l2=0.1),
-    ),
-    (
-        lambda: AdamW(0.05, (0.5, 0.8), eps=1e-3, weight_decay=0.3),
-        oracles.adam(0.05, 0.5, 0.8, 1e-3, decay=0.3),
-    ),
-]
-Kind = Callable[..., MetaStrategy]
-Oracle = Callable[..., oracles.Values]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 10])
@@ -213,75 +184,6 @@ def test_an_unknown_graph_is_refused() -> None:
         ValueError, match=r"^graph: got 'both', expected 'auto', 'stored' or 'recomputed'$"
     ):
         SecondOrder(SGD(LR), graph="both")  # type: ignore[arg-type]
-
-
-# ---------------------------------------------------------------- hyper-parameters
-
-
-def learned(value: float) -> nn.Parameter:
-    return nn.Parameter(torch.tensor(value, dtype=F64))
-
-
-@pytest.mark.parametrize(
-    ("kind", "steps"), [(first, 1), (stored, 1), (recomputed, 1), (stored, 4), (recomputed, 4)]
-)
-@pytest.mark.parametrize("momentum", [0.0, 0.7])
-def test_a_learned_rate_gets_its_gradient(kind: Kind, steps: int, momentum: float) -> None:
-    problem, lr = mlp(), learned(LR)
-    result = meta_gradient(kind(SGD(lr, momentum), steps), problem)
-    assert lr.grad is None
-    value = lr.detach().clone().requires_grad_()
-    expected = oracles.hyper(problem, oracles.sgd(value, momentum), steps, {"lr": value})
-    assert relative_error(result.hyper_gradient, expected) <= EXACT
-
-    def loss(rate: float) -> float:
-        phi = oracles.phi_of(problem)
-        return oracles.meta_loss(problem, phi, oracles.sgd(rate, momentum), steps).item()
-
-    assert result.hyper_gradient["lr"].item() == pytest.approx(derivative(loss, LR), rel=1e-8)
-    plain = meta_gradient(kind(SGD(LR, momentum), steps), problem)
-    assert plain.hyper_gradient == {}
-    assert relative_error(result.gradient, plain.gradient) <= ROUNDING
-
-
-@pytest.mark.parametrize(
-    ("kind", "steps"), [(first, 1), (stored, 1), (recomputed, 1), (stored, 4), (recomputed, 4)]
-)
-def test_all_numbers_of_adamw_can_be_learned(kind: Kind, steps: int) -> None:
-    values = {"lr": 0.05, "beta1": 0.5, "beta2": 0.8, "eps": 1e-2, "decay": 0.3}
-    given = {n: learned(v) for n, v in values.items()}
-    inner = AdamW(given["lr"], (given["beta1"], given["beta2"]), given["eps"], given["decay"])
-    problem = mlp()
-    result = meta_gradient(kind(inner, steps), problem)
-    leaves = oracles.leaves(dict(given))
-    expected = oracles.hyper(problem, oracles.adam(**leaves), steps, leaves)
-    expected["weight_decay"] = expected.pop("decay")
-    actual = {n: result.hyper_gradient[n] for n in expected}
-    assert set(result.hyper_gradient) == set(expected)
-    # At the first step the moments cancel: the betas' gradients are 0 but for rounding.
-    assert relative_error(actual, expected) <= EXACT
-
-
-@pytest.mark.parametrize(
-    ("kind", "steps"), [(first, 1), (stored, 1), (recomputed, 1), (stored, 3), (recomputed, 3)]
-)
-def test_the_rates_of_meta_sgd_get_their_gradient(kind: Kind, steps: int) -> None:
-    problem = mlp()
-    inner = MetaSGD(problem.model, lr=LR).double()
-    phi = trainable(problem.model)
-    values = {
-        n: (LR * (1 + 0.5 * randn(*p.shape, seed=90 + i))).requires_grad_()
-        for i, (n, p) in enumerate(phi.items())
-    }
-    keys = [f"rates.{n.replace('.', '/')}" for n in phi]
-    inner.load_state_dict(dict(zip(keys, values.values(), strict=True)))
-    result = meta_gradient(kind(inner, steps), problem)
-    rule, inputs = oracles.rates(values), dict(zip(keys, values.values(), strict=True))
-    expected = oracles.hyper(problem, rule, steps, inputs)
-    actual = {n: result.hyper_gradient[n] for n in keys}
-    assert relative_error(actual, expected) <= EXACT
-    oracle = oracles.first_order if kind is first else oracles.second_order
-    assert relative_error(result.gradient, oracle(problem, rule, steps)) <= EXACT
 
 
 # ---------------------------------------------------------------- independent of the oracles' unrolling
