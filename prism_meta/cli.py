@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -29,6 +30,7 @@ from prism_meta.files import writable_folder
 from prism_meta.report import comparison_table, results_table
 from prism_meta.run import Run, command_line
 from prism_meta.summary import compare as compare_records
+from prism_meta.trainer import launch
 
 console = Console()
 
@@ -86,8 +88,8 @@ def demo(
         train_root, test_root = size.write(
             out / "phantoms", seed=seed, on_case=lambda done: advance(done, total, "")
         )
-    run = workflow.start_run(size.config(seed), train_root, run_folder)
-    _train(run)
+    run, fabric = workflow.start_run(size.config(seed), train_root, run_folder)
+    _train(run, fabric)
     _evaluate(run, root=test_root)
     with _bar("predict") as advance:
         written = workflow.predict_folder(run, test_root, out / "predictions", advance)
@@ -137,10 +139,11 @@ def train(
                 "--set out"
             )
         run = Run.open(resume)
+        fabric = launch(run.config)
     else:
         settings = load_config(config, overrides or [], baseline=baseline)
-        run = workflow.start_run(settings, Path(str(root)), out)
-    _train(run, resume=resume is not None)
+        run, fabric = workflow.start_run(settings, Path(str(root)), out)
+    _train(run, fabric, resume=resume is not None)
 
 
 @app.command(
@@ -202,17 +205,19 @@ def main() -> None:
     app()
 
 
-def _train(run: Run, *, resume: bool = False) -> None:
-    with _bar("prepare", "train") as advance:
+def _train(run: Run, fabric: Fabric, *, resume: bool = False) -> None:
+    with _bar("prepare", "train", quiet=not fabric.is_global_zero) as advance:
         workflow.train_run(
             run,
             workflow.Progresses(
                 prepare=lambda *a: advance(*a, task="prepare"),
                 train=lambda *a: advance(*a, task="train"),
             ),
+            fabric=fabric,
             resume=resume,
         )
-    console.print(f"run in {run.folder}", soft_wrap=True)
+    if fabric.is_global_zero:
+        console.print(f"run in {run.folder}", soft_wrap=True)
 
 
 def _evaluate(run: Run, *, root: Path | None = None, out: Path | None = None) -> None:
@@ -235,7 +240,7 @@ def _name(path: Path) -> str:
 
 
 @contextmanager
-def _bar(*names: str) -> Iterator[Any]:
+def _bar(*names: str, quiet: bool = False) -> Iterator[Any]:
     """Progress bars on standard error; ``advance(done, total, text, task=name)`` moves one."""
     columns = (
         TextColumn("{task.description:<9}"),
@@ -246,7 +251,7 @@ def _bar(*names: str) -> Iterator[Any]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True, quiet=quiet)) as progress:
         tasks = {name: progress.add_task(name, total=None, start=False, note="") for name in names}
 
         def advance(done: int, total: int, note: str, task: str = names[0]) -> None:

@@ -64,6 +64,20 @@ class Run:
         """Where ``evaluate`` writes unless told otherwise."""
         return self.folder / "evaluation"
 
+    @staticmethod
+    def new_folder(folder: Path | str) -> Path:
+        """Make the folder of a new run.
+
+        Raises:
+            PrismError: it holds a run already, or cannot be written.
+        """
+        folder = Path(folder)
+        if (folder / "run.json").exists():
+            raise PrismError(
+                f"{folder}: holds a run already; continue it with --resume, or give another --out"
+            )
+        return writable_folder(folder)
+
     @classmethod
     def create(
         cls,
@@ -79,12 +93,7 @@ class Run:
         Raises:
             PrismError: the folder holds a run already, or cannot be written.
         """
-        folder = Path(folder)
-        if (folder / "run.json").exists():
-            raise PrismError(
-                f"{folder}: holds a run already; continue it with --resume, or give another --out"
-            )
-        writable_folder(folder)
+        folder = cls.new_folder(folder)
         facts = {
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": command_line(),

@@ -309,10 +309,26 @@ def build_episodes(run: Run, cases: Sequence[CachedCase], *, rank: int = 0) -> E
     )
 
 
+def launch(config: Config) -> Fabric:
+    """Start the processes that a configuration asks for; each of them goes on from here.
+
+    With several devices Fabric runs the command again for each of the others, up to this call.
+    """
+    fabric = Fabric(
+        accelerator=config.fabric.accelerator,
+        devices=config.fabric.devices,
+        num_nodes=config.fabric.nodes,
+        precision=config.fabric.precision,
+    )
+    fabric.launch()
+    return fabric
+
+
 def train(
     run: Run,
     cases: Sequence[CachedCase],
     *,
+    fabric: Fabric,
     resume: bool = False,
     on_step: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> torch.nn.Module:
@@ -321,6 +337,7 @@ def train(
     Args:
         run: an open run.
         cases: its training cases.
+        fabric: launched.
         resume: continue from the run's checkpoint.
         on_step: see ``Trainer.fit``.
 
@@ -331,13 +348,6 @@ def train(
         PrismError: see ``Trainer.fit`` and ``build_episodes``.
     """
     config = run.config
-    fabric = Fabric(
-        accelerator=config.fabric.accelerator,
-        devices=config.fabric.devices,
-        num_nodes=config.fabric.nodes,
-        precision=config.fabric.precision,
-    )
-    fabric.launch()
     episodes = build_episodes(run, cases, rank=fabric.global_rank)
     torch.manual_seed(config.seed)  # the same initial weights in every process
     model = config.build_model()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
 from prism_meta.cases import Case, apply_availability, drop_modalities, load_cases
@@ -24,7 +25,7 @@ from prism_meta.overlays import OverlayCollector
 from prism_meta.report import write_report
 from prism_meta.run import Run
 from prism_meta.summary import Summary, read_records, summarize
-from prism_meta.trainer import build_episodes, train
+from prism_meta.trainer import launch, train
 
 #: Told how far a long task is: done, total, and what to show beside the bar.
 Progress = Callable[[int, int, str], None]
@@ -73,13 +74,18 @@ class Progresses:
     train: Progress
 
 
-def start_run(config: Config, root: Path, out: Path) -> Run:
-    """Check cases and configuration, and only then make the run folder."""
+def start_run(config: Config, root: Path, out: Path) -> tuple[Run, Fabric]:
+    """Check cases and configuration, and only then start the processes and make the run folder."""
     training, test = split(config, load_from_config(config, root))
-    return Run.create(out, config, root=root, train=training, test=test)
+    Run.new_folder(out)
+    fabric = launch(config)
+    with fabric.rank_zero_first():
+        if fabric.is_global_zero:
+            return Run.create(out, config, root=root, train=training, test=test), fabric
+        return Run.open(out), fabric
 
 
-def train_run(run: Run, progress: Progresses, *, resume: bool = False) -> nn.Module:
+def train_run(run: Run, progress: Progresses, *, fabric: Fabric, resume: bool = False) -> nn.Module:
     """Prepare the cases of a run and train on them."""
     config = run.config
     training, _ = split(config, load_from_config(config, Path(run.facts["data"])))
@@ -97,16 +103,16 @@ def train_run(run: Run, progress: Progresses, *, resume: bool = False) -> nn.Mod
         done += 1
         progress.prepare(done, len(training), name)
 
-    cached = prepare(
-        training, config.data.preprocessing(), config.data.label_set(), cache, on_case=prepared
-    )
-    build_episodes(run, cached)  # its faults come before Fabric starts processes
+    with fabric.rank_zero_first(local=True):  # the others of its node find the cases in the cache
+        cached = prepare(
+            training, config.data.preprocessing(), config.data.label_set(), cache, on_case=prepared
+        )
 
     def stepped(step: int, line: dict[str, Any]) -> None:
         losses = f"train {line['train_loss']:.3f}  meta {line['meta_loss']:.3f}"
         progress.train(step, config.training.steps, losses)
 
-    return train(run, cached, resume=resume, on_step=stepped)
+    return train(run, cached, fabric=fabric, resume=resume, on_step=stepped)
 
 
 @dataclass(frozen=True)
