@@ -9,6 +9,11 @@ one modality go wrong in the train batches: its image is turned and moved agains
 each sample, so that where it says tumour the labels do not, while the other modalities and all meta
 batches stay as they are. Distillation then teaches this modality to answer from a wrong image. Printed
 and plotted: beta of each modality, relative to that of the control at the same step.
+
+What was seen (two seeds, 100 steps): the beta of the modality whose labels are wrong ends at 0.80 (flair),
+0.86 (t1ce), 0.64 (t1) and 0.89 (t2) of the control's, below it in seven of eight runs and equal in one;
+those of flair, t1ce and t2 rise where another is corrupted. That of t1, which shows least of a tumour,
+falls in every run: a wrong image also spoils the fused teacher of what is shown beside it.
 """
 
 from __future__ import annotations
@@ -175,7 +180,7 @@ def plot(path: Path, runs: Sequence[dict[str, Any]], corrupt: Sequence[str], cle
         layout="constrained", squeeze=False,
     )  # fmt: skip
     for axis, wrong in zip(axes[0], corrupt, strict=True):
-        ratios = torch.tensor(relative(runs, wrong)).median(0).values
+        ratios = torch.tensor(relative(runs, wrong)).log().mean(0).exp()
         for m, name in enumerate(pm.BRATS):
             own = name == wrong
             axis.plot(
@@ -186,7 +191,7 @@ def plot(path: Path, runs: Sequence[dict[str, Any]], corrupt: Sequence[str], cle
         axis.axhline(1, color="0.6", linewidth=1)
         axis.set(title=f"labels of {wrong} go wrong", xlabel="outer step")
         axis.legend(fontsize=8, frameon=False, loc="lower left")
-    axes[0][0].set_ylabel("beta / beta of the control")
+    axes[0][0].set_ylabel("beta relative to the control")
     figure.savefig(path, dpi=110)
 
 
