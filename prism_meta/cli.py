@@ -30,7 +30,6 @@ from prism_meta.files import writable_folder
 from prism_meta.report import comparison_table, results_table
 from prism_meta.run import Run, command_line
 from prism_meta.summary import compare as compare_records
-from prism_meta.trainer import launch
 
 console = Console()
 
@@ -139,7 +138,7 @@ def train(
                 "--set out"
             )
         run = Run.open(resume)
-        fabric = launch(run.config)
+        fabric = workflow.launch(run.config)
     else:
         settings = load_config(config, overrides or [], baseline=baseline)
         run, fabric = workflow.start_run(settings, Path(str(root)), out)

@@ -309,21 +309,6 @@ def build_episodes(run: Run, cases: Sequence[CachedCase], *, rank: int = 0) -> E
     )
 
 
-def launch(config: Config) -> Fabric:
-    """Start the processes that a configuration asks for; each of them goes on from here.
-
-    With several devices Fabric runs the command again for each of the others, up to this call.
-    """
-    fabric = Fabric(
-        accelerator=config.fabric.accelerator,
-        devices=config.fabric.devices,
-        num_nodes=config.fabric.nodes,
-        precision=config.fabric.precision,
-    )
-    fabric.launch()
-    return fabric
-
-
 def train(
     run: Run,
     cases: Sequence[CachedCase],

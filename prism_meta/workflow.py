@@ -25,7 +25,7 @@ from prism_meta.overlays import OverlayCollector
 from prism_meta.report import write_report
 from prism_meta.run import Run
 from prism_meta.summary import Summary, read_records, summarize
-from prism_meta.trainer import launch, train
+from prism_meta.trainer import train
 
 #: Told how far a long task is: done, total, and what to show beside the bar.
 Progress = Callable[[int, int, str], None]
@@ -72,6 +72,21 @@ class Progresses:
 
     prepare: Progress
     train: Progress
+
+
+def launch(config: Config) -> Fabric:
+    """Start the processes that a configuration asks for; each of them goes on from here.
+
+    With several devices Fabric runs the command again for each of the others, up to this call.
+    """
+    fabric = Fabric(
+        accelerator=config.fabric.accelerator,
+        devices=config.fabric.devices,
+        num_nodes=config.fabric.nodes,
+        precision=config.fabric.precision,
+    )
+    fabric.launch()
+    return fabric
 
 
 def start_run(config: Config, root: Path, out: Path) -> tuple[Run, Fabric]:

@@ -7,16 +7,10 @@ from typing import Any
 
 import oracles
 import pytest
-from helpers import (
-    PROBLEMS,
-)
+from helpers import PROBLEMS
 
 from prism_meta.inner import SGD, Adam, AdamW, InnerOptimizer
-from prism_meta.strategies import (
-    FirstOrder,
-    MetaStrategy,
-    SecondOrder,
-)
+from prism_meta.strategies import FirstOrder, MetaStrategy, SecondOrder, SingleLevel
 
 LR = 0.1
 EXACT = 1e-9
@@ -44,6 +38,12 @@ ORDERS = [
 every_order = pytest.mark.parametrize(("kind", "oracle"), ORDERS)
 every_graph = pytest.mark.parametrize("kind", [stored, recomputed])
 every_problem = pytest.mark.parametrize("make_problem", PROBLEMS)
+#: Every number of levels and order, for tests of the outer step.
+LEVELS = [
+    pytest.param(SingleLevel(), id="single-level"),
+    pytest.param(FirstOrder(SGD(LR), 2), id="first-order"),
+    pytest.param(SecondOrder(SGD(LR), 2), id="second-order"),
+]
 #: Inner optimizers beside the rules that were written by hand.
 INNERS: list[tuple[Callable[[], InnerOptimizer], oracles.Rule]] = [
     (lambda: SGD(LR, momentum=0.9), oracles.sgd(LR, 0.9)),

@@ -22,6 +22,7 @@ from helpers import (
     relative_error,
     trainable,
 )
+from orders import LEVELS, LR
 from torch import Tensor, nn
 
 from prism_meta.inner import SGD
@@ -34,15 +35,9 @@ from prism_meta.strategies import (
     SingleLevel,
 )
 
-INNER, OUTER = 0.1, 0.03
+INNER, OUTER = LR, 0.03
 EXACT = 1e-9
 Values = dict[str, Tensor]
-
-STRATEGIES = [
-    pytest.param(SingleLevel(), id="single-level"),
-    pytest.param(FirstOrder(SGD(INNER), 2), id="first-order"),
-    pytest.param(SecondOrder(SGD(INNER), 2), id="second-order"),
-]
 
 
 def update(
@@ -59,7 +54,7 @@ def update(
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", LEVELS)
 @pytest.mark.parametrize("make_problem", PROBLEMS)
 def test_sgd_outside_is_exactly_e2(
     make_problem: Callable[[], Problem], strategy: MetaStrategy, alpha: float
@@ -129,7 +124,7 @@ def test_single_level_ignores_alpha_for_nothing_was_adapted() -> None:
     assert relative_error(one, two) == 0
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", LEVELS)
 def test_adam_sees_the_meta_gradient_and_nothing_else(strategy: MetaStrategy) -> None:
     problem = mlp()
     model, twin = deepcopy(problem.model), deepcopy(problem.model)
@@ -153,7 +148,7 @@ def test_adam_sees_the_meta_gradient_and_nothing_else(strategy: MetaStrategy) ->
                 assert torch.equal(optimizer.state[mine][moment], reference.state[other][moment])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", LEVELS)
 @pytest.mark.parametrize("make_problem", [mlp, conv])
 def test_meta_gradient_then_apply_is_step(
     make_problem: Callable[[], Problem], strategy: MetaStrategy
@@ -173,7 +168,7 @@ def test_meta_gradient_then_apply_is_step(
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", LEVELS)
 def test_a_step_leaves_its_result_as_it_was(strategy: MetaStrategy) -> None:
     problem = mlp()
     model = deepcopy(problem.model)
@@ -191,7 +186,7 @@ def test_a_step_leaves_its_result_as_it_was(strategy: MetaStrategy) -> None:
 
 
 @pytest.mark.parametrize(("buffers", "updates"), [("inner", 2), ("outer", 1)])
-@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+@pytest.mark.parametrize("strategy", LEVELS[1:])
 def test_batch_norm_statistics_are_those_of_the_chosen_level(
     strategy: MetaStrategy, buffers: Any, updates: int
 ) -> None:

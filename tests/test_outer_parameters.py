@@ -15,6 +15,7 @@ from helpers import (
     prism,
     trainable,
 )
+from orders import LEVELS, LR
 from torch import Tensor, nn
 
 from prism_meta.inner import SGD
@@ -29,15 +30,7 @@ from prism_meta.strategies import (
     SingleLevel,
 )
 
-INNER, OUTER = 0.1, 0.03
-EXACT = 1e-9
-Values = dict[str, Tensor]
-
-STRATEGIES = [
-    pytest.param(SingleLevel(), id="single-level"),
-    pytest.param(FirstOrder(SGD(INNER), 2), id="first-order"),
-    pytest.param(SecondOrder(SGD(INNER), 2), id="second-order"),
-]
+INNER, OUTER = LR, 0.03
 
 
 def test_frozen_parameters_stay() -> None:
@@ -123,7 +116,7 @@ def test_the_encoder_of_a_modality_that_nobody_was_shown_stays(
         assert torch.equal(now[moment], value) is (moment[0] in unseen), moment
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+@pytest.mark.parametrize("strategy", LEVELS[1:])
 def test_what_one_of_the_two_batches_reaches_is_not_unused(strategy: MetaStrategy) -> None:
     problem = prism()
     for train, meta in ((problem.train, problem.meta), (problem.meta, problem.train)):
@@ -131,7 +124,7 @@ def test_what_one_of_the_two_batches_reaches_is_not_unused(strategy: MetaStrateg
         assert result.unused == frozenset()
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", LEVELS)
 def test_what_no_episode_reaches_is_what_all_of_them_leave_unused(strategy: MetaStrategy) -> None:
     problem = prism()
     model = deepcopy(problem.model)

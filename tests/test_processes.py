@@ -19,7 +19,7 @@ from prism_meta.config import load_config
 from prism_meta.data import prepare
 from prism_meta.modalities import Batch
 from prism_meta.run import Run
-from prism_meta.workflow import load_from_config, split
+from prism_meta.workflow import launch, load_from_config, split
 
 SETTINGS = (
     "data.patch=[8, 8]",
@@ -62,7 +62,7 @@ def trained_alone(run: Run, folder: Path) -> dict[str, torch.Tensor]:
     assert not torch.equal(episodes[0][0].image, episodes[1][0].image)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "build_episodes", lambda *_, **__: episodes)
-        trainer.train(alone, cached, fabric=trainer.launch(config))
+        trainer.train(alone, cached, fabric=launch(config))
     return load_file(alone.weights)
 
 
