@@ -12,7 +12,8 @@ and plotted: beta of each modality, relative to that of the control at the same 
 
 What was seen (two seeds, 100 steps): the beta of the modality whose labels are wrong ends at 0.80 (flair),
 0.86 (t1ce), 0.64 (t1) and 0.89 (t2) of the control's, below it in seven of eight runs and equal in one;
-those of flair, t1ce and t2 rise where another is corrupted. That of t1, which shows least of a tumour,
+the control's own falls too, as distillation helps less and less. On the median of the seeds those of flair,
+t1ce and t2 rise where another is corrupted. That of t1, which shows least of a tumour,
 falls in every run: a wrong image also spoils the fused teacher of what is shown beside it.
 """
 
