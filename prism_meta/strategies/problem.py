@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_map_only
 from prism_meta.inner import Params, State
 from prism_meta.strategies.base import LearnedObjective, MetaGradient, MetaStrategy, Objective
 from prism_meta.strategies.differentiate import Stage, T, explained, misplaced
-from prism_meta.strategies.saved import OutputsForInputs
+from prism_meta.strategies.lean import Lean
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Problem:
                 args, kwargs = tree_map_only(Tensor, lambda t: wider(t, dtype), (args, kwargs))
             return self._stage.run(state, lambda: self.model(*args, **kwargs))
 
-        with OutputsForInputs():
+        with Lean():
             value = objective(forward, batch)
         loss, terms = (value, {}) if isinstance(value, Tensor) else (value.loss, value.terms)
         if loss.numel() != 1:

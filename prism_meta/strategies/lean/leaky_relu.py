@@ -11,59 +11,43 @@ Source: In-Place Activated BatchNorm (Rota Bulò et al., CVPR 2018), which keeps
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import Node
-from torch.overrides import TorchFunctionMode
 
 
-class OutputsForInputs(TorchFunctionMode):
-    """A LeakyReLU called within this context keeps its output from when a convolution has taken it.
+class Outputs:
+    """The outputs of LeakyReLUs that take the place of what these keep, from when a convolution has them.
 
-    From then on torch itself refuses to differentiate if something changes it in place. One that no
-    convolution took is kept when the context ends, unless it was changed. Where saved tensors are in the
-    charge of other hooks (``torch.utils.checkpoint``, ``save_on_cpu``), all stays as it is.
-
-    Example:
-        >>> import torch
-        >>> x = torch.tensor([-1.0, 1.0], requires_grad=True)
-        >>> with OutputsForInputs():
-        ...     y = torch.nn.functional.leaky_relu(2 * x)  # its graph holds y now, and not 2 x
-        >>> y.sum().backward()
-        >>> x.grad
-        tensor([0.0200, 2.0000])
+    From then on torch itself refuses to differentiate if something changes such an output in place. One
+    that no convolution took is kept in the end (``settle``) unless it was changed. Where saved tensors are
+    in the charge of other hooks (``torch.utils.checkpoint``, ``save_on_cpu``), all stays as it is.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self._pending: dict[Node | None, _Pending] = {}
+        self._pending: dict[Node, _Pending] = {}
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        node: Any = out.grad_fn if isinstance(out, Tensor) else None
-        name = "" if node is None else node.name()
-        # With a negative slope the signs of input and output differ.
-        if name == "LeakyReluBackward0" and node._saved_negative_slope >= 0:
-            saved = _keep(node)
-            if saved is not None:
-                self._pending[node] = _Pending(saved, out.detach())
-        elif name == "ConvolutionBackward0" and args:
-            taken = self._pending.pop(getattr(args[0], "grad_fn", None), None)
-            if taken is not None:
-                taken.settle()
-        return out
+    def keep(self, output: Tensor) -> None:
+        """To be called with what a LeakyReLU returns."""
+        node: Any = output.grad_fn
+        # Not in place, which has another node. With a negative slope the signs of input and output differ.
+        if node is None or node.name() != "LeakyReluBackward0" or node._saved_negative_slope < 0:
+            return
+        saved = _keep(node)
+        if saved is not None:
+            self._pending[node] = _Pending(saved, output.detach())
 
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+    def taken(self, tensor: Tensor) -> None:
+        """To be called with what a convolution took."""
+        pending = self._pending.pop(tensor.grad_fn, None) if tensor.grad_fn is not None else None
+        if pending is not None:
+            pending.settle()
+
+    def settle(self) -> None:
+        """To be called when the evaluation is over."""
         for pending in self._pending.values():
             pending.settle()
         self._pending.clear()
