@@ -117,6 +117,7 @@ def build(setting: Setting) -> tuple[nn.Module, Callable[..., Any], pm.Batch, pm
         from monai.networks.nets import SegResNet
 
         net = SegResNet(spatial_dims=3, init_filters=8, in_channels=4, out_channels=4)
+        net = net.to(memory_format=torch.channels_last_3d)  # as the others
         return net, segmentation, draw(full), draw(full)
     half = [[True, True, False, False], [True, False, True, False]]
     return pm.PrismNet(4, 4, 3, 8), pm.PrismObjective(weighted=False), draw(half), draw(half)
