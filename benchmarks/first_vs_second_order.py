@@ -319,22 +319,26 @@ def plot(path: Path, results: list[dict[str, Any]]) -> None:
 
     nets = sorted({r["setting"]["net"] for r in results})
     figure, axes = plt.subplots(
-        2, len(nets), figsize=(4.2 * len(nets), 7), squeeze=False, layout="constrained"
+        2, len(nets), figsize=(max(6, 4.2 * len(nets)), 7.5), squeeze=False, layout="constrained"
     )
-    shown = ["FirstOrder", "SecondOrder stored", "SecondOrder recomputed", *PEERS]
+    rows = ("peak memory, MiB", "time / first order")
     for column, net in enumerate(nets):
         of_net = [r for r in results if r["setting"]["net"] == net]
-        steps = [r["setting"]["steps"] for r in of_net]
-        for name in shown:
-            if name not in of_net[0]["methods"]:
-                continue
+        shown = ["FirstOrder", "SecondOrder stored", "SecondOrder recomputed", *PEERS]
+        shown = [name for name in shown if name in of_net[0]["methods"]]
+        width = 0.8 / len(shown)
+        for i, name in enumerate(shown):
+            at = [group + (i - (len(shown) - 1) / 2) * width for group in range(len(of_net))]
             memory = [r["methods"][name]["peak_mib"] for r in of_net]
-            seconds = [statistics.median(ratios(r, name)) for r in of_net]
-            axes[0][column].plot(steps, memory, "o-", label=name)
-            axes[1][column].plot(steps, seconds, "o-", label=name)
-        axes[0][column].set(title=net, xlabel="inner steps K", ylabel="peak memory, MiB")
-        axes[1][column].set(xlabel="inner steps K", ylabel="time / first order", ylim=(0, None))
-    axes[0][0].legend(fontsize=8)
+            slowness = [statistics.median(ratios(r, name)) for r in of_net]
+            for row, values in enumerate((memory, slowness)):
+                axes[row][column].bar(at, values, width, label=name)
+        for row, label in enumerate(rows):
+            ticks = [f"K = {r['setting']['steps']}" for r in of_net]
+            axes[row][column].set_xticks(range(len(of_net)), ticks)
+            axes[row][column].set_ylabel(label)
+        axes[0][column].set_title(f"{net}, {of_net[0]['setting']['size']}^3")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
 
 

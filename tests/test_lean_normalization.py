@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 from torch.utils.checkpoint import checkpoint
 
-from prism_meta.strategies.lean import Lean
+from prism_meta.strategies.lean import Lean, normalization
 
 SPACE = {1: (7,), 2: (5, 4), 3: (4, 3, 2)}
 LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
@@ -255,6 +255,17 @@ def test_other_types_are_torchs() -> None:
     assert node(lambda: F.group_norm(half, 2, mixed, mixed)) == "NativeGroupNormBackward0"
     with torch.autocast("cpu", torch.bfloat16):
         assert node(lambda: F.group_norm(x, 2)) == "NativeGroupNormBackward0"
+
+
+def test_an_older_torch_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(normalization, "_top_hooks", None)
+    x = torch.randn(2, 4, 5, requires_grad=True)
+    assert node(lambda: F.group_norm(x, 2)) == "NativeGroupNormBackward0"
+
+
+def test_other_devices_are_torchs() -> None:
+    x = torch.randn(2, 4, 5, device="meta", requires_grad=True)
+    assert node(lambda: F.group_norm(x, 2)) == "NativeGroupNormBackward0"
 
 
 def test_running_statistics_are_torchs() -> None:

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
 
 def _group_norm(
     x: Tensor,
@@ -44,10 +46,11 @@ def _group_norm(
 
 def _plain(x: Tensor, *others: Tensor | None) -> bool:
     """Whether these are tensors as such, of one type that torch's kernels do not accumulate in another,
-    outside of forward mode, torch.func's transforms and autocast."""
+    outside of forward mode, torch.func's transforms and autocast, and on a device that has the kernels."""
     given = [x, *(t for t in others if t is not None)]
     return (
         x.dtype in (torch.float32, torch.float64)
+        and x.device.type in ("cpu", "cuda")
         and all(type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype for t in given)
         and all(forward_ad.unpack_dual(t).tangent is None for t in given)
         and not torch.is_autocast_enabled(x.device.type)
@@ -58,8 +61,10 @@ def _plain(x: Tensor, *others: Tensor | None) -> bool:
 
 def _runs_again() -> bool:
     """Whether this is a part of torch.utils.checkpoint, which is to do the same when it runs again: then
-    it does not run within ``Lean``."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    it does not run within ``Lean``. Torch 2.6 and 2.7 do not tell, so there it always may be."""
+    if _top_hooks is None:
+        return True
+    hooks = _top_hooks(True)
     return hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
 
 
