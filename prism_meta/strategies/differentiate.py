@@ -25,10 +25,12 @@ REMEDIES = {
         "run it within torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
     ),
     "cudnn_rnn": "run it within torch.backends.cudnn.flags(enabled=False)",
+    "torch.compile": "use the module that was given to it",
     "once_differentiable": "write its backward pass with differentiable operations, without that mark",
 }
 _WITHOUT_SECOND_DERIVATIVE = "use FiniteDifference or FirstOrder, which need none"
 _MISSING = re.compile(r"derivative for '?(?:aten::)?(\w+?)(?:_backward)?'? is not implemented")
+_COMPILED = re.compile("does not currently support double backward|non-empty donated buffers")
 _REENTRANT = "When use_reentrant=True"
 
 
@@ -140,6 +142,9 @@ def explained() -> Iterator[None]:
         message = str(error)
         if message.startswith(_REENTRANT):
             raise reentrant() from error
+        if _COMPILED.search(message):
+            message = "what torch.compile makes has no second derivative"
+            raise SecondDerivativeError(f"{message}; {advice(message)}") from error
         # The first derivative's backward has none; an operation without even that is another matter.
         if not _MISSING.search(message) or "_backward" not in message:
             raise

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 from torch.overrides import TorchFunctionMode
 
@@ -26,7 +27,8 @@ _CONVOLUTIONS = {
 class Lean(TorchFunctionMode):
     """Operations called within this context have the derivatives of this package.
 
-    All is torch's own where it runs again while it is differentiated (``torch.utils.checkpoint``).
+    All is torch's own where it runs again while it is differentiated (``torch.utils.checkpoint``), and
+    where it is compiled.
 
     Example:
         >>> import torch
@@ -51,6 +53,8 @@ class Lean(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # would take the derivative of a derivative for 0
+            return func(*args, **kwargs)
         own = normalization.OWN.get(func)
         out = None if own is None else own(*args, **kwargs)
         if out is None:
