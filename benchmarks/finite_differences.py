@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from first_vs_second_order import LR, Setting, build, flat, loss_of
 from measuring import facts
+from nets import LR, Setting, build, flat, loss_of
 from rich.console import Console
 from rich.table import Table
 from torch import nn
