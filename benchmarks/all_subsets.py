@@ -35,8 +35,8 @@ from rich.table import Table
 from torch import Tensor
 
 import prism_meta as pm
-from prism_meta.inference import Predictor
-from prism_meta.phantom import write_phantoms
+from prism_meta.data.phantom import write_phantoms
+from prism_meta.evaluation.inference import Predictor
 
 WAYS = ("full", "together", "one by one")
 #: All subsets in one go may cost so many times one prediction from all modalities.

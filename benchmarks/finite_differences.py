@@ -30,7 +30,7 @@ from torch import nn
 from torch.func import functional_call
 
 import prism_meta as pm
-from prism_meta.fusion import MeanFusion
+from prism_meta.networks.fusion import MeanFusion
 
 Episode = tuple[nn.Module, Callable[..., Any], Any, Any]
 

@@ -37,10 +37,10 @@ from rich.console import Console
 from rich.table import Table
 
 import prism_meta as pm
-from prism_meta.data import CachedCase, prepare
-from prism_meta.episodes import Episodes
-from prism_meta.phantom import write_phantoms
-from prism_meta.weighting import LearnedWeights
+from prism_meta.data.episodes import Episodes
+from prism_meta.data.phantom import write_phantoms
+from prism_meta.data.preprocessing import CachedCase, prepare
+from prism_meta.objective.weighting import LearnedWeights
 
 PATCH = 48
 START = 0.1

@@ -34,7 +34,7 @@ from torch.nn import functional as F  # noqa: N812, torch's own convention
 from torch.utils.flop_counter import FlopCounterMode
 
 import prism_meta as pm
-from prism_meta.network import Branch, Pairs, Prediction
+from prism_meta.networks.prism import Branch, Pairs, Prediction
 
 #: How many of the four modalities are shown, and what the step may cost relative to all four.
 TARGETS = {4: 1.0, 2: 0.6, 1: 0.4}

@@ -2,29 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from prism_meta import losses
-from prism_meta.cases import Case, load_cases
-from prism_meta.data import Preprocessing
-from prism_meta.errors import CaseError, ConfigError, PrismError
-from prism_meta.evaluate import evaluate
-from prism_meta.fusion import AttentionFusion, Fusion, MeanFusion, RegionAwareFusion
-from prism_meta.inference import predict
-from prism_meta.inner import SGD, Adam, AdamW, InnerOptimizer, MetaSGD
-from prism_meta.labels import BRATS_LABELS, LabelSet
-from prism_meta.learner import MetaLearner
-from prism_meta.masking import (
-    BalancedMask,
-    DynamicMask,
-    FullMask,
-    SingleModalityMask,
-    StaticMask,
-    draw_availability,
-)
-from prism_meta.modalities import BRATS, Batch, subset_name, subsets
-from prism_meta.network import Prediction, PrismNet
-from prism_meta.objective import PrismObjective
-from prism_meta.preflight import Preflight, preflight
-from prism_meta.strategies import (
+from prism_meta.bilevel.inner import SGD, Adam, AdamW, InnerOptimizer, MetaSGD
+from prism_meta.bilevel.learner import MetaLearner
+from prism_meta.bilevel.preflight import Preflight, preflight
+from prism_meta.bilevel.strategies import (
     ALL_STRATEGIES,
     FiniteDifference,
     FirstOrder,
@@ -35,8 +16,27 @@ from prism_meta.strategies import (
     SecondOrder,
     SingleLevel,
 )
-from prism_meta.weighting import LearnedWeights, RelativePreference
-from prism_meta.wrap import wrap
+from prism_meta.data.cases import Case, load_cases
+from prism_meta.data.labels import BRATS_LABELS, LabelSet
+from prism_meta.data.masking import (
+    BalancedMask,
+    DynamicMask,
+    FullMask,
+    SingleModalityMask,
+    StaticMask,
+    draw_availability,
+)
+from prism_meta.data.preprocessing import Preprocessing
+from prism_meta.errors import CaseError, ConfigError, PrismError
+from prism_meta.evaluation.inference import predict
+from prism_meta.evaluation.subsets import evaluate
+from prism_meta.modalities import BRATS, Batch, subset_name, subsets
+from prism_meta.networks.fusion import AttentionFusion, Fusion, MeanFusion, RegionAwareFusion
+from prism_meta.networks.prism import Prediction, PrismNet
+from prism_meta.networks.wrapped import wrap
+from prism_meta.objective import losses
+from prism_meta.objective.prism import PrismObjective
+from prism_meta.objective.weighting import LearnedWeights, RelativePreference
 
 try:
     __version__ = version("prism-meta")

@@ -14,12 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
-from prism_meta.errors import CaseError, PrismError
-from prism_meta.inner import SGD
-from prism_meta.modalities import Batch
-from prism_meta.network import PrismNet
-from prism_meta.objective import PrismObjective
-from prism_meta.strategies import (
+from prism_meta.bilevel.inner import SGD
+from prism_meta.bilevel.strategies import (
     FiniteDifference,
     FirstOrder,
     ImplicitMAML,
@@ -29,6 +25,10 @@ from prism_meta.strategies import (
     SecondOrder,
     SingleLevel,
 )
+from prism_meta.errors import CaseError, PrismError
+from prism_meta.modalities import Batch
+from prism_meta.networks.prism import PrismNet
+from prism_meta.objective.prism import PrismObjective
 
 F64 = torch.float64
 #: Of two ways to one number in float64.

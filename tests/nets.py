@@ -12,8 +12,8 @@ from monai.networks.nets.unet import UNet
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
-from prism_meta.inner import SGD
-from prism_meta.strategies import FirstOrder, SecondOrder, SingleLevel
+from prism_meta.bilevel.inner import SGD
+from prism_meta.bilevel.strategies import FirstOrder, SecondOrder, SingleLevel
 
 NAMES = ("flair", "t1ce", "t1")
 MASK = torch.tensor([[True, False, True], [False, True, False]])

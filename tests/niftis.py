@@ -16,7 +16,7 @@ from nibabel import orientations
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from prism_meta import data
+from prism_meta.data import preprocessing as data
 from prism_meta.modalities import BRATS
 
 #: Three different sizes, so that a swapped axis shows.

@@ -1,4 +1,4 @@
-"""Meta-gradients unrolled by hand; nothing here comes from prism_meta.strategies or its inner.py."""
+"""Meta-gradients unrolled by hand; nothing here comes from prism_meta.bilevel.strategies or its inner.py."""
 
 from __future__ import annotations
 

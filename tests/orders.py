@@ -9,8 +9,8 @@ import oracles
 import pytest
 from helpers import PROBLEMS
 
-from prism_meta.inner import SGD, Adam, AdamW, InnerOptimizer
-from prism_meta.strategies import FirstOrder, MetaStrategy, SecondOrder, SingleLevel
+from prism_meta.bilevel.inner import SGD, Adam, AdamW, InnerOptimizer
+from prism_meta.bilevel.strategies import FirstOrder, MetaStrategy, SecondOrder, SingleLevel
 
 LR = 0.1
 EXACT = 1e-9

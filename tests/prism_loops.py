@@ -11,10 +11,9 @@ from helpers import F64, prism_net
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
-from prism_meta import losses
 from prism_meta.modalities import Batch
-from prism_meta.network import PrismNet
-from prism_meta.objective import PrismObjective
+from prism_meta.networks.prism import PrismNet
+from prism_meta.objective.prism import PrismObjective, losses
 
 MASKS = {
     "M=2, B=1, one shown": [[False, True]],

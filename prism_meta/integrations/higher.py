@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from prism_meta.inner import Params, State
+from prism_meta.bilevel.inner import Params, State
+from prism_meta.bilevel.strategies.adapting import detached_state
+from prism_meta.bilevel.strategies.base import MetaGradient, batches_of
+from prism_meta.bilevel.strategies.problem import Problem, ProblemStrategy
 from prism_meta.integrations import load
-from prism_meta.strategies.adapting import detached_state
-from prism_meta.strategies.base import MetaGradient, batches_of
-from prism_meta.strategies.problem import Problem, ProblemStrategy
 
 INSTALL = "pip install higher"
 #: The entries of a torch optimizer's state that are one number, whatever the parameter's shape.

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from prism_meta.inner import InnerOptimizer, State
+from prism_meta.bilevel.inner import InnerOptimizer, State
+from prism_meta.bilevel.strategies.problem import detached
 from prism_meta.integrations import MissingPackageError
 from prism_meta.integrations.learn2learn.upstream import (
     grad_of_clones,
@@ -15,7 +16,6 @@ from prism_meta.integrations.learn2learn.upstream import (
     listed,
     trainable,
 )
-from prism_meta.strategies.problem import detached
 
 if TYPE_CHECKING:
     BaseLearner = nn.Module

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prism_meta.inner import Params, State
+from prism_meta.bilevel.inner import Params, State
+from prism_meta.bilevel.strategies.base import MetaGradient, MetaStrategy, Objective, batches_of
+from prism_meta.bilevel.strategies.problem import Problem, detached
 from prism_meta.integrations.learn2learn.upstream import (
     grad_of_clones,
     learn2learn,
     listed,
     trainable,
 )
-from prism_meta.strategies.base import MetaGradient, MetaStrategy, Objective, batches_of
-from prism_meta.strategies.problem import Problem, detached
 
 
 class Learn2LearnStrategy(MetaStrategy):

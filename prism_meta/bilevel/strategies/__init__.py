@@ -1,0 +1,60 @@
+"""Meta-gradient strategies: how L_meta at the adapted parameters becomes a gradient at phi.
+
+A strategy sees a module, an objective and two batches of any kind; it knows nothing of medicine.
+The objective is called as ``objective(forward, batch)``, where ``forward`` has the module's own
+signature, so that the same objective runs at phi, at phi~ and inside a derivative.
+
+==================== =========================================== ===================
+class                gradient                                    units at K = 1
+==================== =========================================== ===================
+``SingleLevel``      of L_train at phi                           1 1/3
+``FirstOrder``       E3, of L_meta at phi~                       2
+``Reptile``          phi - phi~                                  1 1/3
+``SecondOrder``      E4, exact                                   4
+``FiniteDifference`` E4, curvature from two more gradients       4, in float64
+``ImplicitMAML``     of the inner problem's solution             3 + 2 per CG step
+==================== =========================================== ===================
+
+One unit is a forward and a backward pass of the objective.
+"""
+
+from prism_meta.bilevel.strategies.base import (
+    Forward,
+    LearnedObjective,
+    MetaGradient,
+    MetaStrategy,
+    Objective,
+    ObjectiveValue,
+)
+from prism_meta.bilevel.strategies.differentiate import CheckpointError, SecondDerivativeError
+from prism_meta.bilevel.strategies.first_order import FirstOrder, Reptile, SingleLevel
+from prism_meta.bilevel.strategies.implicit import ImplicitMAML
+from prism_meta.bilevel.strategies.second_order import FiniteDifference, SecondOrder
+
+#: Every strategy, as the common test suite and the config list them.
+ALL_STRATEGIES: tuple[type[MetaStrategy], ...] = (
+    SingleLevel,
+    FirstOrder,
+    SecondOrder,
+    Reptile,
+    FiniteDifference,
+    ImplicitMAML,
+)
+
+__all__ = [
+    "ALL_STRATEGIES",
+    "CheckpointError",
+    "FiniteDifference",
+    "FirstOrder",
+    "Forward",
+    "ImplicitMAML",
+    "LearnedObjective",
+    "MetaGradient",
+    "MetaStrategy",
+    "Objective",
+    "ObjectiveValue",
+    "Reptile",
+    "SecondDerivativeError",
+    "SecondOrder",
+    "SingleLevel",
+]

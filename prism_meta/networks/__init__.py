@@ -1,0 +1,1 @@
+"""PRISM's network, and a wrapper for any other."""

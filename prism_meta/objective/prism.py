@@ -1,0 +1,248 @@
+"""E10: PRISM's total loss as an objective for the strategies, with the weights of E11 or E12."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812, torch's own convention
+
+from prism_meta.modalities import Batch
+from prism_meta.networks.prism import Pairs, Prediction
+from prism_meta.objective import losses
+from prism_meta.objective.weighting import (
+    BETA,
+    DELTA,
+    PairWeights,
+    Weight,
+    Weighting,
+    modality_means,
+)
+
+PrototypeLoss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The value of an objective.
+
+    Args:
+        loss: scalar to minimise.
+        terms: its components before weighting, detached: ``fuse`` and ``prm`` scalars; ``uni``,
+            ``pixel`` and ``proto`` (M,), the mean over the samples that show the modality; with a
+            weighting also ``beta`` and ``delta`` (M,), the weights in force, and its own.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+
+
+class PrismObjective:
+    """L = L_fuse + sum_m (beta_m L_pixel^m + delta_m L_proto^m) + L_uni + L_prm (E10).
+
+    Sums run over the modalities that a sample is shown; the batch is averaged. It is a pure function
+    of ``forward`` and ``batch``; what a weighting keeps changes in ``observe`` and ``end_epoch`` alone.
+
+    Args:
+        beta: weight of pixel distillation (E8), one number or one per modality. ``LearnedWeights``
+            have their own: with them, these are the weights of the meta level, where they start
+            unless given.
+        delta: weight of prototype alignment (E9), likewise.
+        temperature: T of E8.
+        direction: of the divergence in E8.
+        scale_decay: prm scale s counts 2^-s in E8, as in the published code, instead of 1.
+        prototype: ``losses.prototype_l2`` or ``losses.prototype_similarity``.
+        weighted: class weights in the cross-entropy of E5-E7.
+        unimodal: False leaves L_fuse + L_prm, for nets with one branch; ``forward`` is then called
+            with ``unimodal=False`` and spends nothing on modalities alone.
+        weighting: ``RelativePreference`` (E11) or ``LearnedWeights`` (E12); fixed weights unless given.
+
+    Raises:
+        ValueError: ``weighting`` is given where ``unimodal`` leaves it nothing to weigh; later, the
+            number of weights is not that of the modalities.
+
+    Source: PRISM's total loss; PASSION (Shi et al., ACM MM 2024).
+
+    Example:
+        >>> from prism_meta.networks.prism import PrismNet
+        >>> net = PrismNet(num_modalities=2, num_classes=3, spatial_dims=2, width=4)
+        >>> batch = Batch(torch.randn(1, 2, 16, 16), torch.ones(1, 2).bool(), torch.zeros(1, 16, 16).long())
+        >>> sorted(PrismObjective()(net, batch).terms)
+        ['fuse', 'pixel', 'prm', 'proto', 'uni']
+    """
+
+    def __init__(
+        self,
+        *,
+        beta: Weight | None = None,
+        delta: Weight | None = None,
+        temperature: float = 4.0,
+        direction: losses.Direction = "student_teacher",
+        scale_decay: bool = False,
+        prototype: PrototypeLoss = losses.prototype_l2,
+        weighted: bool = True,
+        unimodal: bool = True,
+        weighting: Weighting | None = None,
+    ) -> None:
+        if weighting is not None and not unimodal:
+            raise ValueError(
+                f"weighting: got {type(weighting).__name__} with unimodal=False, which leaves nothing "
+                "to weigh; leave out one of the two"
+            )
+        first = (BETA, DELTA) if weighting is None else weighting.start
+        self.beta, self.delta = (
+            first[0] if beta is None else beta,
+            first[1] if delta is None else delta,
+        )
+        self.temperature, self.direction = temperature, direction
+        self.scale_decay = scale_decay
+        self.prototype, self.weighted = prototype, weighted
+        self.unimodal, self.weighting = unimodal, weighting
+
+    def __call__(self, forward: Callable[..., Any], batch: Batch) -> Loss:
+        """Evaluate on ``batch``; ``forward`` has the signature of ``PrismNet``."""
+        # A plain callable that takes an image and a mask needs no such keyword.
+        options = {} if self.unimodal else {"unimodal": False}
+        prediction: Prediction = forward(batch.image, batch.mask, **options)
+        # Autocast would compute prototypes and their similarities in half precision.
+        with torch.autocast(batch.image.device.type, enabled=False):
+            return self._loss(prediction, batch)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weighting's ``beta`` and ``delta`` as they are now, (M,) and detached; {} without one."""
+        if self.weighting is None:
+            return {}
+        like = next(iter(self.weighting.state_dict().values()))  # where its state is, nobody waits
+        beta, delta = self.weighting.weights(*self._fixed(self.weighting.num_modalities, like))
+        return {"beta": beta.detach(), "delta": delta.detach()}
+
+    def learned(self) -> dict[str, Tensor]:
+        """The free parameters of E12 by name; {} where nothing is learned."""
+        return {} if self.weighting is None else self.weighting.learned()
+
+    @property
+    def outer(self) -> PrismObjective:
+        """The objective of L_meta: this one, or where weights are learned, with fixed ones."""
+        if not self.learned():
+            return self
+        outer = copy(self)
+        outer.weighting = None
+        return outer
+
+    def observe(self, terms: Mapping[str, Tensor]) -> None:
+        """Take note of the terms of one step, for E11."""
+        if self.weighting is not None:
+            self.weighting.observe(terms)
+
+    def end_epoch(self) -> None:
+        """E11's step of E, from what was observed since the last."""
+        if self.weighting is not None:
+            self.weighting.end_epoch()
+
+    def to(self, device: torch.device | str) -> PrismObjective:
+        """Move the weighting's state to ``device``, in place."""
+        if self.weighting is not None:
+            self.weighting.to(device)
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint needs: the weighting's state."""
+        return {} if self.weighting is None else self.weighting.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from ``state_dict``."""
+        if self.weighting is not None:
+            self.weighting.load_state_dict(state)
+
+    def _loss(self, prediction: Prediction, batch: Batch) -> Loss:
+        fuse = self._segmentation(prediction.fused, batch.target)
+        prm = fuse.new_zeros(len(fuse))
+        for scale, coarse in enumerate(prediction.prm, start=1):
+            upsampled = _upsample(coarse, batch.target)
+            prm = prm + 2.0**-scale * self._segmentation(upsampled, batch.target)
+        loss = (fuse + prm).mean()
+        terms = {"fuse": fuse.detach().mean(), "prm": prm.detach().mean()}
+        if self.unimodal:
+            per_pair, more = self._per_pair(prediction, batch.target)
+            loss = loss + per_pair.sum() / len(fuse)
+            terms |= more
+        return Loss(loss, terms)
+
+    def _per_pair(self, prediction: Prediction, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_uni + beta L_pixel + delta L_proto of each pair, (P,), and their terms."""
+        pairs, classes = prediction.pairs, prediction.fused.shape[1]
+        pair_target = target[pairs.sample]
+        students = _full(prediction.alone.features)
+        teachers = _full(prediction.features[pairs.sample])
+        uni = self._segmentation(prediction.unimodal_packed, pair_target)
+        pixel = self._pixel(prediction)
+        proto = self.prototype(students, teachers, pair_target, classes)
+        weights = self._weigh(
+            pairs,
+            lambda: losses.prototype_distance(students.detach(), teachers, pair_target, classes),
+            like=uni,
+        )
+        terms = {
+            "uni": modality_means(uni, pairs),
+            "pixel": modality_means(pixel, pairs),
+            "proto": modality_means(proto, pairs),
+            **weights.terms,
+        }
+        return uni + weights.beta * pixel + weights.delta * proto, terms
+
+    def _weigh(self, pairs: Pairs, distance: Callable[[], Tensor], *, like: Tensor) -> PairWeights:
+        count = pairs.mask.shape[1]
+        beta, delta = self._fixed(count, like)
+        if self.weighting is None:
+            return PairWeights(beta[pairs.modality], delta[pairs.modality])
+        if self.weighting.num_modalities != count:
+            raise ValueError(
+                f"weighting: is made for {self.weighting.num_modalities} modalities, expected {count} "
+                "as in the batch"
+            )
+        return self.weighting.weigh(beta, delta, pairs, distance)
+
+    def _fixed(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        return _per_modality(self.beta, count, like), _per_modality(self.delta, count, like)
+
+    def _segmentation(self, logits: Tensor, target: Tensor) -> Tensor:
+        return losses.segmentation(_full(logits), target, weighted=self.weighted)
+
+    def _pixel(self, prediction: Prediction) -> Tensor:
+        """E8: the output and every prm scale, (P,)."""
+        students = (prediction.alone.logits, *prediction.alone.prm)
+        teachers = (prediction.fused, *prediction.prm)
+        total = torch.zeros((), device=prediction.fused.device)
+        for scale, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+            weight = 2.0**-scale if self.scale_decay else 1.0  # the output is scale 0
+            total = total + weight * losses.pixel_distillation(
+                _full(student),
+                _full(teacher.detach()[prediction.pairs.sample]),
+                self.temperature,
+                self.direction,
+            )
+        return total
+
+
+def _per_modality(weight: Weight, count: int, like: Tensor) -> Tensor:
+    """One weight per modality, (M,)."""
+    weights = like.new_tensor(list(weight) if isinstance(weight, Sequence) else [weight] * count)
+    if len(weights) != count:
+        raise ValueError(
+            f"beta, delta: got {len(weights)} weights, expected 1 or {count}, one per modality"
+        )
+    return weights
+
+
+def _upsample(coarse: Tensor, target: Tensor) -> Tensor:
+    mode = "trilinear" if coarse.ndim == 5 else "bilinear"
+    return F.interpolate(_full(coarse), size=target.shape[1:], mode=mode)
+
+
+def _full(x: Tensor) -> Tensor:
+    """At least float32: losses are not computed in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,6 @@
+"""From records to averages, comparisons, figures and an HTML page."""
+
+from prism_meta.report.averages import Cell, Summary, summarize
+from prism_meta.report.comparison import Change, Comparison, Interval, compare
+
+__all__ = ["Cell", "Change", "Comparison", "Interval", "Summary", "compare", "summarize"]

@@ -1,0 +1,197 @@
+"""Availability tables: both forms, what they hide, and what is said of bad ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import niftis
+import numpy as np
+import pytest
+from helpers import faults_of
+from niftis import write_case, write_cases
+
+from prism_meta.data.cases import apply_availability, load_cases, read_availability
+from prism_meta.modalities import BRATS
+
+HEADER = "data_name,mask_id,mask,pos_mask_ids\n"
+PUBLISHED = (
+    HEADER + 'p0,10,"[True, True, True, False]","[1, 2, 3, 5, 6, 9, 10]"\n'
+    'p1,2,"[False, False, True, False]",[2]\n'
+)
+
+
+def table(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "table.csv"
+    path.write_text(text)
+    return path
+
+
+def test_own_table_in_any_column_order(tmp_path: Path) -> None:
+    path = table(tmp_path, "t2,site,case,t1,flair,t1ce\n1,x,p0,0,1,0\n 0 ,y,p1,1 ,0,0\n")
+    assert read_availability(path, BRATS) == {
+        "p0": (True, False, False, True),
+        "p1": (False, False, True, False),
+    }
+    assert read_availability(str(path), ("t1", "t2")) == {"p0": (False, True), "p1": (True, False)}
+
+
+def test_own_table_as_a_spreadsheet_saves_it(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes(b"\xef\xbb\xbfcase,t1,t2\r\np0,1,0\r\n")
+    assert read_availability(path, ("t1", "t2")) == {"p0": (True, False)}
+
+
+def test_published_table(tmp_path: Path) -> None:
+    path = table(tmp_path, PUBLISHED)
+    assert read_availability(path, ("flair", "t1ce", "t1", "t2")) == {
+        "p0": (True, True, True, False),
+        "p1": (False, False, True, False),
+    }
+    # The masks stay in the table's own order whatever the model's is.
+    assert read_availability(path, ("t2", "t1", "flair")) == {
+        "p0": (False, True, True),
+        "p1": (False, True, False),
+    }
+
+
+@pytest.mark.parametrize("column", ["mask", "own"])
+def test_cells_are_never_evaluated(tmp_path: Path, column: str) -> None:
+    target = tmp_path / "made-by-eval"
+    attack = f"__import__('os').mkdir('{target}') or [True, True, True, True]"
+    if column == "mask":
+        path = table(tmp_path, HEADER + f'p0,1,"{attack}","{attack}"\n')
+    else:
+        path = table(tmp_path, f'case,flair,t1ce,t1,t2\np0,1,1,1,"{attack}"\n')
+    assert faults_of(lambda: read_availability(path, BRATS)) == (
+        f"{path}, line 2 (p0): expected 0 or 1 for each of flair, t1ce, t1, t2, at least one 1",
+    )
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "p0,2,1,1,1",
+        "p0,,1,1,1",
+        "p0,yes,1,1,1",
+        "p0,0.5,1,1,1",
+        "p0,0,0,0,0",
+        "p0,1,1",
+        "p0",
+    ],
+)
+def test_bad_cells_of_an_own_table(tmp_path: Path, row: str) -> None:
+    path = table(tmp_path, f"case,flair,t1ce,t1,t2\np1,1,0,0,0\n{row}\n")
+    assert faults_of(lambda: read_availability(path, BRATS)) == (
+        f"{path}, line 3 (p0): expected 0 or 1 for each of flair, t1ce, t1, t2, at least one 1",
+    )
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        '"[True, True, True]"',
+        '"[True, True, True, True, True]"',
+        '"[1, 1, 1, 1]"',
+        '"[True, None, True, True]"',
+        '"(True, True, True, True)"',
+        '"[False, False, False, False]"',
+        "True",
+        "",
+        "9" * 5000,
+        "[" * 100_000,
+        None,
+    ],
+    ids=lambda mask: str(mask)[:16],
+)
+def test_bad_masks_of_a_published_table(tmp_path: Path, mask: str | None) -> None:
+    path = table(tmp_path, HEADER + ("p0,1\n" if mask is None else f"p0,1,{mask},[1]\n"))
+    assert faults_of(lambda: read_availability(path, BRATS)) == (
+        f"{path}, line 2 (p0): expected 0 or 1 for each of flair, t1ce, t1, t2, at least one 1",
+    )
+
+
+def test_all_faults_of_a_table_are_reported_together(tmp_path: Path) -> None:
+    path = table(tmp_path, "case,t1,t2\np0,1,0\np1,x,0\np0,1,1\np2,0,0\n")
+    assert faults_of(lambda: read_availability(path, ("t1", "t2"))) == (
+        f"{path}, line 3 (p1): expected 0 or 1 for each of t1, t2, at least one 1",
+        f"{path}, line 4: case p0 stands there twice; keep one line",
+        f"{path}, line 5 (p2): expected 0 or 1 for each of t1, t2, at least one 1",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [("", "none"), ("name,t1,t2\np0,1,1\n", "name, t1, t2"), ("case,t1\np0,1\n", "case, t1")],
+)
+def test_columns_of_neither_form(tmp_path: Path, text: str, got: str) -> None:
+    path = table(tmp_path, text)
+    assert faults_of(lambda: read_availability(path, ("t1", "t2"))) == (
+        f"{path}: got the columns {got}; "
+        "expected case,t1,t2 or data_name,mask_id,mask,pos_mask_ids",
+    )
+
+
+def test_table_that_cannot_be_read(tmp_path: Path) -> None:
+    absent = tmp_path / "absent.csv"
+    assert faults_of(lambda: read_availability(absent, BRATS)) == (
+        f"{absent}: cannot be read as an availability table "
+        f"([Errno 2] No such file or directory: '{absent}')",
+    )
+    sheet = tmp_path / "sheet.csv"
+    sheet.write_bytes(b"PK\x03\x04\xff\xfe")
+    (fault,) = faults_of(lambda: read_availability(sheet, BRATS))
+    assert fault.startswith(f"{sheet}: cannot be read as an availability table ('utf-8' codec")
+
+
+def test_a_table_hides_files_and_they_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_cases(tmp_path / "cases", 2)
+    cases = load_cases(tmp_path / "cases", availability=table(tmp_path, PUBLISHED))
+    assert [list(case.files) for case in cases] == [["flair", "t1ce", "t1"], ["t1"]]
+    assert [case.availability.tolist() for case in cases] == [
+        [True, True, True, False],
+        [False, False, True, False],
+    ]
+    opened = niftis.record_reads(monkeypatch)
+    assert list(cases[1].read().images) == ["t1"]
+    assert {path.name for path in opened} == {"p1_t1.nii.gz", "p1_seg.nii.gz"}
+
+
+def test_a_table_may_hide_more_than_is_missing_and_name_more_cases(tmp_path: Path) -> None:
+    write_case(tmp_path / "cases" / "p0", missing=("flair",))
+    path = table(tmp_path, "case,flair,t1ce,t1,t2\np9,1,1,1,1\np0,0,1,0,0\n")
+    (case,) = load_cases(tmp_path / "cases", availability=path)
+    assert list(case.files) == ["t1ce"]
+
+
+def test_cases_and_files_that_do_not_fit_the_table(tmp_path: Path) -> None:
+    write_case(tmp_path / "cases" / "p0", missing=("t1ce", "t2"))
+    write_case(tmp_path / "cases" / "p1")
+    write_case(tmp_path / "cases" / "p2")
+    path = table(tmp_path, "case,flair,t1ce,t1,t2\np0,1,1,0,1\np2,1,1,1,1\n")
+    expected = (
+        f"case p0: {path} says that t1ce, t2 exists, but there is no such file; put 0 there",
+        f"case p1: not in {path}; add a line for it",
+    )
+    assert faults_of(lambda: load_cases(tmp_path / "cases", availability=path)) == expected
+    cases = load_cases(tmp_path / "cases")
+    assert faults_of(lambda: apply_availability(cases, path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("file", "rates"),
+    [
+        ("Brats2020_imb_split_mr2468.csv", (0.2, 0.4, 0.6, 0.8)),
+        ("Brats2020_imb_split_mr1379.csv", (0.1, 0.3, 0.7, 0.9)),
+    ],
+)
+def test_real_tables(file: str, rates: tuple[float, ...]) -> None:
+    path = niftis.real_data() / "splits" / file
+    rows = read_availability(path, BRATS)
+    assert len(rows) == len(path.read_text().splitlines()) - 1
+    missing = 1 - np.mean(list(rows.values()), axis=0)
+    # T1 is the most frequent in these tables, then T1ce, FLAIR and T2; the rates are drawn.
+    by_modality = dict(zip(BRATS, missing, strict=True))
+    assert [by_modality[m] for m in ("t1", "t1ce", "flair", "t2")] == pytest.approx(rates, abs=0.05)

@@ -1,0 +1,316 @@
+"""Episodes: which cases and masks come together, and patches of them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import niftis
+import numpy as np
+import pytest
+import torch
+from helpers import dice, faults_of
+from niftis import SHAPE, write_cases
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from prism_meta.data.cases import load_cases
+from prism_meta.data.episodes import Augmentation, Episodes
+from prism_meta.data.labels import BRATS_LABELS
+from prism_meta.data.masking import DynamicMask, FullMask, SingleModalityMask, StaticMask
+from prism_meta.data.preprocessing import CachedCase, Preprocessing, prepare
+from prism_meta.errors import ConfigError
+from prism_meta.modalities import Batch
+
+AVAILABLE = [
+    [True, True, True, True],
+    [True, True, True, True],
+    [True, False, True, True],
+    [False, True, False, False],
+    [True, False, False, True],
+    [False, False, True, True],
+]
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> list[CachedCase]:
+    """Six prepared cases, two of them complete."""
+    root = tmp_path_factory.mktemp("episodes")
+    cases = load_cases(write_cases(root / "cases", len(AVAILABLE)))
+    shown = [case.restrict(row) for case, row in zip(cases, AVAILABLE, strict=True)]
+    return prepare(shown, Preprocessing(), BRATS_LABELS, root / "cache")
+
+
+def episodes(pool: list[CachedCase], **options: Any) -> Episodes:
+    given: dict[str, Any] = {"patch": (8, 9, 10), "batch_size": 4, "steps": 12, **options}
+    return Episodes(pool, **given)
+
+
+def equal(a: tuple[Batch, Batch], b: tuple[Batch, Batch]) -> bool:
+    return all(
+        x.case_ids == y.case_ids
+        and torch.equal(x.image, y.image)
+        and torch.equal(x.mask, y.mask)
+        and torch.equal(x.target, y.target)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("augmentation", [None, Augmentation(3)], ids=["plain", "augmented"])
+def test_episodes_depend_on_seed_rank_and_step_alone(
+    pool: list[CachedCase], augmentation: Augmentation | None
+) -> None:
+    data = episodes(pool, seed=3, augmentation=augmentation)
+    first = [data[t] for t in range(4)]
+    torch.manual_seed(99)
+    np.random.seed(99)
+    again = episodes(pool, seed=3, augmentation=augmentation)
+    resumed = {t: again[t] for t in (3, 1, 1, 2, 0)}  # any order, any number of times
+    for t, episode in enumerate(first):
+        assert equal(episode, resumed[t]), t
+    others = [data[4], episodes(pool, seed=4)[0], episodes(pool, seed=3, rank=1)[0]]
+    for other in others:
+        assert not any(equal(other, episode) for episode in first)
+
+
+def test_drawing_leaves_the_global_random_state_alone(pool: list[CachedCase]) -> None:
+    torch.manual_seed(5)
+    np.random.seed(5)
+    expected = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    episodes(pool, augmentation=Augmentation(3))[0]
+    assert torch.equal(torch.rand(3), expected[0])
+    np.testing.assert_array_equal(np.random.rand(3), expected[1])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on one core
+def test_worker_processes_change_nothing(pool: list[CachedCase]) -> None:
+    data = episodes(pool, steps=6, augmentation=Augmentation(3))
+    here = list(DataLoader(data, batch_size=None, num_workers=0))
+    there = list(DataLoader(data, batch_size=None, num_workers=2))
+    assert len(here) == len(there) == len(data) == 6
+    for t, (a, b) in enumerate(zip(here, there, strict=True)):
+        assert isinstance(b[0], Batch)
+        assert equal(tuple(a), tuple(b)), t
+        assert equal(tuple(a), data[t]), t
+
+
+def test_train_and_meta_cases_are_disjoint_and_masks_available(pool: list[CachedCase]) -> None:
+    available = {case.id: case.availability for case in pool}
+    together: set[frozenset[str]] = set()
+    data = episodes(pool, batch_size=5, steps=40)
+    for t in range(len(data)):
+        train, meta = data[t]
+        assert len(train.case_ids) == len(meta.case_ids) == 5
+        assert not set(train.case_ids) & set(meta.case_ids)
+        together.add(frozenset(train.case_ids))
+        for batch in (train, meta):
+            assert batch.mask.any(1).all()
+            for shown, case in zip(batch.mask, batch.case_ids, strict=True):
+                assert not (shown & ~available[case]).any(), case
+    assert len(together) > 5, "the halves are drawn anew for each episode"
+
+
+def test_every_case_is_drawn_before_one_is_drawn_again(pool: list[CachedCase]) -> None:
+    for t in range(5):
+        for batch in episodes(pool, batch_size=5)[t]:
+            assert sorted(batch.case_ids.count(c) for c in set(batch.case_ids)) == [1, 2, 2]
+
+
+def test_hidden_channels_are_zero(pool: list[CachedCase]) -> None:
+    data = episodes(pool)
+    hidden = 0
+    for t in range(6):
+        for batch in data[t]:
+            assert torch.all(batch.image[~batch.mask] == 0)
+            assert (batch.image[batch.mask].flatten(1) != 0).any(1).all()
+            assert torch.isfinite(batch.image).all()
+            hidden += int((~batch.mask).sum())
+    assert hidden > 0
+
+
+def test_static_masks_show_what_there_is(pool: list[CachedCase]) -> None:
+    available = {case.id: case.availability for case in pool}
+    data = episodes(pool, train_mask=StaticMask(), meta_mask=SingleModalityMask())
+    for t in range(6):
+        train, meta = data[t]
+        expected = torch.stack([available[case] for case in train.case_ids])
+        assert torch.equal(train.mask, expected)
+        assert torch.all(meta.mask.sum(1) == 1)
+
+
+@pytest.mark.parametrize("patch", [(8, 9, 10), (7, 5, 3), (1, 1, 1), SHAPE, (9, 11), SHAPE[:2]])
+def test_shapes_of_patches(pool: list[CachedCase], patch: tuple[int, ...]) -> None:
+    data = episodes(pool, patch=patch, steps=4)
+    for t in range(4):
+        for batch in data[t]:
+            assert batch.image.shape == (4, 4, *patch)
+            assert batch.image.dtype == torch.float32
+            assert batch.mask.shape == (4, 4)
+            assert batch.target.shape == (4, *patch)
+            assert batch.target.dtype == torch.int64
+            assert set(batch.target.unique().tolist()) <= {0, 1, 2, 3}
+
+
+def test_2d_patches_are_axial_slices(pool: list[CachedCase]) -> None:
+    """The last axis, superior, is the one that goes."""
+    whole = {c.id: c.patch((0, 0, 0), c.shape, c.availability) for c in pool}
+    data = episodes(pool, patch=SHAPE[:2], train_mask=StaticMask(), steps=3)
+    for t in range(3):
+        batch = data[t][0]
+        for image, target, case in zip(batch.image, batch.target, batch.case_ids, strict=True):
+            volume, label = whole[case]
+            assert any(
+                torch.equal(image, volume[..., z]) and torch.equal(target, label[..., z])
+                for z in range(SHAPE[2])
+            )
+
+
+def centre(target: Tensor) -> Tensor:
+    index = tuple(s // 2 for s in target.shape[1:])
+    return target[(slice(None), *index)]
+
+
+@pytest.mark.parametrize("patch", [(4, 5, 3), (5, 4)])
+def test_foreground_share(pool: list[CachedCase], patch: tuple[int, ...]) -> None:
+    def drawn(foreground: float) -> Tensor:
+        data = episodes(pool, patch=patch, foreground=foreground, batch_size=8, steps=15)
+        return torch.cat([batch.target for t in range(15) for batch in data[t]])
+
+    always = drawn(1.0)
+    assert always.flatten(1).any(1).all()
+    # Small patches fit around every centre, so the centre itself is of the foreground, and the
+    # three classes are drawn equally often although their sizes differ.
+    shares = torch.bincount(centre(always), minlength=4) / len(always)
+    assert shares[0] == 0
+    assert torch.all((shares[1:] - 1 / 3).abs() < 0.1), shares
+    inside = float((niftis.draw_label() > 0).sum() / (niftis.draw_image() != 0).sum())
+    for foreground in (0.0, 0.5):
+        share = float((centre(drawn(foreground)) > 0).double().mean())
+        assert share == pytest.approx(foreground + (1 - foreground) * inside, abs=0.12)
+
+
+def test_a_big_patch_around_foreground_contains_it(pool: list[CachedCase]) -> None:
+    data = episodes(pool, patch=(16, 20, 12), foreground=1.0)
+    for t in range(6):
+        for batch in data[t]:
+            assert batch.target.flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("foreground", [0.0, 0.67, 1.0])
+def test_cases_without_foreground_or_contrast_can_be_drawn(
+    tmp_path: Path, foreground: float
+) -> None:
+    """Patches lie in the brain of a case whose label is empty, even if its image is constant."""
+    constant = np.where(niftis.draw_image() != 0, np.float32(7), np.float32(0))
+    for k in range(2):
+        folder = tmp_path / "cases" / f"p{k}"
+        niftis.save(constant, folder / "t1.nii.gz")
+        niftis.save(np.zeros(SHAPE, np.int16), folder / "seg.nii.gz")
+    cases = load_cases(tmp_path / "cases", ("t1",))
+    cached = prepare(cases, Preprocessing(), BRATS_LABELS, tmp_path / "cache")
+    train, meta = episodes(cached, foreground=foreground)[0]
+    assert not train.target.any() and not meta.target.any()
+    assert torch.all(train.image == 0)
+
+
+def test_patch_larger_than_the_volume(pool: list[CachedCase]) -> None:
+    for patch, shown in (((8, 25, 8), "(8, 25, 8)"), ((21, 8), "(21, 8)")):
+        faults = faults_of(partial(episodes, pool[:2], patch=patch), ConfigError)
+        assert faults == tuple(
+            f"patch {shown} is larger than the volume of case {case}, (20, 24, 16) voxels at the "
+            "model's spacing; use a smaller data.patch or a finer data.spacing"
+            for case in ("p0", "p1")
+        )
+
+
+def test_too_few_cases(pool: list[CachedCase]) -> None:
+    for count in (0, 1):
+        assert faults_of(partial(episodes, pool[:count]), ConfigError) == (
+            f"{count} training case: an episode needs at least 2, for its train and its meta batch "
+            "are drawn from different cases; add cases or hold fewer out",
+        )
+
+
+def test_both_faults_of_episodes_are_reported_together(pool: list[CachedCase]) -> None:
+    assert len(faults_of(partial(episodes, pool[:1], patch=(99, 9, 9)), ConfigError)) == 2
+
+
+def test_full_meta_batches_hold_complete_cases_only(pool: list[CachedCase]) -> None:
+    data = episodes(pool, meta_mask=FullMask())
+    for t in range(len(data)):
+        train, meta = data[t]
+        assert set(meta.case_ids) <= {"p0", "p1"}
+        assert meta.mask.all()
+        assert not set(train.case_ids) & set(meta.case_ids)
+
+
+def test_full_train_batches_leave_a_complete_case_in_every_episode(pool: list[CachedCase]) -> None:
+    """By chance the meta half may take all complete cases; then it gives some of them back."""
+    for meta_mask in (DynamicMask(), FullMask()):
+        data = episodes(pool, train_mask=FullMask(), meta_mask=meta_mask, steps=60)
+        for t in range(len(data)):
+            train, meta = data[t]
+            assert train.mask.all()
+            assert not set(train.case_ids) & set(meta.case_ids)
+    data = episodes([pool[0], pool[3]], train_mask=FullMask(), steps=10)
+    assert {data[t][0].case_ids[0] for t in range(10)} == {"p0"}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "train_mask", "meta_mask", "found"),
+    [
+        (slice(2, 6), DynamicMask(), FullMask(), (4, 0)),
+        (slice(2, 6), FullMask(), DynamicMask(), (0, 2)),
+        (slice(1, 6), FullMask(), FullMask(), (1, 0)),
+    ],
+    ids=["meta", "train", "both"],
+)
+def test_no_complete_case_for_the_full_policy(
+    pool: list[CachedCase], chosen: slice, train_mask: Any, meta_mask: Any, found: tuple[int, int]
+) -> None:
+    action = partial(episodes, pool[chosen], train_mask=train_mask, meta_mask=meta_mask)
+    assert faults_of(action, ConfigError) == (
+        f"masks: no episode can be drawn: {found[0]} cases fit the train mask and {found[1]} "
+        "others the meta mask; the full policy needs complete cases, use dynamic instead",
+    )
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_augmentation_keeps_image_and_target_together(dims: int) -> None:
+    """The same change for both: the blob is still where the image is bright."""
+    label = torch.from_numpy(niftis.draw_label(SHAPE, (1,)).astype(np.int64))
+    label = label[..., 8] if dims == 2 else label
+    image = torch.stack([label * 5.0, label * 5.0])
+    augment = Augmentation(dims, probability=1.0)
+    changes = 0
+    for seed in range(5):
+        augment.seed(seed)
+        changed, target = augment(image.clone(), label.clone())
+        augment.seed(seed)
+        again, again_target = augment(image.clone(), label.clone())
+        assert torch.equal(changed, again) and torch.equal(target, again_target)
+        assert type(changed) is Tensor and type(target) is Tensor
+        assert changed.shape == image.shape and changed.dtype == torch.float32
+        assert target.shape == label.shape and target.dtype == torch.int64
+        assert set(target.unique().tolist()) == {0, 1}
+        for channel in changed:
+            middle = (channel.min() + channel.max()) / 2
+            assert dice(channel > middle, target > 0) > 0.85
+        changes += not torch.equal(target, label)
+    assert changes >= 4, "a small turn may leave a small blob as it was"
+
+
+def test_real_case_through_the_whole_path(tmp_path: Path) -> None:
+    cases = load_cases(niftis.real_data() / "brats-tcga")[:2]
+    shown = [case.restrict([True, k == 0, False, False]) for k, case in enumerate(cases)]
+    cached = prepare(shown, Preprocessing(spacing=(2.0, 2.0, 2.0)), BRATS_LABELS, tmp_path)
+    assert [case.shape for case in cached] == [(120, 120, 78)] * 2
+    data = Episodes(cached, patch=(48, 48, 48), batch_size=1, steps=2, foreground=1.0)
+    for t in range(2):
+        for batch in data[t]:
+            assert batch.target.any()
+            assert torch.isfinite(batch.image).all()
+            assert 0.1 < float(batch.image[batch.mask].std()) < 3

@@ -1,0 +1,98 @@
+"""Training in several processes, started by the command as a user would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from niftis import write_cases
+from safetensors.torch import load_file
+
+from prism_meta.cli.workflow import launch, load_from_config, split
+from prism_meta.data.preprocessing import prepare
+from prism_meta.modalities import Batch
+from prism_meta.training import trainer
+from prism_meta.training.config import load_config
+from prism_meta.training.run import Run
+
+SETTINGS = (
+    "data.patch=[8, 8]",
+    "data.spacing=[1, 1, 1]",
+    "data.batch_size=2",
+    "model.width=4",
+    "model.depth=2",
+    "meta.strategy=second_order",
+    "objective.weighting=preference",
+    "training.steps=2",
+    "training.checkpoint_every=1",
+    "training.augment=false",
+    "fabric.accelerator=cpu",
+)
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """``prism-meta train`` on one thread per process, with a time limit."""
+    return subprocess.run(
+        [sys.executable, "-m", "prism_meta", "train", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def settings(*more: str) -> list[str]:
+    return [part for setting in (*SETTINGS, *more) for part in ("--set", setting)]
+
+
+def trained_alone(run: Run, folder: Path) -> dict[str, torch.Tensor]:
+    """Weights after the same episodes in one process: those of both ranks at each outer step."""
+    config = load_config(overrides=[*SETTINGS, "meta.episodes=2"])
+    alone = replace(run, folder=folder, config=config)
+    cases, _ = split(config, load_from_config(config, Path(run.facts["data"])))
+    cached = prepare(cases, config.data.preprocessing(), config.data.label_set(), folder / "cache")
+    ranks = [trainer.build_episodes(run, cached, rank=rank) for rank in (0, 1)]
+    episodes: Sequence[tuple[Batch, Batch]] = [of[step] for step in range(2) for of in ranks]
+    assert not torch.equal(episodes[0][0].image, episodes[1][0].image)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "build_episodes", lambda *_, **__: episodes)
+        trainer.train(alone, cached, fabric=launch(config))
+    return load_file(alone.weights)
+
+
+def test_two_processes_take_the_mean_step_and_resume(tmp_path: Path) -> None:
+    write_cases(tmp_path / "cases", 4)
+    two = settings("fabric.devices=2")
+    done = command(tmp_path / "cases", "--out", tmp_path / "run", *two)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"run in {tmp_path / 'run'}") == 1
+    run = Run.open(tmp_path / "run")
+    assert [line["step"] for line in run.history()] == [1, 2]
+    (tmp_path / "alone").mkdir()
+    weights, expected = load_file(run.weights), trained_alone(run, tmp_path / "alone")
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+    run.weights.unlink()
+    again = command("--resume", run.folder)
+    assert again.returncode == 0, again.stderr
+    assert all(torch.equal(w, weights[n]) for n, w in load_file(run.weights).items())
+
+
+def test_bad_input_ends_before_another_process_starts(tmp_path: Path) -> None:
+    write_cases(tmp_path / "cases", 2)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    done = command(tmp_path / "cases", "--out", tmp_path / "run", *settings("fabric.devices=2"))
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        f"error: {tmp_path / 'run'}: holds a run already; continue it with --resume, or give "
+        "another --out"
+    )
