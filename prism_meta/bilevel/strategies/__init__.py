@@ -29,17 +29,12 @@ from prism_meta.bilevel.strategies.base import (
 from prism_meta.bilevel.strategies.differentiate import CheckpointError, SecondDerivativeError
 from prism_meta.bilevel.strategies.first_order import FirstOrder, Reptile, SingleLevel
 from prism_meta.bilevel.strategies.implicit import ImplicitMAML
-from prism_meta.bilevel.strategies.second_order import FiniteDifference, SecondOrder
-
-#: Every strategy, as the common test suite and the config list them.
-ALL_STRATEGIES: tuple[type[MetaStrategy], ...] = (
-    SingleLevel,
-    FirstOrder,
-    SecondOrder,
-    Reptile,
-    FiniteDifference,
-    ImplicitMAML,
+from prism_meta.bilevel.strategies.registry import (
+    ALL_STRATEGIES,
+    register_strategy,
+    strategy_named,
 )
+from prism_meta.bilevel.strategies.second_order import FiniteDifference, SecondOrder
 
 __all__ = [
     "ALL_STRATEGIES",
@@ -57,4 +52,6 @@ __all__ = [
     "SecondDerivativeError",
     "SecondOrder",
     "SingleLevel",
+    "register_strategy",
+    "strategy_named",
 ]

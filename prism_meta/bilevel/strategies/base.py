@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from prism_meta.bilevel.inner import Params, State
 
@@ -105,8 +107,52 @@ class MetaGradient:
         return MetaGradient(**{n: over([getattr(r, n) for r in results]) for n in names})
 
 
+@dataclass(frozen=True)
+class GraphSizes:
+    """Bytes that a strategy's memory is estimated from.
+
+    Args:
+        forward: what autograd keeps of one evaluation of L.
+        backward: what it keeps beside that of the gradient, where that has a graph of its own.
+        params: one copy of the trainable parameters.
+        float64: how much larger all of these are in float64.
+    """
+
+    forward: int
+    backward: int
+    params: int
+    float64: float
+
+
 class MetaStrategy(ABC):
-    """Base of the strategies: one class, one method, no state between calls."""
+    """Base of the strategies: one class, one method, no state between calls.
+
+    What configurations, tables and tests need to know of a class, the class says itself.
+    """
+
+    #: Name in configurations: ``meta.strategy = "first_order"``.
+    name: ClassVar[str]
+    #: Time at K = 1, in forward and backward passes of the objective.
+    units: ClassVar[str]
+    #: What ``MetaGradient.gradient`` is, which names the oracle that the test suite compares it with.
+    equation: ClassVar[str]
+    #: Whether it makes inner steps: the constructor then takes an inner optimizer and their number.
+    adapts: ClassVar[bool] = True
+    #: Whether L_meta is differentiated through the inner steps, so that learned weights have a gradient.
+    has_meta_gradient: ClassVar[bool] = True
+    #: Further arguments of the constructor that a configuration may give, by their names.
+    options: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
+        """Estimated bytes beyond the model at K = ``steps``, for each way to use this class."""
+        return {}
+
+    def outer(
+        self, params: Sequence[nn.Parameter], total_steps: int
+    ) -> tuple[Optimizer, LRScheduler] | None:
+        """The outer optimizer and its schedule, where the method prescribes them; alpha is 0 then."""
+        return None
 
     @abstractmethod
     def meta_gradient(

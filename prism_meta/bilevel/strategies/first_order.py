@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
 from prism_meta.bilevel.inner import InnerOptimizer, Params, State
 from prism_meta.bilevel.strategies.adapting import Adapted, Adapting, Trajectory, detached_state
-from prism_meta.bilevel.strategies.base import MetaGradient, batches_of
+from prism_meta.bilevel.strategies.base import GraphSizes, MetaGradient, batches_of
 from prism_meta.bilevel.strategies.problem import (
     NOWHERE,
     Problem,
@@ -36,6 +38,16 @@ class SingleLevel(ProblemStrategy):
         >>> bool(torch.allclose(result.gradient["weight"], 2 * model.weight))
         True
     """
+
+    name = "single_level"
+    units = "1 1/3"
+    equation = "grad L_train at phi"
+    adapts = False
+    has_meta_gradient = False
+
+    @classmethod
+    def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
+        return {cls.__name__: sizes.forward + sizes.params}
 
     def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
         phi = problem.leaves()
@@ -80,6 +92,14 @@ class FirstOrder(Adapting):
         >>> bool(torch.allclose(result.gradient["weight"], model.weight))  # 2 * (w / 2)
         True
     """
+
+    name = "first_order"
+    units = "2"
+    equation = "E3"
+
+    @classmethod
+    def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
+        return {cls.__name__: sizes.forward + 3 * sizes.params}
 
     learns_objective = True
 
@@ -151,6 +171,15 @@ class Reptile(Adapting):
         True
     """
 
+    name = "reptile"
+    units = "1 1/3"
+    equation = "phi - phi~"
+    has_meta_gradient = False
+
+    @classmethod
+    def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
+        return {cls.__name__: sizes.forward + 2 * sizes.params}
+
     def __init__(
         self, inner: InnerOptimizer, steps: int = 1, *, adapt: Adapted | None = None
     ) -> None:
@@ -171,6 +200,12 @@ class Reptile(Adapting):
             inner_buffers=inner.buffers,
             state=detached_state(inner.state),
         )
+
+    def outer(
+        self, params: Sequence[nn.Parameter], total_steps: int
+    ) -> tuple[Optimizer, LRScheduler]:
+        optimizer = torch.optim.SGD(params, lr=1.0)
+        return optimizer, self.schedule(optimizer, total_steps)
 
     @staticmethod
     def schedule(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prism_meta.bilevel.inner import InnerOptimizer, Params, State
 from prism_meta.bilevel.strategies.adapting import Adapted, Adapting, detached_state
-from prism_meta.bilevel.strategies.base import MetaGradient, batches_of
+from prism_meta.bilevel.strategies.base import GraphSizes, MetaGradient, batches_of
 from prism_meta.bilevel.strategies.problem import Problem, detached, dot, filled
 
 
@@ -46,6 +46,15 @@ class ImplicitMAML(Adapting):
         >>> bool(torch.allclose(result.gradient["weight"], model.weight / 2))  # w~ = w/2, H = 2
         True
     """
+
+    name = "implicit"
+    units = "3 + 2 per CG step"
+    equation = "implicit"
+    options = ("proximal", "cg_steps")
+
+    @classmethod
+    def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
+        return {cls.__name__: sizes.forward + sizes.backward + 6 * sizes.params}
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prism_meta.bilevel.inner import InnerOptimizer, Params, State
 from prism_meta.bilevel.strategies.adapting import Adapted, Adapting, Step, detached_state
-from prism_meta.bilevel.strategies.base import MetaGradient
+from prism_meta.bilevel.strategies.base import GraphSizes, MetaGradient
 from prism_meta.bilevel.strategies.problem import NOWHERE, Problem, Value, detached, dot, filled
 
 #: What torch says of operands whose types do not fit, and of a type that it lacks.
@@ -145,6 +145,18 @@ class SecondOrder(Adjoint):
         True
     """
 
+    name = "second_order"
+    units = "4"
+    equation = "E4"
+
+    @classmethod
+    def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
+        both = sizes.forward + sizes.backward
+        return {
+            f"{cls.__name__}(graph='stored')": steps * (both + 2 * sizes.params) + sizes.forward,
+            f"{cls.__name__}(graph='recomputed')": both + (steps + 3) * sizes.params,
+        }
+
     def __init__(
         self,
         inner: InnerOptimizer,
@@ -265,6 +277,15 @@ class FiniteDifference(Adjoint):
         >>> bool(torch.allclose(result.gradient["weight"], model.weight / 2, rtol=1e-3))
         True
     """
+
+    name = "finite_difference"
+    units = "4, in float64"
+    equation = "E4"
+
+    @classmethod
+    def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
+        narrow = sizes.forward + (2 * steps + 4) * sizes.params
+        return {cls.__name__: int(sizes.float64 * narrow)}
 
     record = "gradients"
 
