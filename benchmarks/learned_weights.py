@@ -88,7 +88,7 @@ def learner_of(seed: int) -> pm.MetaLearner:
         weighted=False, weighting=LearnedWeights(4, beta=START, delta=0.01)
     )
     # Gradients of the first steps are far larger than later ones, which a long memory would stifle.
-    weights = list(objective.learned().values())
+    weights = list(objective.hyper_parameters().values())
     groups: list[dict[str, Any]] = [
         {"params": list(net.parameters())},
         {"params": weights, "lr": 0.04, "betas": (0.9, 0.95), "weight_decay": 0.0},

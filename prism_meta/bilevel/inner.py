@@ -39,7 +39,7 @@ class InnerOptimizer(nn.Module, ABC):
     def update(self, grads: Params, state: State, params: Params) -> tuple[Params, State]:
         """One step: new parameters and new state; none of the arguments is changed."""
 
-    def learned(self) -> Params:
+    def hyper_parameters(self) -> Params:
         """The hyper-parameters that get a gradient, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
@@ -216,7 +216,7 @@ class MetaSGD(InnerOptimizer):
         params: what will be adapted, a module or parameters by name; shapes the rates.
         lr: the rate that all start from.
 
-    The rates are in ``learned()``; give ``optimizer`` of ``MetaLearner`` these parameters too.
+    The rates are in ``hyper_parameters()``; give ``optimizer`` of ``MetaLearner`` these parameters too.
 
     Raises:
         ValueError: ``lr`` is negative, or a parameter has no rate here.
@@ -226,7 +226,7 @@ class MetaSGD(InnerOptimizer):
     Example:
         >>> model = nn.Linear(2, 1)
         >>> inner = MetaSGD(model, lr=0.1)
-        >>> {name: rate.shape for name, rate in inner.learned().items()}
+        >>> {name: rate.shape for name, rate in inner.hyper_parameters().items()}
         {'rates.bias': torch.Size([1]), 'rates.weight': torch.Size([1, 2])}
     """
 

@@ -106,9 +106,9 @@ class MetaLearner:
         self.inner_state, self.buffers = inner_state, buffers
         self.clip_norm, self.scaler = clip_norm, scaler
         self._inner = inner
-        hyper = {} if inner is None else dict(inner.learned())
+        hyper = {} if inner is None else dict(inner.hyper_parameters())
         if isinstance(objective, LearnedObjective):
-            hyper |= {f"objective.{n}": p for n, p in objective.learned().items()}
+            hyper |= {f"objective.{n}": p for n, p in objective.hyper_parameters().items()}
         self._hyper = {n: p for n, p in hyper.items() if id(p) in held}
         self._carried: State | None = None
 

@@ -120,14 +120,14 @@ class PrismObjective:
         beta, delta = self.weighting.weights(*self._fixed(self.weighting.num_modalities, like))
         return {"beta": beta.detach(), "delta": delta.detach()}
 
-    def learned(self) -> dict[str, Tensor]:
+    def hyper_parameters(self) -> dict[str, Tensor]:
         """The free parameters of E12 by name; {} where nothing is learned."""
-        return {} if self.weighting is None else self.weighting.learned()
+        return {} if self.weighting is None else self.weighting.hyper_parameters()
 
     @property
-    def outer(self) -> PrismObjective:
+    def meta_objective(self) -> PrismObjective:
         """The objective of L_meta: this one, or where weights are learned, with fixed ones."""
-        if not self.learned():
+        if not self.hyper_parameters():
             return self
         outer = copy(self)
         outer.weighting = None

@@ -77,7 +77,7 @@ class Weighting(nn.Module, ABC):
     def end_epoch(self) -> None:
         """Use what was observed since the last epoch."""
 
-    def learned(self) -> dict[str, Tensor]:
+    def hyper_parameters(self) -> dict[str, Tensor]:
         """The free parameters that get a gradient, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
@@ -176,7 +176,7 @@ class LearnedWeights(Weighting):
     """E12: beta and delta learned through the inner step, from the gradient of L_meta.
 
     beta_m = softplus(free_m), delta likewise. Only L_train uses them (L_meta would rather have them
-    at 0): see ``PrismObjective.outer``. For one SGD step d L_meta / d beta_m = -eta_in
+    at 0): see ``PrismObjective.meta_objective``. For one SGD step d L_meta / d beta_m = -eta_in
     <grad_phi L_pixel^m(phi), v>, v = grad L_meta(phi~).
 
     Args:
@@ -184,7 +184,7 @@ class LearnedWeights(Weighting):
         beta: where the weights of pixel distillation start, > 0, one number or one per modality.
         delta: of prototype alignment, likewise.
 
-    The free parameters are in ``learned()``; give ``optimizer`` of ``MetaLearner`` these too, best as
+    The free parameters are in ``hyper_parameters()``; give them to ``optimizer`` of ``MetaLearner`` too, as
     a group without weight decay.
 
     Raises:
@@ -197,7 +197,7 @@ class LearnedWeights(Weighting):
         >>> weighting = LearnedWeights(2, beta=0.5, delta=(0.1, 0.2))
         >>> weighting.weights(torch.zeros(2), torch.zeros(2))[1].detach()
         tensor([0.1000, 0.2000])
-        >>> sorted(weighting.learned())
+        >>> sorted(weighting.hyper_parameters())
         ['free_beta', 'free_delta']
     """
 

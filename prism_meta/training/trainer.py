@@ -339,7 +339,7 @@ def train(
     fabric.to_device(model)
     meta = config.meta
     objective = config.objective.build(missing_rates(cases)).to(fabric.device)
-    optimizer, scheduler = _outer(config, model, list(objective.learned().values()))
+    optimizer, scheduler = _outer(config, model, list(objective.hyper_parameters().values()))
     # So many cases are drawn in a step: both batches of its episodes, in every process.
     drawn = 2 * config.data.batch_size * meta.episodes * fabric.world_size
     inner_lr = torch.tensor(meta.inner_lr)

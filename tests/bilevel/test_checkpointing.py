@@ -225,13 +225,13 @@ class Weighted:
     def __init__(self) -> None:
         self.free = torch.full((), 0.3, dtype=torch.float64, requires_grad=True)
 
-    def learned(self) -> dict[str, Tensor]:
+    def hyper_parameters(self) -> dict[str, Tensor]:
         return {"w": self.free}
 
     def __call__(self, forward: Any, batch: Any) -> Tensor:
         return (1 + self.free) * mse(forward, batch)
 
-    def outer(self, forward: Any, batch: Any) -> Tensor:
+    def meta_objective(self, forward: Any, batch: Any) -> Tensor:
         return mse(forward, batch)
 
 

@@ -235,19 +235,21 @@ def test_types_of_parameters_are_kept(
 
 def test_parameters_are_learned_and_other_tensors_are_not() -> None:
     lr, decay = nn.Parameter(torch.tensor(0.1)), torch.tensor(0.2, requires_grad=True)
-    assert SGD(0.1).learned() == {}
-    learned = AdamW(lr, (nn.Parameter(torch.tensor(0.5)), 0.9), weight_decay=decay).learned()
+    assert SGD(0.1).hyper_parameters() == {}
+    learned = AdamW(
+        lr, (nn.Parameter(torch.tensor(0.5)), 0.9), weight_decay=decay
+    ).hyper_parameters()
     assert set(learned) == {"lr", "beta1"}
     assert learned["lr"] is lr
     lr.requires_grad_(False)
-    assert SGD(lr).learned() == {}
+    assert SGD(lr).hyper_parameters() == {}
 
 
 def test_meta_sgd_has_a_rate_per_entry() -> None:
     model = mlp().model
     inner = MetaSGD(model, lr=0.2)
     assert inner.torch_optimizer is None
-    params, rates = trainable(model), inner.learned()
+    params, rates = trainable(model), inner.hyper_parameters()
     assert sorted(rates) == sorted(f"rates.{n.replace('.', '/')}" for n in params)
     for name, param in params.items():
         expected = torch.full_like(param, 0.2)

@@ -86,14 +86,14 @@ def test_the_rates_of_meta_sgd_are_learned() -> None:
     inner = MetaSGD(problem.model, lr=0.05)
     optimizer = torch.optim.SGD([*problem.model.parameters(), *inner.parameters()], lr=OUTER)
     learner = MetaLearner(problem.model, mse, SecondOrder(inner), optimizer, alpha=0)
-    before = copies(inner.learned())
+    before = copies(inner.hyper_parameters())
     values = []
     for _ in range(30):
         result = learner.step(problem.train, problem.meta)
         values.append(result.meta_loss.item())
         expected = {n: before[n] - OUTER * g for n, g in result.hyper_gradient.items()}
-        assert relative_error(copies(inner.learned()), expected) <= 1e-12
-        before = copies(inner.learned())
+        assert relative_error(copies(inner.hyper_parameters()), expected) <= 1e-12
+        before = copies(inner.hyper_parameters())
     assert values[-1] < 0.7 * values[0]
 
 

@@ -91,7 +91,7 @@ def test_a_loop_gives_the_numbers_of_our_strategies(
     clone = loop(problem, maml, steps)
     assert relative_error(gradients(problem.model), expected.gradient) <= EXACT
     assert relative_error(trainable(clone.module), expected.adapted) <= EXACT
-    if inner.learned():
+    if inner.hyper_parameters():
         assert relative_error(gradients(inner), expected.hyper_gradient) <= EXACT
 
 

@@ -112,7 +112,7 @@ def test_meta_sgd_is_ours(
     kind = FirstOrder if first_order else SecondOrder
     expected = meta_gradient(kind(mine, steps), problem)
     assert relative_error(result.gradient, expected.gradient) <= EXACT
-    assert list(result.hyper_gradient) == list(strategy.inner.learned())
+    assert list(result.hyper_gradient) == list(strategy.inner.hyper_parameters())
     assert list(result.hyper_gradient) == [f"lrs.{i}" for i in range(len(names))]
     by_name = {n: expected.hyper_gradient[f"rates.{n.replace('.', '/')}"] for n in names}
     renamed = {n: result.hyper_gradient[f"lrs.{i}"] for i, n in enumerate(names)}
@@ -124,7 +124,7 @@ def test_the_gradient_of_a_transform_is_that_of_finite_differences(make_learner:
     problem = mlp()
     learner = make_learner(problem.model)
     strategy = Learn2LearnStrategy(learner, 2)
-    learned = strategy.inner.learned()
+    learned = strategy.inner.hyper_parameters()
     result = meta_gradient(strategy, problem)
     direction = {n: randn(*p.shape, seed=i) for i, (n, p) in enumerate(learned.items())}
     start = copies(learned)
@@ -206,7 +206,7 @@ def test_meta_learner_trains_the_model_and_what_the_learner_learns(
     problem = make_problem()
     learner = make_learner(problem.model)
     strategy = Learn2LearnStrategy(learner, 2)
-    start = copies(strategy.inner.learned())
+    start = copies(strategy.inner.hyper_parameters())
     trainer = MetaLearner(
         problem.model,
         problem.objective,
@@ -216,7 +216,7 @@ def test_meta_learner_trains_the_model_and_what_the_learner_learns(
     )
     losses = [trainer.step(problem.train, problem.meta).meta_loss.item() for _ in range(15)]
     assert losses[-1] < 0.95 * losses[0]
-    learned = strategy.inner.learned()
+    learned = strategy.inner.hyper_parameters()
     assert list(start) == list(learned)
     moved = {n: p - start[n] for n, p in learned.items()}
     assert norm(moved) > 0.01
@@ -228,7 +228,7 @@ def test_learned_transforms_lower_the_loss_with_the_model_held() -> None:
         problem = mlp()
         learner = make_learner(problem.model)
         strategy = Learn2LearnStrategy(learner)
-        held = [next(problem.model.parameters()), *strategy.inner.learned().values()]
+        held = [next(problem.model.parameters()), *strategy.inner.hyper_parameters().values()]
         optimizer = torch.optim.SGD(
             [{"params": held[:1], "lr": 0.0}, {"params": held[1:], "lr": 0.1}]
         )

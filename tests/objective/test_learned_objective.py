@@ -55,13 +55,13 @@ class Weighted:
     def __init__(self) -> None:
         self.free = torch.full((), 0.3, dtype=F64, requires_grad=True)
 
-    def learned(self) -> dict[str, Tensor]:
+    def hyper_parameters(self) -> dict[str, Tensor]:
         return {"w": self.free}
 
     def __call__(self, forward: Any, batch: Any) -> Tensor:
         return (1 + self.free) * mse(forward, batch)
 
-    def outer(self, forward: Any, batch: Any) -> Tensor:
+    def meta_objective(self, forward: Any, batch: Any) -> Tensor:
         return mse(forward, batch)
 
 
@@ -72,7 +72,7 @@ class Outer:
     learned_objective: Any
 
     def __call__(self, forward: Any, batch: Any) -> Any:
-        return self.learned_objective.outer(forward, batch)
+        return self.learned_objective.meta_objective(forward, batch)
 
 
 def learning(**changes: Any) -> Problem:
@@ -82,7 +82,7 @@ def learning(**changes: Any) -> Problem:
 
 
 def weights_of(problem: Problem) -> dict[str, Tensor]:
-    return {f"objective.{n}": p for n, p in problem.objective.learned().items()}
+    return {f"objective.{n}": p for n, p in problem.objective.hyper_parameters().items()}
 
 
 def expected(
@@ -139,7 +139,7 @@ def test_first_order_in_forward_mode_equals_autograd(
         <= 1e-9
     )
     # The rest of the result is that of fixed weights; those learned start there to float32.
-    fixed = replace(problem, objective=problem.objective.outer)
+    fixed = replace(problem, objective=problem.objective.meta_objective)
     plain = meta_gradient(FirstOrder(optimizer, steps), fixed)
     assert relative_error(result.gradient, plain.gradient) <= 1e-7
 
@@ -148,11 +148,11 @@ def test_e12_is_minus_eta_times_a_directional_derivative() -> None:
     """d L_meta / d beta_m = -eta <grad L_pixel^m(phi), v>, with both gradients taken by hand."""
     problem = learning()
     result = meta_gradient(FirstOrder(SGD(LR)), problem)
-    outer = replace(problem, objective=problem.objective.outer)
+    outer = replace(problem, objective=problem.objective.meta_objective)
     phi = oracles.phi_of(problem)
     adapted = oracles.leaves(oracles.adapt(problem, phi, LR, 1))
     v = oracles.derivatives(oracles.loss(outer, adapted, problem.meta), adapted)
-    free = next(p for n, p in problem.objective.learned().items() if "beta" in n)
+    free = next(p for n, p in problem.objective.hyper_parameters().items() if "beta" in n)
     for m in range(3):
         # L_pixel^m is what one more unit of beta_m adds to the loss.
         more = [[b + (i == m) for i, b in enumerate(BETA)], list(BETA)]
@@ -211,7 +211,7 @@ def test_implicit_gradient_of_the_minimum() -> None:
     problem, proximal = learning(), 20.0
     strategy = ImplicitMAML(SGD(0.04), 40, proximal=proximal, cg_steps=60)
     result = meta_gradient(strategy, problem)
-    outer = replace(problem, objective=problem.objective.outer)
+    outer = replace(problem, objective=problem.objective.meta_objective)
     adapted = oracles.leaves(result.adapted)
     v = oracles.derivatives(oracles.loss(outer, adapted, problem.meta), adapted)
     grads = oracles.derivatives(
@@ -260,7 +260,7 @@ def test_strategies_without_such_a_gradient_say_so(strategy: MetaStrategy) -> No
 
 def test_the_outer_optimizer_moves_the_weights_it_holds() -> None:
     problem = learning()
-    weights = problem.objective.learned()
+    weights = problem.objective.hyper_parameters()
     before = {n: w.detach().clone() for n, w in weights.items()}
     optimizer = torch.optim.SGD(
         [

@@ -106,8 +106,12 @@ def test_fixed_weights_have_no_state() -> None:
     objective.observe({"fuse": torch.tensor(1.0)})
     objective.end_epoch()
     objective.load_state_dict(objective.state_dict())
-    assert (objective.state_dict(), objective.weights(), objective.learned()) == ({}, {}, {})
-    assert objective.outer is objective
+    assert (objective.state_dict(), objective.weights(), objective.hyper_parameters()) == (
+        {},
+        {},
+        {},
+    )
+    assert objective.meta_objective is objective
     assert objective.to("cpu") is objective
 
 
@@ -124,7 +128,7 @@ def test_learned_weights_are_fixed_ones_with_a_gradient(
     objective = PrismObjective(weighting=weighting)
     value, fixed = objective(net, batch), PrismObjective(**weights_for(mask))(net, batch)
     assert value.loss.item() == pytest.approx(fixed.loss.item(), rel=1e-6)
-    learned = objective.learned()
+    learned = objective.hyper_parameters()
     grads = torch.autograd.grad(value.loss, list(learned.values()))
     shown = torch.tensor(mask).double().mean(0)
     for (name, free), gradient in zip(learned.items(), grads, strict=True):
@@ -165,17 +169,20 @@ def test_the_outer_level_has_the_weights_that_learning_started_from() -> None:
     with torch.no_grad():
         weighting.free_beta.add_(1.0)
     fixed = PrismObjective(beta=(0.5, 0.7), delta=0.3, **options)
-    assert torch.equal(objective.outer(net, batch).loss, fixed(net, batch).loss)
-    assert objective.outer.learned() == {} and "beta" not in objective.outer(net, batch).terms
+    assert torch.equal(objective.meta_objective(net, batch).loss, fixed(net, batch).loss)
+    assert (
+        objective.meta_objective.hyper_parameters() == {}
+        and "beta" not in objective.meta_objective(net, batch).terms
+    )
     assert objective(net, batch).loss > fixed(net, batch).loss
     # Weights of the objective's own are those of the outer level.
-    other = PrismObjective(beta=0.1, weighting=weighting, **options).outer
+    other = PrismObjective(beta=0.1, weighting=weighting, **options).meta_objective
     assert torch.equal(
         other(net, batch).loss, PrismObjective(beta=0.1, delta=0.3, **options)(net, batch).loss
     )
     # Nothing is learned of frozen weights, and both levels have them.
     weighting.requires_grad_(False)
-    assert objective.outer is objective and objective.learned() == {}
+    assert objective.meta_objective is objective and objective.hyper_parameters() == {}
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def trainer(
     model = prism_net()
     objective = PrismObjective(weighting=weighting)
     groups = [{"params": list(model.parameters())}]
-    groups += [{"params": [w], "lr": 0.1} for w in objective.learned().values()]
+    groups += [{"params": [w], "lr": 0.1} for w in objective.hyper_parameters().values()]
     optimizer = torch.optim.SGD(groups, lr=0.02)
     strategy = strategy or (FirstOrder(SGD(0.1)) if weighting is None else SecondOrder(SGD(0.1)))
     count = options.get("episodes_per_step", 1)
@@ -278,7 +278,10 @@ def test_the_config_builds_what_it_says() -> None:
     objective = load_config(overrides=overrides).objective.build(RATES)
     assert isinstance(objective.weighting, LearnedWeights)
     assert objective.weights()["beta"].tolist() == pytest.approx([0.1, 0.2, 0.3])
-    assert (objective.outer.beta, objective.outer.weighting) == ((0.1, 0.2, 0.3), None)
+    assert (objective.meta_objective.beta, objective.meta_objective.weighting) == (
+        (0.1, 0.2, 0.3),
+        None,
+    )
     overrides = ["objective.unimodal=false", "objective.scale_decay=true"]
     objective = load_config(overrides=overrides).objective.build(RATES)
     assert (objective.unimodal, objective.scale_decay) == (False, True)

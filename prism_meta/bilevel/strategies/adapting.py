@@ -111,7 +111,9 @@ class Adapting(ProblemStrategy):
         """
         params, fixed = self.split(detached(problem.trainable))
         state = self.inner.init(params) if state is None else state
-        follows = record == "updates" or (bool(self.inner.learned()) and record == "nothing")
+        follows = record == "updates" or (
+            bool(self.inner.hyper_parameters()) and record == "nothing"
+        )
         buffers, losses, steps = problem.buffers(), [], []
         batches, reached = batches_of(train), set[str]()
         for k in range(self.steps):
@@ -144,10 +146,10 @@ class Adapting(ProblemStrategy):
 
     def refuse_learned(self) -> None:
         """For strategies that give hyper-parameters no gradient."""
-        if self.inner.learned():
+        if self.inner.hyper_parameters():
             raise ValueError(
                 f"inner: {type(self).__name__} gives the hyper-parameters "
-                f"{', '.join(self.inner.learned())} no gradient; use FirstOrder or SecondOrder, "
+                f"{', '.join(self.inner.hyper_parameters())} no gradient; use FirstOrder or SecondOrder, "
                 "or requires_grad_(False) on the inner optimizer"
             )
 

@@ -37,11 +37,11 @@ Objective = Callable[[Forward, Any], "Tensor | ObjectiveValue"]
 class LearnedObjective(Protocol):
     """An objective with weights that are learned through the inner steps (E12)."""
 
-    def learned(self) -> Mapping[str, Tensor]:
+    def hyper_parameters(self) -> Mapping[str, Tensor]:
         """The free parameters by name, leaves of a graph; L_train depends on them."""
 
     @property
-    def outer(self) -> Objective:
+    def meta_objective(self) -> Objective:
         """The objective of L_meta, which does not."""
 
 
@@ -170,7 +170,7 @@ class MetaStrategy(ABC):
         Args:
             model: any module; its parameters and buffers are read, never written.
             objective: ``objective(forward, batch)`` gives a scalar, or has ``.loss`` and ``.terms``. A
-                ``LearnedObjective`` is that of L_train, and its ``outer`` that of L_meta.
+                ``LearnedObjective`` is that of L_train, and its ``meta_objective`` that of L_meta.
             train: D_train, passed to the objective as it is. A list of batches gives inner step k the
                 batch k modulo their number; a list that holds tensors is one batch, as a
                 ``DataLoader`` makes it.

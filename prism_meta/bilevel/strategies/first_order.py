@@ -122,7 +122,7 @@ class FirstOrder(Adapting):
 
     def _hyper_gradient(self, problem: Problem, inner: Trajectory, gradient: Params) -> Params:
         """From grad L_meta at phi~ back through the updates, and from each inner gradient by E12."""
-        inputs = dict(self.inner.learned())
+        inputs = dict(self.inner.hyper_parameters())
         for k, step in enumerate(inner.steps):
             inputs |= {f"{k} {n}": g for n, g in (step.gradient or {}).items()}
         pulled = problem.pull_back(
@@ -140,7 +140,7 @@ class FirstOrder(Adapting):
                     step.params, inner.fixed, direction, step.batch, step.buffers
                 )
             weights = {n: w + part[n] for n, w in weights.items()}
-        return {**{n: pulled[n] for n in self.inner.learned()}, **weights}
+        return {**{n: pulled[n] for n in self.inner.hyper_parameters()}, **weights}
 
 
 class Reptile(Adapting):

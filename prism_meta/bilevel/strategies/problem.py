@@ -80,9 +80,9 @@ class Problem:
         self.model, self.objective, self.scale = model, objective, scale
         self.outer, self.learned = objective, Params()
         if isinstance(objective, LearnedObjective):
-            self.outer = objective.outer
+            self.outer = objective.meta_objective
             # A name with a space is not that of a parameter of the model.
-            self.learned = {f"objective {n}": p for n, p in objective.learned().items()}
+            self.learned = {f"objective {n}": p for n, p in objective.hyper_parameters().items()}
         self._stage = Stage(model)
         self._type: torch.dtype | None = None
         self._frozen = Params()

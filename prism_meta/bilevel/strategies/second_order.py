@@ -51,7 +51,8 @@ class Adjoint(Adapting):
         adjoint = {n: gradient[n] for n in inner.params}
         total = {n: gradient[n] for n in inner.fixed}
         hyper = {
-            n: torch.zeros_like(p) for n, p in {**self.inner.learned(), **problem.learned}.items()
+            n: torch.zeros_like(p)
+            for n, p in {**self.inner.hyper_parameters(), **problem.learned}.items()
         }
         state_adjoint: Params = {}
         diagnostics: dict[str, Tensor] = {}
@@ -91,7 +92,7 @@ class Adjoint(Adapting):
             **{f"params {n}": p for n, p in params.items()},
             **{f"grads {n}": g for n, g in grads.items()},
             **{f"state {n}": s for n, s in leaves.items()},
-            **{f"hyper {n}": h for n, h in self.inner.learned().items()},
+            **{f"hyper {n}": h for n, h in self.inner.hyper_parameters().items()},
         }
         followed = {n: flat_new[n] for n in state_adjoint if n in flat_new}
         pulled = problem.pull_back(
@@ -181,7 +182,7 @@ class SecondOrder(Adjoint):
         phi = problem.leaves()
         inner = self.unroll(problem, phi, train, state)
         value = problem.evaluate_meta({**inner.fixed, **inner.params}, meta)
-        learned = self.inner.learned()
+        learned = self.inner.hyper_parameters()
         inputs = {**phi, **{f"hyper {n}": h for n, h in learned.items()}, **problem.learned}
         # The graph is of several evaluations: at phi, at phi_1, ... and at phi~.
         partial = problem.reached_gradient(value.loss, inputs, at=None)

@@ -112,7 +112,7 @@ class Learn2LearnStrategy(MetaStrategy):
             _adapt(clone, value.loss)
             params = trainable(clone.module)
         value = problem.evaluate(params, meta)
-        learned = self.inner.learned()
+        learned = self.inner.hyper_parameters()
         gradient = problem.gradient(
             value.loss, {**problem.trainable, **{f"hyper {n}": p for n, p in learned.items()}}
         )
@@ -153,7 +153,7 @@ class LearnerParameters:
     def __init__(self, learner: nn.Module) -> None:
         self._learner = learner
 
-    def learned(self) -> Params:
+    def hyper_parameters(self) -> Params:
         """Those that get a gradient, by the learner's names for them."""
         return {n: p for n, p in self._named().items() if p.requires_grad}
 
