@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from prism_meta.bilevel.functional.fast_derivatives import use_fast_derivatives
 from prism_meta.bilevel.inner import SGD, Adam, AdamW, InnerOptimizer, MetaSGD
 from prism_meta.bilevel.learner import MetaLearner
 from prism_meta.bilevel.preflight import Preflight, preflight
@@ -9,12 +10,16 @@ from prism_meta.bilevel.strategies import (
     ALL_STRATEGIES,
     FiniteDifference,
     FirstOrder,
+    FunctionalStrategy,
+    HiddenParameterError,
     ImplicitMAML,
     MetaGradient,
     MetaStrategy,
     Reptile,
     SecondOrder,
     SingleLevel,
+    StepBatches,
+    register_strategy,
 )
 from prism_meta.data.cases import Case, load_cases
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
@@ -60,7 +65,9 @@ __all__ = [
     "FiniteDifference",
     "FirstOrder",
     "FullMask",
+    "FunctionalStrategy",
     "Fusion",
+    "HiddenParameterError",
     "ImplicitMAML",
     "InnerOptimizer",
     "LabelSet",
@@ -83,13 +90,16 @@ __all__ = [
     "SingleLevel",
     "SingleModalityMask",
     "StaticMask",
+    "StepBatches",
     "draw_availability",
     "evaluate",
     "load_cases",
     "losses",
     "predict",
     "preflight",
+    "register_strategy",
     "subset_name",
     "subsets",
+    "use_fast_derivatives",
     "wrap",
 ]

@@ -93,6 +93,7 @@ def loss(problem: Problem, params: Values, batch: Any) -> Tensor:
     def forward(*args: Any) -> Any:
         return functional_call(problem.model, {**params, **buffers}, args)
 
+    forward.parameters = params  # type: ignore[attr-defined]
     value = problem.objective(forward, batch)
     return value if isinstance(value, Tensor) else value.loss
 
@@ -110,7 +111,7 @@ def adapt(
 ) -> Values:
     """phi~, with the graph of every step; a float is the rate of plain SGD."""
     move = sgd(rule)() if isinstance(rule, float) else rule()
-    batches = problem.train if isinstance(problem.train, list) else [problem.train]
+    batches = problem.train if type(problem.train).__name__ == "StepBatches" else [problem.train]
     params = dict(phi)
     for k in range(steps):
         chosen = {n: p for n, p in params.items() if moves(n)}

@@ -1,9 +1,12 @@
 """Differentiable inner optimizers: the U of E1, phi_{k+1} = U(phi_k, g_k).
 
-A pure pair after optax: ``init(params) -> state`` and ``update(grads, state, params) ->
+Each is a pure pair as in optax: ``init(params) -> state`` and ``update(grads, state, params) ->
 (params, state)``. Nothing is changed in place, so autograd can go through every step. One step
-equals the optimizer of the same name in ``torch.optim``, and the state has that optimizer's own form,
-so that the two can share it.
+equals the optimizer of the same name in ``torch.optim``, and the state has the same form, so that the
+two can share it. Complex parameters are treated as pairs of real ones, as torch treats them.
+
+In the recursions below g is the gradient, phi the parameters, t the number of the step from 1, and all
+operations are elementwise.
 """
 
 from __future__ import annotations
@@ -16,16 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-Params = dict[str, Tensor]
-#: Per parameter what ``torch.optim`` keeps for it, e.g. ``{"weight": {"momentum_buffer": ...}}``.
-State = dict[str, dict[str, Tensor]]
+from prism_meta.bilevel.functional.trees import Params, State
 
 
 class InnerOptimizer(nn.Module, ABC):
     """Base of the differentiable inner optimizers. A new one writes ``init`` and ``update``.
 
-    Hyper-parameters may be tensors: ``update`` is differentiable with respect to them. Those given as
-    ``nn.Parameter`` are learned: strategies return their gradients in ``MetaGradient.hyper_gradient``.
+    Hyper-parameters may be tensors, and ``update`` is differentiable with respect to them. Pass one as
+    ``nn.Parameter`` to learn it: strategies return its gradient in ``MetaGradient.hyper_gradient``, and
+    the outer optimizer has to hold it.
+
+    Strategies differentiate ``update`` with respect to every floating-point tensor of the state. Detach
+    those that count steps before you convert them to Python numbers, as ``Adam`` does.
     """
 
     #: The optimizer of ``torch.optim`` whose state has the same form, if there is one.
@@ -40,20 +45,26 @@ class InnerOptimizer(nn.Module, ABC):
         """One step: new parameters and new state; none of the arguments is changed."""
 
     def hyper_parameters(self) -> Params:
-        """The hyper-parameters that get a gradient, by name."""
+        """The learned hyper-parameters, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
 class SGD(InnerOptimizer):
-    """Stochastic gradient descent, phi - lr * g, with momentum and weight decay.
+    """Stochastic gradient descent with momentum and weight decay.
+
+    The recursion, with v_1 = g_1 in the first step, is
+
+        g <- g + weight_decay phi
+        v <- momentum v + g
+        phi <- phi - lr v                    (nesterov: phi - lr (g + momentum v))
 
     Args:
         lr: inner rate eta_in.
-        momentum: 0 for none.
-        nesterov: look-ahead momentum; needs ``momentum`` > 0.
+        momentum: factor of the velocity; 0 switches it off.
+        nesterov: Nesterov's momentum; needs ``momentum`` > 0.
         weight_decay: L2 penalty added to the gradient.
 
-    Each number may be a tensor; see ``InnerOptimizer``.
+    Each number may be a tensor, see ``InnerOptimizer``.
 
     Raises:
         ValueError: a number is out of range.
@@ -104,15 +115,22 @@ class SGD(InnerOptimizer):
 
 
 class Adam(InnerOptimizer):
-    """Adam, with a gradient that stays finite where a gradient is exactly zero.
+    """Adam, whose derivative stays finite where a gradient is exactly zero.
+
+    The recursion is
+
+        g <- g + weight_decay phi
+        m <- beta1 m + (1 - beta1) g
+        v <- beta2 v + (1 - beta2) g^2
+        phi <- phi - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
     Args:
         lr: inner rate eta_in.
         betas: decay of the two moments, each in [0, 1).
-        eps: added to the root of the second moment; a number > 0, for its inverse bounds the gradient.
+        eps: added to the root of the second moment; > 0, as its inverse bounds the derivative.
         weight_decay: L2 penalty added to the gradient.
 
-    Each number may be a tensor; see ``InnerOptimizer``.
+    Each number may be a tensor, see ``InnerOptimizer``.
 
     Raises:
         ValueError: a number is out of range.
@@ -160,15 +178,20 @@ class Adam(InnerOptimizer):
         for name, param in params.items():
             decayed, grad = self._decay(param, grads[name])
             last = state[name] or self.init({name: param})[name]
-            step = last["step"] + 1
+            step = last["step"].detach() + 1
             count = float(step)  # it is on the CPU
-            mean = self.beta1 * last["exp_avg"] + (1 - self.beta1) * grad
-            square = self.beta2 * last["exp_avg_sq"] + (1 - self.beta2) * grad * grad
+            grad = _as_real(grad)
+            mean = self.beta1 * _as_real(last["exp_avg"]) + (1 - self.beta1) * grad
+            square = self.beta2 * _as_real(last["exp_avg_sq"]) + (1 - self.beta2) * grad * grad
             root = _sqrt(square) / (1 - self.beta2**count) ** 0.5 + self.eps
             change = (self.lr / (1 - self.beta1**count)) * (mean / root)
-            # A 0-d parameter would take on the type of a hyper-parameter of a wider one.
-            new_params[name] = decayed - change.to(param.dtype)
-            new_state[name] = {"step": step, "exp_avg": mean, "exp_avg_sq": square}
+            # A 0-d parameter would take on the type of a wider hyper-parameter.
+            new_params[name] = decayed - _as_type_of(param, change).to(param.dtype)
+            new_state[name] = {
+                "step": step,
+                "exp_avg": _as_type_of(param, mean),
+                "exp_avg_sq": _as_type_of(param, square),
+            }
         return new_params, new_state
 
     def _decay(self, param: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,7 +200,14 @@ class Adam(InnerOptimizer):
 
 
 class AdamW(Adam):
-    """Adam with decoupled weight decay: phi shrinks by lr * weight_decay, whatever the moments.
+    """Adam with decoupled weight decay: the decay does not enter the moments.
+
+    The recursion is
+
+        phi <- phi - lr weight_decay phi
+        m <- beta1 m + (1 - beta1) g
+        v <- beta2 v + (1 - beta2) g^2
+        phi <- phi - lr (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
     Args:
         lr: inner rate eta_in.
@@ -210,13 +240,17 @@ class AdamW(Adam):
 
 
 class MetaSGD(InnerOptimizer):
-    """SGD with a learned rate for every single parameter: phi - rate * g, elementwise.
+    """SGD with a learned rate for every number of every parameter.
+
+    The recursion is
+
+        phi <- phi - rate g
 
     Args:
-        params: what will be adapted, a module or parameters by name; shapes the rates.
-        lr: the rate that all start from.
+        params: what will be adapted: a module, or parameters by name.
+        lr: the value that all rates start from.
 
-    The rates are in ``hyper_parameters()``; give ``optimizer`` of ``MetaLearner`` these parameters too.
+    The rates are the ``hyper_parameters()``: the outer optimizer has to hold them too.
 
     Raises:
         ValueError: ``lr`` is negative, or a parameter has no rate here.
@@ -235,7 +269,7 @@ class MetaSGD(InnerOptimizer):
         _check_not_negative(lr=lr)
         named = dict(params.named_parameters()) if isinstance(params, nn.Module) else params
         self.rates = nn.ParameterDict(
-            {_key(n): nn.Parameter(torch.full_like(p, lr)) for n, p in named.items()}
+            {_key(n): nn.Parameter(torch.full_like(_as_real(p), lr)) for n, p in named.items()}
         )
 
     def init(self, params: Params) -> State:
@@ -247,7 +281,10 @@ class MetaSGD(InnerOptimizer):
         return {name: {} for name in params}
 
     def update(self, grads: Params, state: State, params: Params) -> tuple[Params, State]:
-        new_params = {n: p - self.rates[_key(n)] * grads[n] for n, p in params.items()}
+        new_params = {
+            n: p - _as_type_of(p, self.rates[_key(n)] * _as_real(grads[n]))
+            for n, p in params.items()
+        }
         return new_params, state
 
 
@@ -260,8 +297,18 @@ def _with_decay(grad: Tensor, param: Tensor, weight_decay: float | Tensor) -> Te
     return grad if _is_zero(weight_decay) else grad + weight_decay * param
 
 
+def _as_real(value: Tensor) -> Tensor:
+    """A complex tensor as pairs of real numbers; others as they are."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
+
+
+def _as_type_of(param: Tensor, value: Tensor) -> Tensor:
+    """The inverse of ``_as_real`` for a value that belongs to ``param``."""
+    return torch.view_as_complex(value.contiguous()) if param.is_complex() else value
+
+
 def _sqrt(square: Tensor) -> Tensor:
-    """sqrt, with derivative 0 at 0 instead of infinity; there the first moment is 0 as well."""
+    """sqrt with derivative 0 instead of infinity at 0, where the first moment is 0 as well."""
     if not square.requires_grad:
         return square.sqrt()
     positive = square > 0
@@ -269,7 +316,7 @@ def _sqrt(square: Tensor) -> Tensor:
 
 
 def _is_zero(value: float | Tensor) -> bool:
-    """A plain 0 switches a term off; a tensor never does, for it may be learned."""
+    """Whether a term is switched off: by a plain 0, never by a tensor, which may be learned."""
     return not isinstance(value, Tensor) and value == 0
 
 

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
-from prism_meta.bilevel.inner import InnerOptimizer, State
-from prism_meta.bilevel.strategies import LearnedObjective, MetaGradient, MetaStrategy, Objective
+from prism_meta.bilevel.functional.checks import loss_fault, parameters_with_hooks
+from prism_meta.bilevel.functional.errors import HiddenParameterError, NonFiniteError
+from prism_meta.bilevel.functional.model import FunctionalModel
+from prism_meta.bilevel.functional.protocols import LearnedObjective, Objective
+from prism_meta.bilevel.functional.trees import Params, State
+from prism_meta.bilevel.inner import InnerOptimizer
+from prism_meta.bilevel.strategies.base import MetaGradient, MetaStrategy, StepBatches, gradients_on
 
 InnerState = Literal["fresh", "carried", "shared"]
 Buffers = Literal["isolated", "inner", "outer"]
@@ -20,35 +26,35 @@ Buffers = Literal["isolated", "inner", "outer"]
 class MetaLearner:
     """Trains ``model`` in two levels: phi <- phi_0 + alpha (phi~ - phi_0) - eta_out * G (E2).
 
-    The optimizer makes its step at phi_0 from G alone; the pull towards phi~ is added after it. With
-    ``torch.optim.SGD(lr=eta_out)`` that is E2 exactly.
+    The optimizer takes its step at phi_0 from G, and the pull towards phi~ is added afterwards. With
+    ``torch.optim.SGD(lr=eta_out)`` that is exactly E2.
 
     Args:
         model: any module; it is trained in place.
         objective: ``objective(forward, batch)``, see ``MetaStrategy``.
         strategy: how the meta-gradient is computed.
-        optimizer: the outer optimizer, over parameters of ``model``; others stay as they are. It may
-            also hold learned hyper-parameters of ``strategy.inner`` and learned weights of the
-            objective (E12), which get their gradient too.
+        optimizer: the outer optimizer, over parameters of ``model``; those that it does not hold stay as
+            they are. It should also hold the learned hyper-parameters of ``strategy.inner`` and the
+            learned weights of the objective (E12).
         alpha: weight of phi~ - phi_0, in [0, 1].
-        inner_state: of the inner optimizer between outer steps. ``fresh`` starts anew each time, so
-            that no optimizer's moments ever see the other level; ``carried`` goes on, detached, where
-            the last step ended; ``shared`` is one state for both optimizers, as in PRISM's published
-            training script (one Adam for both steps): the outer step is made at phi~ and moved back,
-            phi <- phi_0 + alpha (phi~ - phi_0) + (p - phi~), p the optimizer's result.
-        buffers: whose BatchNorm statistics the model takes over: ``outer``, those of the meta batch;
+        inner_state: what happens to the inner optimizer's state between outer steps. ``fresh`` starts
+            anew each time, so that no moments ever see the other level. ``carried`` continues, detached,
+            from the last step. ``shared`` is one state for both optimizers, as in PRISM's published
+            training script (one Adam for both steps): the outer step is taken at phi~ and moved back,
+            phi <- phi_0 + alpha (phi~ - phi_0) + (p - phi~), where p is the optimizer's result.
+        buffers: which BatchNorm statistics the model keeps: ``outer``, those of the meta batch;
             ``inner``, those of the inner steps; ``isolated``, none.
         clip_norm: the meta-gradient is scaled down to this norm before the outer step.
-        scaler: for half precision: the losses are scaled by it before they are differentiated, and a
-            step with a gradient that is not finite is left out.
+        scaler: for half precision. Losses are scaled by it before they are differentiated, and a step
+            whose gradient is not finite is skipped.
 
     Raises:
-        ValueError: ``alpha`` or ``clip_norm`` is out of range, the optimizer holds none of the model's
-            parameters, or ``inner_state`` does not fit strategy and optimizer.
+        ValueError: ``alpha`` or ``clip_norm`` is out of range, the optimizer cannot be used or holds none
+            of the model's parameters, or ``inner_state`` does not fit strategy and optimizer.
 
-    Source: Meta-Drop of PRISM; alpha = 0 and first order is FOMAML (Finn et al., 2017), and with one
-    SGD step the alpha term is -alpha eta_in grad L_train, so that E2 is first-order MLDG (Li et al.,
-    AAAI 2018).
+    Source: Meta-Drop of PRISM. First order with alpha = 0 is FOMAML (Finn et al., 2017). With one SGD
+    step the alpha term is -alpha eta_in grad L_train, so that E2 is first-order MLDG (Li et al., AAAI
+    2018).
 
     Example:
         >>> from prism_meta.bilevel.inner import SGD
@@ -68,22 +74,15 @@ class MetaLearner:
         objective: Objective,
         strategy: MetaStrategy,
         optimizer: Optimizer,
-        alpha: float = 0.5,
         *,
+        alpha: float = 0.5,
         inner_state: InnerState = "fresh",
-        buffers: Buffers = "isolated",
+        buffers: Buffers = "outer",
         clip_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: got {alpha}, expected a number in [0, 1]")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._learned = {n for n, p in model.named_parameters() if id(p) in held}
-        if not self._learned:
-            raise ValueError(
-                "optimizer: holds no parameter of the model; make it from model.parameters() "
-                "after the model is on its device"
-            )
         if inner_state not in ("fresh", "carried", "shared"):
             raise ValueError(
                 f"inner_state: got {inner_state!r}, expected 'fresh', 'carried' or 'shared'"
@@ -92,13 +91,27 @@ class MetaLearner:
             raise ValueError(f"buffers: got {buffers!r}, expected 'isolated', 'inner' or 'outer'")
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"clip_norm: got {clip_norm}, expected a number > 0")
+        if isinstance(optimizer, LBFGS):
+            raise ValueError(
+                "optimizer: LBFGS evaluates the loss several times in a step, which an outer step "
+                "cannot; use Adam, AdamW or SGD"
+            )
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._held = {n for n, p in model.named_parameters() if id(p) in held}
+        if not self._held:
+            raise ValueError(
+                "optimizer: holds no parameter of the model; make it from model.parameters() "
+                "after the model is on its device"
+            )
         inner: InnerOptimizer | None = getattr(strategy, "inner", None)
         if inner_state == "shared":
             _check_shared(inner, optimizer)
-        if buffers == "isolated" and any(map(_tracks_statistics, model.modules())):
+        hooked = parameters_with_hooks(model)
+        if hooked:
             warnings.warn(
-                "buffers: the model has BatchNorm statistics, and 'isolated' leaves them as they "
-                "are; give buffers='outer' to use the model with model.eval() later",
+                f"model: hooks on {', '.join(hooked)} (register_hook) do not run, as gradients are "
+                "taken at copies of the parameters; change MetaGradient.gradient between "
+                "meta_gradient() and apply() instead",
                 stacklevel=2,
             )
         self.model, self.objective, self.strategy = model, objective, strategy
@@ -107,10 +120,21 @@ class MetaLearner:
         self.clip_norm, self.scaler = clip_norm, scaler
         self._inner = inner
         hyper = {} if inner is None else dict(inner.hyper_parameters())
-        if isinstance(objective, LearnedObjective):
-            hyper |= {f"objective.{n}": p for n, p in objective.hyper_parameters().items()}
-        self._hyper = {n: p for n, p in hyper.items() if id(p) in held}
+        weights = (
+            dict(objective.hyper_parameters()) if isinstance(objective, LearnedObjective) else {}
+        )
+        self._hyper, self._weights = (
+            {n: p for n, p in values.items() if id(p) in held} for values in (hyper, weights)
+        )
+        left_out = [*(hyper.keys() - self._hyper.keys()), *(weights.keys() - self._weights.keys())]
+        if left_out:
+            warnings.warn(
+                f"optimizer: does not hold {', '.join(sorted(left_out))}, which should be learned but will "
+                "keep their values; use optimizer.add_param_group, or requires_grad_(False)",
+                stacklevel=2,
+            )
         self._carried: State | None = None
+        self._checked = False
 
     def step(self, train: Any, meta: Any) -> MetaGradient:
         """One outer step from one episode: ``meta_gradient``, then ``apply``."""
@@ -119,41 +143,62 @@ class MetaLearner:
         return result
 
     def step_episodes(self, episodes: Sequence[tuple[Any, Any]]) -> MetaGradient:
-        """One outer step from the mean over several episodes, (D_train, D_meta) each."""
+        """One outer step from the mean over several episodes, each a pair (D_train, D_meta)."""
         result = MetaGradient.mean([self.meta_gradient(train, meta) for train, meta in episodes])
         self.apply(result)
         return result
 
     def meta_gradient(self, train: Any, meta: Any) -> MetaGradient:
-        """The first half of a step: nothing is changed."""
+        """The first half of a step: nothing is changed.
+
+        The first call also checks, by one more forward pass, that the loss reaches the parameters only
+        through the model's registered names.
+
+        Raises:
+            HiddenParameterError: it reaches one in another way, or none at all.
+        """
+        batches = StepBatches.of(train)
+        if not self._checked:
+            self._check(batches.of_step(0))
         options: dict[str, Any] = {}
         if self.scaler is not None:
             options["scale"] = self._scale()
         state = self._shared_state() if self.inner_state == "shared" else self._carried
         if state is not None:
             options["state"] = state
-        return self.strategy.meta_gradient(self.model, self.objective, train, meta, **options)
+        result = self.strategy.meta_gradient(self.model, self.objective, train, meta, **options)
+        names = [id for batch in (*batches, meta) for id in getattr(batch, "case_ids", ())]
+        return replace(result, case_ids=tuple(dict.fromkeys(names)))
 
     @torch.no_grad()
     def apply(self, result: MetaGradient) -> Tensor:
-        """The second half: E2. What lies between (e.g. averaging over processes) is the caller's.
+        """The second half: E2. Anything in between, e.g. averaging over processes, is up to the caller.
 
-        Parameters that are ``result.unused`` have no gradient (None): the optimizer passes them by, and
-        neither its moments nor weight decay move them.
+        Parameters in ``result.unused`` get no gradient (None), so the optimizer skips them: neither its
+        moments nor weight decay move them.
 
         Returns:
             The norm of the meta-gradient before it is clipped.
+
+        Raises:
+            NonFiniteError: a loss, a gradient or a buffer is not finite; nothing was changed. A scaler
+                skips such a step instead.
         """
         params = {
             name: param
             for name, param in self.model.named_parameters()
-            if name in self._learned and name in result.gradient
+            if name in self._held and name in result.gradient
         }
-        targets = [*params.values(), *self._hyper.values()]
+        targets = [*params.values(), *self._hyper.values(), *self._weights.values()]
         gradients = [result.gradient[n] for n in params]
         gradients += [result.hyper_gradient[n] for n in self._hyper]
+        gradients += [result.weight_gradient[n] for n in self._weights]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if self.scaler is not None and not norm.isfinite():
+        kept = {"outer": result.buffers, "inner": result.inner_buffers, "isolated": Params()}
+        buffers = kept[self.buffers]
+        if self.scaler is None:
+            self._refuse_non_finite(result, norm, buffers)
+        elif not norm.isfinite():
             self._skip(targets)
             return norm
         factor = None if self.clip_norm is None else (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -172,16 +217,15 @@ class MetaLearner:
         self._optimize([target for target in targets if target.grad is not None])
         for name, param in params.items():
             param.add_(pulls[name])
-        taken = {"outer": result.buffers, "inner": result.inner_buffers, "isolated": {}}
         for name, buffer in self.model.named_buffers():
-            if name in taken[self.buffers]:
-                buffer.copy_(taken[self.buffers][name])
+            if name in buffers:
+                buffer.copy_(buffers[name])
         if self.inner_state == "carried":
             self._carried = result.state
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the model's and the optimizer's states."""
+        """What a checkpoint needs in addition to the model's and the optimizer's states."""
         state: dict[str, Any] = {"carried": self._carried}
         if self._inner is not None:
             state["inner"] = self._inner.state_dict()
@@ -197,33 +241,64 @@ class MetaLearner:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
 
+    def _check(self, batch: Any) -> None:
+        """Raise if the loss reaches parameters behind the engine's back; draws no random numbers."""
+        functional = FunctionalModel(self.model, self.objective)
+        with gradients_on(), functional.random_state().replayed():
+            phi = functional.leaves()
+            fault = loss_fault(self.model, phi, functional.evaluate(phi, batch).loss)
+        if fault is not None:
+            raise HiddenParameterError(str(fault))
+        self._checked = True
+
+    def _refuse_non_finite(
+        self, result: MetaGradient, norm: Tensor, buffers: Mapping[str, Tensor]
+    ) -> None:
+        """Raise if anything that the step would write is not finite: its one device synchronisation."""
+        scalars = {"train loss": result.train_loss, "meta loss": result.meta_loss}
+        floating = {n: b for n, b in buffers.items() if b.is_floating_point()}
+        pulled = result.adapted if self.alpha > 0 else {}
+        every = [*scalars.values(), norm]
+        for values in (floating, pulled):
+            if values:
+                every.append(torch.nn.utils.get_total_norm(values.values()))
+        if torch.stack([v.to(norm.device, norm.dtype).isfinite() for v in every]).all():
+            return
+        named = {**scalars, **{f"term {n}": t for n, t in result.terms.items()}}
+        wrong = [n for n, t in named.items() if not t.isfinite().all()]
+        for kind, group in (("gradient", result.gradient), ("buffer", floating), ("phi~", pulled)):
+            wrong += [f"{kind} of {n}" for n, t in group.items() if not t.isfinite().all()][:1]
+        cases = f" on cases {', '.join(result.case_ids)}" if result.case_ids else ""
+        raise NonFiniteError(
+            f"outer step: not finite{cases}: {', '.join(wrong) or 'the norm of the gradient'}; the "
+            "parameters were left as they are; check the images and targets, or lower the inner or "
+            "outer rate"
+        )
+
     def _optimize(self, targets: Sequence[Tensor]) -> None:
         """The optimizer's step on ``targets``, those of its parameters that have a gradient."""
         if not targets:
-            return  # a scaler refuses to make a step without a gradient
+            return  # a scaler refuses a step without any gradient
         if self.scaler is None:
             self.optimizer.step()
         else:
             scale = self._scale()
             for target in targets:
                 assert target.grad is not None
-                target.grad = target.grad * scale  # as GradScaler.step expects it
+                target.grad = target.grad * scale  # GradScaler.step expects scaled gradients
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _skip(self, targets: Sequence[Tensor]) -> None:
-        """Let the scaler see a gradient that is not finite: it makes no step and lowers its scale."""
+        """Show the scaler a gradient that is not finite: it takes no step and lowers its scale."""
         for target in targets:
             target.grad = torch.full_like(target, torch.inf)
         self._optimize(targets)
 
     def _scale(self) -> Tensor:
         assert self.scaler is not None
-        return self.scaler.scale(torch.ones((), device=self._device()))
-
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return self.scaler.scale(torch.ones((), device=next(self.model.parameters()).device))
 
     def _shared_state(self) -> State:
         """The outer optimizer's state, by the names of the parameters."""
@@ -237,7 +312,7 @@ class MetaLearner:
         }
 
     def _share(self, state: State, params: dict[str, nn.Parameter]) -> None:
-        """Let the outer optimizer go on from the inner one's state."""
+        """Let the outer optimizer continue from the inner one's state."""
         for name in state.keys() & params.keys():
             kept = {key: value.clone() for key, value in state[name].items()}
             self.optimizer.state[params[name]].update(kept)
@@ -250,7 +325,7 @@ def _check_shared(inner: InnerOptimizer | None, outer: Optimizer) -> None:
             "SGD, Adam or AdamW inside" if kind is None else f"torch.optim.{kind.__name__} outside"
         )
         raise ValueError(
-            f"inner_state: 'shared' needs one kind of optimizer for both steps; got "
+            f"inner_state: 'shared' needs the same kind of optimizer for both steps; got "
             f"{type(inner).__name__} inside and torch.optim.{type(outer).__name__} outside, expected "
             f"{expected}"
         )
@@ -261,9 +336,5 @@ def _check_shared(inner: InnerOptimizer | None, outer: Optimizer) -> None:
     ]
     if unsupported:
         raise ValueError(
-            f"inner_state: 'shared' does not know {', '.join(unsupported)} of the outer optimizer"
+            f"inner_state: 'shared' does not support {', '.join(unsupported)} of the outer optimizer"
         )
-
-
-def _tracks_statistics(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats

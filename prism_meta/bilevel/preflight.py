@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,16 +15,20 @@ from rich.filesize import decimal
 from rich.table import Table
 from torch import Tensor, nn
 
-from prism_meta.bilevel.inner import Params
-from prism_meta.bilevel.strategies.base import Objective
-from prism_meta.bilevel.strategies.differentiate import (
+from prism_meta.bilevel.blockers import blockers, failure_of
+from prism_meta.bilevel.functional import checks, kernels, trees
+from prism_meta.bilevel.functional.errors import (
     CheckpointError,
-    Stage,
     advice,
     operation,
     reentrant,
+    translated,
 )
-from prism_meta.bilevel.strategies.problem import Problem
+from prism_meta.bilevel.functional.model import Evaluation, FunctionalModel
+from prism_meta.bilevel.functional.protocols import Objective
+from prism_meta.bilevel.functional.recompute import placeholders
+from prism_meta.bilevel.strategies.base import GraphSizes, gradients_on
+from prism_meta.bilevel.strategies.registry import ALL_STRATEGIES
 
 
 @dataclass(frozen=True)
@@ -93,19 +97,19 @@ class Preflight:
 def preflight(model: nn.Module, objective: Objective, batch: Any, *, steps: int = 1) -> Preflight:
     """Look for what would go wrong in meta-training, on one batch; all findings at once.
 
-    It tells which modules block a second derivative and what to use instead, which parameters are
-    unused or frozen, whether BatchNorm statistics are at stake, whether loss and gradient are finite,
-    which strategies checkpointing excludes, and how much memory each would need (which is not known
-    where none can run). The model is not changed.
+    It names the modules that block a second derivative and what to use instead, parameters that are
+    unused, frozen or reached behind the engine's back, kernels that a second derivative replaces,
+    BatchNorm layers, a loss or gradient that is not finite, the strategies that checkpointing excludes,
+    and how much memory each strategy would need (unknown if none can run). The model is not changed.
 
     Args:
         model: any module.
         objective: ``objective(forward, batch)``, see ``MetaStrategy``.
-        batch: of the size that training will use.
+        batch: as large as in training.
         steps: K, the number of inner steps.
 
     Raises:
-        ValueError: the model has no trainable parameter, or the loss is not a scalar.
+        ValueError: the model cannot be trained, or the loss is not a scalar.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
@@ -114,54 +118,66 @@ def preflight(model: nn.Module, objective: Objective, batch: Any, *, steps: int 
         >>> report.ok, [finding.where for finding in report.findings]
         (True, ['1'])
     """
-    problem = Problem(model, objective)
-    random = problem.random_state()
-    try:
-        with problem.replaying(random):
-            first, second, used, finite, error = _probe(problem, batch)
-    except CheckpointError as refusal:
-        finding = Finding("error", "model", f"{refusal.module} {refusal.what}", refusal.advice)
-        return Preflight((finding, *_statistics(model), *_frozen(model)), {}, steps)
-    findings = [
-        *_not_finite(finite),
-        *_checkpoint(problem, batch, random),
-        *_blockers(problem, batch, error, random),
-        *_unused(used),
-        *_frozen(model),
-        *_statistics(model),
-    ]
+    with gradients_on():
+        functional = FunctionalModel(model, objective)
+        of_model = [*_hooks(model), *_frozen(model), *_statistics(model)]
+        try:
+            findings, memory = _of_batch(functional, batch, steps)
+        except CheckpointError as refusal:
+            what = f"{refusal.module} {refusal.what}"
+            findings, memory = [Finding("error", "model", what, refusal.advice)], {}
     rank = {"error": 0, "warning": 1, "note": 2}
-    size = sum(p.numel() * p.element_size() for p in problem.trainable.values())
-    wide = sum(p.numel() * max(8, p.element_size()) for p in problem.trainable.values()) / size
-    return Preflight(
-        tuple(sorted(findings, key=lambda f: rank[f.level])),
-        _memory(first, second, size, wide, steps),
-        steps,
+    ordered = sorted([*findings, *of_model], key=lambda f: rank[f.level])
+    return Preflight(tuple(ordered), memory, steps)
+
+
+def _of_batch(
+    model: FunctionalModel, batch: Any, steps: int
+) -> tuple[list[Finding], dict[str, int]]:
+    """What one batch shows: findings, and the memory of each strategy."""
+    phi, random = model.leaves(), model.random_state()
+    own = {t.untyped_storage().data_ptr() for t in (*phi.values(), *model.model.buffers())}
+    with random.replayed(), _SavedBytes(own) as forward, _no_lost_gradient():
+        value = model.evaluate(phi, batch)
+    replaced = _replaced_kernels(value.loss)
+    fault = checks.loss_fault(model.model, phi, value.loss)
+    if fault is not None:
+        return [Finding("error", fault.where, fault.what, fault.advice)], {}
+    foreign = list(_foreign(model, value))
+    checkpoints = list(_checkpoint(model, value))
+    del value
+    with random.replayed(), _SavedBytes(own) as both:
+        value = model.evaluate(phi, batch, twice=True)
+        gradient = value.gradient(phi, create_graph=True)
+    failure = failure_of(value, gradient)
+    findings = [
+        *_not_finite(value.loss, gradient.values()),
+        *checkpoints,
+        *([] if failure is None else _blocking(blockers(model, batch, failure, random))),
+        *_unused({name: name in gradient for name in phi}),
+        *foreign,
+        *replaced,
+    ]
+    sizes = GraphSizes(
+        forward=sum(forward.values()),
+        backward=sum(both.values()) - sum(forward.values()),
+        params=sum(p.numel() * p.element_size() for p in phi.values()),
+        float64=_growth_in_float64(phi.values()),
     )
+    memory: dict[str, int] = {}
+    for kind in ALL_STRATEGIES:
+        memory |= kind.memory(sizes, steps)
+    return findings, memory
 
 
-def _probe(
-    problem: Problem, batch: Any
-) -> tuple[int, int, dict[str, bool], dict[str, bool], str | None]:
-    """Bytes of the graph and of that of its gradient, used parameters, finiteness, and what failed."""
-    phi = problem.leaves()
-    own = {t.untyped_storage().data_ptr() for t in (*phi.values(), *problem.model.buffers())}
-    with _SavedBytes(own) as first, _no_lost_gradient():
-        value = problem.evaluate(phi, batch)
-    with _SavedBytes(own | first.keys()) as second:
-        grads = problem.reached_gradient(value.loss, phi, at=value.at, create_graph=True)
-    used = {name: name in grads for name in phi}
-    finite = {
-        "loss": bool(value.loss.isfinite()),
-        "gradient": all(bool(g.isfinite().all()) for g in grads.values()),
-    }
-    error = problem.placed(value.at, lambda: _failure([*grads.values()], [*phi.values()]))
-    return sum(first.values()), sum(second.values()), used, finite, error
+def _growth_in_float64(params: Iterable[Tensor]) -> float:
+    sizes = [(p.numel() * max(8, p.element_size()), p.numel() * p.element_size()) for p in params]
+    return sum(wide for wide, _ in sizes) / sum(own for _, own in sizes)
 
 
 @contextmanager
 def _no_lost_gradient() -> Iterator[None]:
-    """A reentrant checkpoint of an input without gradient has none for its parameters: torch warns."""
+    """Raise if a reentrant checkpoint loses gradients, which torch only warns of."""
     warning = "None of the inputs have requires_grad=True"
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=warning)
@@ -174,7 +190,7 @@ def _no_lost_gradient() -> Iterator[None]:
 
 
 class _SavedBytes:
-    """Bytes per storage that autograd saves within the context, without those of ``known``."""
+    """Bytes per storage that autograd saves within the context, except those of ``known``."""
 
     def __init__(self, known: set[int]) -> None:
         self.known = known
@@ -195,171 +211,64 @@ class _SavedBytes:
         return tensor
 
 
-def _memory(first: int, second: int, size: int, wide: float, steps: int) -> dict[str, int]:
-    """What each strategy keeps alive at its peak: graphs, and copies of the parameters.
-
-    ``wide`` is how much larger a tensor is in float64, in which FiniteDifference works.
-    """
-    both = first + second
-    return {
-        "SingleLevel": first + size,
-        "FirstOrder": first + 3 * size,
-        "Reptile": first + 2 * size,
-        "SecondOrder(graph='stored')": steps * (both + 2 * size) + first,
-        "SecondOrder(graph='recomputed')": both + (steps + 3) * size,
-        "FiniteDifference": int(wide * (first + (2 * steps + 4) * size)),
-        "ImplicitMAML": both + 6 * size,
-    }
-
-
-def _not_finite(finite: Mapping[str, bool]) -> Iterator[Finding]:
-    for name, fine in finite.items():
-        if not fine:
+def _not_finite(loss: Tensor, gradient: Iterable[Tensor]) -> Iterator[Finding]:
+    for name, values in (("loss", [loss]), ("gradient", gradient)):
+        if not all(bool(v.isfinite().all()) for v in values):
             yield Finding(
                 "error", name, "is not finite on this batch", "check the images and the targets"
             )
 
 
-def _checkpoint(problem: Problem, batch: Any, random: Any) -> Iterator[Finding]:
-    """A part that runs again when the model is differentiated, by what happens if it does so elsewhere."""
-    phi = problem.leaves()
-    with problem.replaying(random):
-        value = problem.evaluate(phi, batch)
-        try:
-            problem.reached_gradient(value.loss, phi, at=None)
-        except CheckpointError as refusal:
-            what = f"blocks SecondOrder(graph='stored'): {refusal.what}"
-            yield Finding("error", refusal.module, what, refusal.advice)
-
-
-def _blockers(problem: Problem, batch: Any, error: str | None, random: Any) -> Iterator[Finding]:
-    """The smallest modules whose second derivative fails; the objective if none of them does."""
-    if error is None:
-        return
-    calls: dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
-
-    def record(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            calls[name] = (module, _constants(args), _constants(kwargs))
-
-        return hook
-
-    handles = [
-        # Before the module runs, which may change its input in place.
-        module.register_forward_pre_hook(record(name), with_kwargs=True)
-        for name, module in problem.model.named_modules()
-    ]
-    with problem.replaying(random):
-        try:
-            problem.evaluate(problem.leaves(), batch)
-        finally:
-            for handle in handles:
-                handle.remove()
-        failing = {name: e for name, call in calls.items() if (e := _second_derivative(*call))}
-    smallest = {
-        name: e
-        for name, e in failing.items()
-        if not any(other != name and _inside(other, name) for other in failing)
-    }
-    for name, failure in (smallest or {"objective": error}).items():
-        kind = f" ({type(calls[name][0]).__name__})" if name in calls else ""
-        yield Finding(
-            "error",
-            f"{name or 'model'}{kind}",
-            f"blocks SecondOrder: {operation(failure)}",
-            advice(failure),
-        )
-
-
-def _inside(other: str, name: str) -> bool:
-    return name == "" or other.startswith(f"{name}.")
-
-
-def _second_derivative(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> str | None:
-    """What goes wrong in a second derivative of ``module`` at these inputs, if anything does."""
-    params: Params = {n: p.detach().requires_grad_() for n, p in module.named_parameters()}
-    state = {**params, **{n: b.detach().clone() for n, b in module.named_buffers()}}
-    args, kwargs = _leaves(args), _leaves(kwargs)
-    inputs = [*params.values(), *(t for t in _tensors((args, kwargs)) if t.requires_grad)]
-
-    def failure() -> str | None:
-        # Not the leaves themselves, which a module that works in place may not change.
-        given = module(*_map(args, torch.clone), **_map(kwargs, torch.clone))
-        outputs = [o for o in _tensors(given) if o.requires_grad]
-        if not outputs or not inputs:
-            return None
-        # A square, for a linear module's second derivative is 0 and is never computed.
-        loss = torch.stack([o.float().square().mean() for o in outputs]).sum()
-        grads = torch.autograd.grad(loss, inputs, create_graph=True, allow_unused=True)
-        return _failure([g for g in grads if g is not None], inputs)
-
-    return Stage(module).run(state, failure)
-
-
-def _failure(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> str | None:
-    """What goes wrong when first derivatives are differentiated again, if anything does."""
-    if _is_cut(gradients):
-        return (
-            "a function marked once_differentiable cuts the second derivative off without an error"
-        )
-    given = [g for g in gradients if g.requires_grad]
-    if not given:
-        return None
+def _checkpoint(model: FunctionalModel, value: Evaluation) -> Iterator[Finding]:
+    """Finds checkpointed modules by differentiating with placeholders for the parameters."""
+    stand_ins = placeholders(model.substitution.names.values())
+    one = torch.ones_like(value.loss)
     try:
-        torch.autograd.grad(given, inputs, [torch.ones_like(g) for g in given], allow_unused=True)
-    except (RuntimeError, NotImplementedError) as failure:
-        return str(failure)
-    return None
+        with translated():
+            model.substitution.run(
+                stand_ins, lambda: trees.vjp(value.loss, one, value.params, retain_graph=True)
+            )
+    except CheckpointError as refusal:
+        what = f"blocks SecondOrder(graph='stored'): {refusal.what}"
+        yield Finding("error", refusal.module, what, refusal.advice)
 
 
-def _is_cut(tensors: Sequence[Tensor]) -> bool:
-    """Whether the graph holds a node that is there to raise: autograd.grad passes it by in silence."""
-    nodes = [t.grad_fn for t in tensors if t.grad_fn is not None]
-    seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if node.name() == "torch::autograd::Error":
-            return True
-        parents = {parent for parent, _ in node.next_functions if parent is not None} - seen
-        seen |= parents
-        nodes += parents
-    return False
+def _blocking(found: Iterable[tuple[str, str]]) -> Iterator[Finding]:
+    for where, failure in found:
+        what = f"blocks SecondOrder: {operation(failure)}"
+        yield Finding("error", where, what, advice(failure))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in nested tuples, lists, dicts and dataclasses."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        for part in value.values():
-            yield from _tensors(part)
-    elif isinstance(value, (tuple, list)):
-        for part in value:
-            yield from _tensors(part)
-    elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            yield from _tensors(getattr(value, name))
+def _replaced_kernels(loss: Tensor) -> list[Finding]:
+    """Kernels of a first-order evaluation that a second derivative replaces."""
+    names = {node.name() for node in checks.graph_nodes(loss)}
+    return [
+        Finding("note", "SecondOrder", what, "first-order strategies keep the fast kernel")
+        for part, what in kernels.REPLACED.items()
+        if any(part in name for name in names)
+    ]
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _map(part, change) for key, part in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_map(part, change) for part in value)
-    return value
+def _foreign(model: FunctionalModel, value: Evaluation) -> Iterator[Finding]:
+    for leaf in checks.foreign_leaves(value.params, model.weights.values(), value.loss):
+        yield Finding(
+            "warning",
+            "objective",
+            f"the loss depends on a tensor of shape {tuple(leaf.shape)} that requires a gradient and is "
+            "no parameter of the model",
+            "it is never trained; register it as a parameter of the model, or detach it",
+        )
 
 
-def _constants(value: Any) -> Any:
-    return _map(value, lambda t: t.detach().clone())
-
-
-def _leaves(value: Any) -> Any:
-    return _map(value, lambda t: t.requires_grad_() if t.is_floating_point() else t)
+def _hooks(model: nn.Module) -> Iterator[Finding]:
+    hooked = checks.parameters_with_hooks(model)
+    if hooked:
+        yield Finding(
+            "warning",
+            ", ".join(hooked),
+            "hooks (register_hook) do not run, as gradients are taken at copies of the parameters",
+            "change MetaGradient.gradient between meta_gradient() and apply()",
+        )
 
 
 def _unused(used: Mapping[str, bool]) -> Iterator[Finding]:
@@ -397,8 +306,9 @@ def _statistics(model: nn.Module) -> Iterator[Finding]:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
             yield Finding(
-                "warning",
+                "note",
                 name or "model",
-                f"{type(module).__name__} keeps running statistics, which inner steps leave as they are",
-                "give MetaLearner(buffers='outer') to use model.eval() later, or use InstanceNorm",
+                f"{type(module).__name__} keeps running statistics; MetaLearner takes those of the meta "
+                "batch (buffers='outer')",
+                "for small batches, or subsets that differ within a batch, use InstanceNorm or GroupNorm",
             )

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from prism_meta.bilevel.inner import Params, State
-from prism_meta.bilevel.strategies.adapting import detached_state
-from prism_meta.bilevel.strategies.base import MetaGradient, batches_of
-from prism_meta.bilevel.strategies.problem import Problem, ProblemStrategy
+from prism_meta.bilevel.functional import kernels
+from prism_meta.bilevel.functional.model import Evaluation, FunctionalModel
+from prism_meta.bilevel.functional.trees import Params, State
+from prism_meta.bilevel.strategies.base import (
+    FunctionalStrategy,
+    MetaGradient,
+    StepBatches,
+    pack,
+    refuse_weights,
+)
 from prism_meta.integrations import load
 
 INSTALL = "pip install higher"
@@ -20,7 +26,7 @@ INSTALL = "pip install higher"
 COUNTERS = ("step", "eta", "mu")
 
 
-class HigherStrategy(ProblemStrategy):
+class HigherStrategy(FunctionalStrategy):
     """E4 or E3 through inner steps of any ``torch.optim`` optimizer that higher can differentiate.
 
     Those are SGD, Adam, Adamax, Adagrad, Adadelta and ASGD, and what is given to
@@ -77,26 +83,31 @@ class HigherStrategy(ProblemStrategy):
             raise ValueError(f"steps: got {steps}, expected at least 1 inner step")
         self.make_optimizer, self.steps, self.first_order = make_optimizer, steps, first_order
 
-    def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
-        phi = problem.leaves()
+    def solve(
+        self, model: FunctionalModel, train: StepBatches, meta: Any, state: State | None
+    ) -> MetaGradient:
+        refuse_weights(self, model)
+        phi = model.leaves()
         optimizer = self.make_optimizer(list(phi.values()))
         stepper = _differentiable(optimizer, phi, state, second=not self.first_order)
-        params, buffers, losses = phi, problem.buffers(), []
-        batches = batches_of(train)
+        params, buffers, losses = phi, model.buffers(), []
         for k in range(self.steps):
-            value = problem.evaluate(params, batches[k % len(batches)], buffers)
+            value = model.evaluate(params, train.of_step(k), buffers, twice=not self.first_order)
             losses.append(value.loss.detach())
             buffers = value.buffers
             if value.loss.requires_grad:
-                params = _step(stepper, value.loss, params, problem)
-        value = problem.evaluate(params, meta)
-        return problem.result(
-            gradient=problem.gradient(value.loss, params if self.first_order else phi),
+                params = _step(stepper, value, params)
+        value = model.evaluate_meta(params, meta)
+        gradient = value.gradient(params if self.first_order else phi)
+        return pack(
+            model,
+            gradient=gradient,
+            used=model.trainable,
             adapted=params,
             train_loss=losses[0],
             meta=value,
             inner_buffers=buffers,
-            state=detached_state(_state(stepper, optimizer, phi)),
+            state=_state(stepper, optimizer, phi),
         )
 
 
@@ -124,15 +135,22 @@ def _differentiable(optimizer: Optimizer, phi: Params, state: State | None, *, s
     return stepper
 
 
-def _step(stepper: Any, loss: Tensor, params: Params, problem: Problem) -> Params:
+def _step(stepper: Any, value: Evaluation, params: Params) -> Params:
     """One inner step; the loss is scaled, and its gradient is not."""
+    scale = value.model.scale
 
     def unscaled(grads: list[Tensor | None]) -> list[Tensor | None]:
-        return [None if g is None else g / problem.scale for g in grads]
+        return [None if g is None else g / scale for g in grads]
 
-    with torch.autocast(problem.device.type, enabled=False):
-        moved = stepper.step(
-            problem.scale * loss, params=list(params.values()), grad_callback=unscaled
+    with (
+        torch.autocast(value.model.device.type, enabled=False),
+        kernels.differentiable(value.twice),
+    ):
+        moved = value.in_place(
+            params,
+            lambda: stepper.step(
+                scale * value.loss, params=list(params.values()), grad_callback=unscaled
+            ),
         )
     return dict(zip(params, moved, strict=True))
 

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from prism_meta.bilevel.inner import Params
+from prism_meta.bilevel.functional.trees import Params
 from prism_meta.bilevel.learner import MetaLearner
 from prism_meta.bilevel.strategies import MetaGradient, Reptile
 from prism_meta.data.episodes import Augmentation, Episodes
@@ -196,6 +196,7 @@ class Trainer:
             gradient=mean(result.gradient),
             adapted=mean(result.adapted),
             hyper_gradient=mean(result.hyper_gradient),
+            weight_gradient=mean(result.weight_gradient),
             state=mean(result.state),
             buffers={**result.buffers, **mean(floating(result.buffers))},
             inner_buffers={**result.inner_buffers, **mean(floating(result.inner_buffers))},
@@ -348,7 +349,7 @@ def train(
         objective,
         meta.build(inner_lr, weight_decay=config.training.weight_decay),
         optimizer,
-        0.0 if meta.strategy == "reptile" else meta.alpha,
+        alpha=0.0 if meta.strategy == "reptile" else meta.alpha,
         inner_state=meta.inner_state,
         buffers="outer",
         clip_norm=config.training.clip_norm,

@@ -54,6 +54,6 @@ def test_no_second_derivative(steps: int) -> None:
     with pytest.raises(SecondDerivativeError) as caught:
         episode("aot_eager", pm.SecondOrder(pm.SGD(0.1), steps))
     assert str(caught.value) == (
-        "what torch.compile makes has no second derivative; use the module that was given to it, or use "
-        "FiniteDifference or FirstOrder, which need none"
+        "the output of torch.compile has no second derivative; pass the module that torch.compile was "
+        "given, or use FiniteDifference or FirstOrder, which need none"
     )

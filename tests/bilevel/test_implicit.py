@@ -24,7 +24,7 @@ from helpers import (
 from torch import Tensor
 
 from prism_meta.bilevel.inner import SGD
-from prism_meta.bilevel.strategies import ImplicitMAML
+from prism_meta.bilevel.strategies import ImplicitMAML, StepBatches
 from prism_meta.bilevel.strategies.implicit import conjugate_gradients
 
 LR = 0.1
@@ -90,10 +90,12 @@ def test_several_train_batches_are_one_loss() -> None:
     problem = mlp()
 
     def mean(forward: Callable[..., Any], batch: Any) -> Tensor:
-        parts = batch if isinstance(batch, list) else [batch]
+        parts = batch if isinstance(batch, StepBatches) else [batch]
         return torch.stack([mse(forward, part) for part in parts]).mean()
 
-    listed = replace(problem, train=[problem.train, (randn(4, 3, seed=7), randn(4, 2, seed=8))])
+    listed = replace(
+        problem, train=StepBatches([problem.train, (randn(4, 3, seed=7), randn(4, 2, seed=8))])
+    )
     strategy = ImplicitMAML(SGD(LR), 4, proximal=2.0, cg_steps=40)
     result = meta_gradient(strategy, listed)
     whole = replace(listed, objective=mean)

@@ -11,7 +11,8 @@ from helpers import F64, copies, derivative, equal, mlp, mse, randn, relative_er
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prism_meta.bilevel.inner import SGD, Adam, AdamW, InnerOptimizer, MetaSGD, Params, State
+from prism_meta.bilevel.functional.trees import Params, State
+from prism_meta.bilevel.inner import SGD, Adam, AdamW, InnerOptimizer, MetaSGD
 
 OPTIONS: list[tuple[type[InnerOptimizer], type[Optimizer], dict[str, Any]]] = [
     (SGD, torch.optim.SGD, {}),

@@ -177,7 +177,9 @@ def test_shared_is_the_published_script(
     one = outer(twin.model.parameters(), **options)
     optimizer = outer(problem.model.parameters(), **options)
     strategy = FirstOrder(inner(), steps)
-    learner = MetaLearner(problem.model, mse, strategy, optimizer, alpha, inner_state="shared")
+    learner = MetaLearner(
+        problem.model, mse, strategy, optimizer, alpha=alpha, inner_state="shared"
+    )
     for train, meta in episodes(3):
         before = copies(trainable(twin.model))
         published(twin, one, train, meta, alpha, steps)
@@ -217,7 +219,12 @@ def test_shared_leaves_an_encoder_that_is_not_shown_to_the_meta_batch(
     one = outer(twin.model.parameters(), **options)
     optimizer = outer(problem.model.parameters(), **options)
     learner = MetaLearner(
-        problem.model, problem.objective, FirstOrder(inner()), optimizer, 0, inner_state="shared"
+        problem.model,
+        problem.objective,
+        FirstOrder(inner()),
+        optimizer,
+        alpha=0,
+        inner_state="shared",
     )
     for _ in range(3):
         before = copies(trainable(problem.model))
@@ -235,7 +242,7 @@ def test_shared_passes_the_second_order_gradient_to_the_same_optimizer() -> None
     problem = mlp()
     optimizer = torch.optim.Adam(problem.model.parameters(), lr=0.05)
     strategy = SecondOrder(Adam(0.05), 2)
-    learner = MetaLearner(problem.model, mse, strategy, optimizer, 0, inner_state="shared")
+    learner = MetaLearner(problem.model, mse, strategy, optimizer, alpha=0, inner_state="shared")
     twin = mlp().model
     reference = torch.optim.Adam(twin.parameters(), lr=0.05)
     for train, meta in episodes(3):
@@ -284,7 +291,7 @@ def test_shared_needs_one_kind_of_optimizer(
     model = nn.Linear(3, 2)
     with pytest.raises(
         ValueError,
-        match=r"^inner_state: 'shared' needs one kind of optimizer for both steps; " + message,
+        match=r"^inner_state: 'shared' needs the same kind of optimizer for both steps; " + message,
     ):
         MetaLearner(
             model,
@@ -309,7 +316,7 @@ def test_shared_refuses_what_inner_optimizers_do_not_have(
     model = nn.Linear(3, 2)
     with pytest.raises(
         ValueError,
-        match=rf"^inner_state: 'shared' does not know {names} of the outer optimizer$",
+        match=rf"^inner_state: 'shared' does not support {names} of the outer optimizer$",
     ):
         MetaLearner(
             model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def test_a_learned_rate_moves_by_its_gradient_and_without_a_pull(steps: int) -> 
     problem = mlp()
     lr = nn.Parameter(torch.tensor(0.1, dtype=F64))
     optimizer = torch.optim.SGD([*problem.model.parameters(), lr], lr=OUTER)
-    learner = MetaLearner(problem.model, mse, SecondOrder(SGD(lr), steps), optimizer, 0.5)
+    learner = MetaLearner(problem.model, mse, SecondOrder(SGD(lr), steps), optimizer, alpha=0.5)
     phi = copies(trainable(problem.model))
     value = torch.tensor(0.1, dtype=F64, requires_grad=True)
     expected = oracles.hyper(mlp(), oracles.sgd(value), steps, {"lr": value})["lr"].item()
@@ -50,7 +51,13 @@ def test_a_learned_rate_that_the_optimizer_does_not_hold_stays() -> None:
     problem = mlp()
     lr = nn.Parameter(torch.tensor(0.1, dtype=F64))
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=OUTER)
-    learner = MetaLearner(problem.model, mse, SecondOrder(SGD(lr)), optimizer)
+    with pytest.warns(
+        UserWarning,
+        match=r"^optimizer: does not hold lr, which should be learned but will keep their values; use "
+        r"optimizer.add_param_group, or requires_grad_\(False\)$",
+    ) as caught:
+        learner = MetaLearner(problem.model, mse, SecondOrder(SGD(lr)), optimizer)
+    assert caught[0].filename == __file__
     assert learner.step(problem.train, problem.meta).hyper_gradient["lr"].item() != 0
     assert lr.item() == 0.1
     assert lr.grad is None
@@ -74,7 +81,8 @@ def test_a_parameter_may_have_the_name_of_a_hyper_parameter(held: bool) -> None:
     phi, lr = copies(trainable(problem.model)), nn.Parameter(torch.tensor(0.1, dtype=F64))
     params = [*problem.model.parameters(), *([lr] if held else [])]
     optimizer = torch.optim.SGD(params, lr=OUTER)
-    learner = MetaLearner(problem.model, mse, SecondOrder(SGD(lr)), optimizer, alpha=0)
+    with nullcontext() if held else pytest.warns(UserWarning, match="does not hold lr"):
+        learner = MetaLearner(problem.model, mse, SecondOrder(SGD(lr)), optimizer, alpha=0)
     result = learner.step(problem.train, problem.meta)
     moved = {n: p - phi[n] for n, p in trainable(problem.model).items()}
     assert relative_error(moved, {n: -OUTER * g for n, g in result.gradient.items()}) <= 1e-12

@@ -47,7 +47,11 @@ def update(
     model = deepcopy(problem.model)
     before = copies(trainable(model))
     learner = MetaLearner(
-        model, problem.objective, strategy, torch.optim.SGD(model.parameters(), lr=outer), alpha
+        model,
+        problem.objective,
+        strategy,
+        torch.optim.SGD(model.parameters(), lr=outer),
+        alpha=alpha,
     )
     result = learner.step(problem.train, problem.meta)
     return {n: p - before[n] for n, p in trainable(model).items()}, result
@@ -213,16 +217,10 @@ def test_single_level_takes_the_statistics_of_the_train_batch() -> None:
     assert equal(dict(problem.model.named_buffers()), dict(twin.named_buffers()))
 
 
-def test_isolated_statistics_stay_and_the_user_is_told() -> None:
+def test_isolated_statistics_stay() -> None:
     problem = batch_norm()
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=OUTER)
-    with pytest.warns(
-        UserWarning,
-        match=r"^buffers: the model has BatchNorm statistics, and 'isolated' leaves them as they "
-        r"are; give buffers='outer' to use the model with model.eval\(\) later$",
-    ) as caught:
-        learner = MetaLearner(problem.model, mse, FirstOrder(SGD(INNER)), optimizer)
-    assert caught[0].filename == __file__
+    learner = MetaLearner(problem.model, mse, FirstOrder(SGD(INNER)), optimizer, buffers="isolated")
     initial = copies(dict(problem.model.named_buffers()))
     learner.step(problem.train, problem.meta)
     assert equal(dict(problem.model.named_buffers()), initial)
@@ -242,7 +240,7 @@ def test_a_step_over_episodes_is_made_from_their_mean() -> None:
     episodes = [(problem.train, problem.meta), *others]
     phi, model = copies(trainable(problem.model)), deepcopy(problem.model)
     optimizer = torch.optim.SGD(model.parameters(), lr=OUTER)
-    learner = MetaLearner(model, mse, SecondOrder(SGD(INNER), 2), optimizer, 0.4)
+    learner = MetaLearner(model, mse, SecondOrder(SGD(INNER), 2), optimizer, alpha=0.4)
     results = [learner.meta_gradient(*episode) for episode in episodes]
     mean = learner.step_episodes(episodes)
     moved = {n: p - phi[n] for n, p in trainable(model).items()}
@@ -270,7 +268,9 @@ def test_steps_lower_the_meta_loss() -> None:
 def test_alpha_out_of_range_is_refused(alpha: float) -> None:
     model = nn.Linear(3, 2)
     with pytest.raises(ValueError, match=rf"^alpha: got {alpha}, expected a number in \[0, 1\]$"):
-        MetaLearner(model, mse, SingleLevel(), torch.optim.SGD(model.parameters(), lr=1), alpha)
+        MetaLearner(
+            model, mse, SingleLevel(), torch.optim.SGD(model.parameters(), lr=1), alpha=alpha
+        )
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_the_meta_gradient_is_clipped_to_a_norm_and_the_pull_is_not(
     phi = copies(trainable(problem.model))
     optimizer = torch.optim.SGD(problem.model.parameters(), lr=OUTER)
     strategy = SecondOrder(SGD(INNER), 2)
-    learner = MetaLearner(problem.model, mse, strategy, optimizer, 0.5, clip_norm=clip_norm)
+    learner = MetaLearner(problem.model, mse, strategy, optimizer, alpha=0.5, clip_norm=clip_norm)
     result = learner.meta_gradient(problem.train, problem.meta)
     norm = learner.apply(result)
     flat = oracles.flat(result.gradient)

@@ -54,6 +54,7 @@ from prism_meta.bilevel.strategies import (
     MetaStrategy,
     SecondDerivativeError,
     SecondOrder,
+    StepBatches,
 )
 
 
@@ -109,7 +110,7 @@ def test_parameters_that_are_not_adapted_get_their_gradient(
 @every_order
 def test_step_k_takes_batch_k_modulo_their_number(kind: Kind, oracle: Oracle, steps: int) -> None:
     batches = [(randn(4, 3, seed=s), randn(4, 2, seed=s + 1)) for s in (80, 82, 84)]
-    problem = replace(mlp(), train=batches)
+    problem = replace(mlp(), train=StepBatches(batches))
     result = meta_gradient(kind(SGD(LR), steps), problem)
     assert relative_error(result.gradient, oracle(problem, LR, steps)) <= EXACT
     before = oracles.loss(problem, trainable(problem.model), batches[0])
@@ -247,11 +248,12 @@ def test_second_order_equals_finite_differences(
 
 
 def attention() -> Problem:
-    """Fused attention, whose backward pass has no derivative on the CPU."""
+    """Attention that insists on the fused kernel, whose backward pass has no derivative."""
 
     def objective(forward: Callable[..., Any], batch: Any) -> Any:
         q, k, v = forward(batch).unflatten(-1, (3, 1, 4)).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).square().mean()
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v).square().mean()
 
     model = nn.Linear(6, 12, dtype=F64)
     return Problem("attention", model, objective, randn(2, 5, 6, seed=1), randn(2, 5, 6, seed=2))
@@ -267,19 +269,15 @@ def test_an_operation_without_second_derivative_is_named_with_what_to_do(
 ) -> None:
     problem = attention()
     message = (
-        "scaled_dot_product_flash_attention_for_cpu has no second derivative; run it within "
-        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), or use FiniteDifference "
-        "or FirstOrder, which need none; preflight(model, objective, batch) names the module"
+        "scaled_dot_product_flash_attention_for_cpu has no second derivative; call it through "
+        "torch.nn.functional.scaled_dot_product_attention without choosing a backend, or use "
+        "FiniteDifference or FirstOrder, which need none; preflight(model, objective, batch) names the "
+        "module"
     )
-    with (
-        sdpa_kernel(SDPBackend.FLASH_ATTENTION),
-        pytest.raises(SecondDerivativeError, match=f"^{re.escape(message)}$") as caught,
-    ):
+    with pytest.raises(SecondDerivativeError, match=f"^{re.escape(message)}$") as caught:
         meta_gradient(strategy, problem)
     assert isinstance(caught.value, RuntimeError)
     assert re.search(r"flash_attention.*not implemented", str(caught.value.__cause__))
-    with sdpa_kernel(SDPBackend.MATH):
-        meta_gradient(strategy, problem)
 
 
 def test_other_errors_of_torch_are_left_as_they_are() -> None:

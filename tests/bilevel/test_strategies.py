@@ -41,6 +41,7 @@ from prism_meta.bilevel.strategies import (
     Reptile,
     SecondOrder,
     SingleLevel,
+    StepBatches,
 )
 
 LR = 0.1
@@ -226,21 +227,18 @@ def test_keyword_arguments_reach_the_model(strategy: MetaStrategy) -> None:
 
 
 @every_variant
-def test_a_list_of_tensors_is_one_batch_and_a_list_of_a_batch_is_that_batch(
-    strategy: MetaStrategy,
-) -> None:
+def test_one_batch_for_all_steps_or_one_for_each(strategy: MetaStrategy) -> None:
     problem = mlp()
     expected = meta_gradient(strategy, problem).gradient
-    for train in (list(problem.train), [problem.train]):
+    for train in (list(problem.train), StepBatches([problem.train])):
         assert equal(meta_gradient(strategy, replace(problem, train=train)).gradient, expected)
 
 
 @every_variant
-def test_an_empty_list_of_batches_is_refused(strategy: MetaStrategy) -> None:
-    with pytest.raises(
-        ValueError, match=r"^train: got an empty list, expected at least one batch$"
-    ):
-        meta_gradient(strategy, replace(mlp(), train=[]))
+def test_no_batch_is_refused(strategy: MetaStrategy) -> None:
+    message = "train: got StepBatches without a batch, expected at least one"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        meta_gradient(strategy, replace(mlp(), train=StepBatches()))
 
 
 @every_variant
@@ -360,7 +358,9 @@ def test_single_level_is_the_gradient_of_the_train_loss(
 
 def test_single_level_learns_from_the_first_of_several_batches() -> None:
     problem = mlp()
-    result = meta_gradient(SingleLevel(), replace(problem, train=[problem.train, problem.meta]))
+    result = meta_gradient(
+        SingleLevel(), replace(problem, train=StepBatches([problem.train, problem.meta]))
+    )
     assert equal(result.gradient, meta_gradient(SingleLevel(), problem).gradient)
 
 

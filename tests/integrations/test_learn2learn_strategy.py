@@ -37,7 +37,7 @@ from torch import nn
 
 from prism_meta.bilevel import inner as ours
 from prism_meta.bilevel.learner import MetaLearner
-from prism_meta.bilevel.strategies import FirstOrder, SecondOrder
+from prism_meta.bilevel.strategies import FirstOrder, SecondOrder, StepBatches
 from prism_meta.integrations.learn2learn import Learn2LearnStrategy
 from prism_meta.networks.fusion import MeanFusion
 
@@ -181,7 +181,7 @@ def test_nothing_of_the_result_requires_grad(make_learner: Make) -> None:
 
 def test_a_list_of_batches_goes_over_the_inner_steps() -> None:
     problem = mlp()
-    train = [problem.train, problem.meta]
+    train = StepBatches([problem.train, problem.meta])
     args = problem.model, problem.objective, train, problem.meta
     result = Learn2LearnStrategy(maml(problem.model), 3).meta_gradient(*args)
     expected = SecondOrder(ours.SGD(LR), 3).meta_gradient(*args)
@@ -303,5 +303,5 @@ def test_what_learn2learn_cannot_do_is_refused() -> None:
     with pytest.raises(ValueError, match="has no trainable parameter"):
         model = nn.Linear(3, 2).requires_grad_(False)
         Learn2LearnStrategy(maml(model)).meta_gradient(model, mse, problem.train, problem.meta)
-    with pytest.raises(ValueError, match="train: got an empty list"):
-        strategy.meta_gradient(problem.model, problem.objective, [], problem.meta)
+    with pytest.raises(ValueError, match="train: got StepBatches without"):
+        strategy.meta_gradient(problem.model, problem.objective, StepBatches(), problem.meta)

@@ -179,18 +179,9 @@ def test_what_preflight_says_about_flash_attention_is_so() -> None:
             module.inplace = False
     model, data = wrap(net, NAMES), batch("UNETR", MASK.tolist(), seed=8)
     report = preflight(model, PrismObjective(), data)
-    assert [f.where for f in report.findings if f.level == "error"] == [
-        f"net.vit.blocks.{k}.attn (SABlock)" for k in range(12)
-    ]
-    (what,) = {f.what for f in report.findings if f.level == "error"}
-    assert re.fullmatch(
-        r"blocks SecondOrder: scaled_dot_product_\w+ has no second derivative", what
-    )
-    second = SecondOrder(SGD(0.05))
-    with pytest.raises(RuntimeError, match="scaled_dot_product"):
-        second.meta_gradient(model, PrismObjective(), data, data)
+    assert report.ok
+    notes = [f.what for f in report.findings if f.where == "SecondOrder"]
+    assert len(notes) == 1 and notes[0].startswith("attention runs its math backend")
     first = FirstOrder(SGD(0.05)).meta_gradient(model, PrismObjective(), data, data)
-    assert bool(first.meta_loss.isfinite())
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        advised = second.meta_gradient(model, PrismObjective(), data, data)
-    torch.testing.assert_close(advised.meta_loss, first.meta_loss)
+    second = SecondOrder(SGD(0.05)).meta_gradient(model, PrismObjective(), data, data)
+    torch.testing.assert_close(second.meta_loss, first.meta_loss)

@@ -1,48 +1,46 @@
-"""What a strategy is given and what it returns."""
+"""What a strategy is given, what it returns, and what it says about itself."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from prism_meta.bilevel.inner import Params, State
-
-Forward = Callable[..., Any]
-
-
-@runtime_checkable
-class ObjectiveValue(Protocol):
-    """What an objective may return instead of a scalar tensor."""
-
-    @property
-    def loss(self) -> Tensor:
-        """The scalar to minimise."""
-
-    @property
-    def terms(self) -> Mapping[str, Tensor]:
-        """Its components, for logs."""
+from prism_meta.bilevel.functional.model import Evaluation, FunctionalModel
+from prism_meta.bilevel.functional.protocols import Objective
+from prism_meta.bilevel.functional.trees import Params, State, detached, filled
 
 
-Objective = Callable[[Forward, Any], "Tensor | ObjectiveValue"]
+class StepBatches(tuple[Any, ...]):
+    """Train batches for the inner steps: step k gets batch k modulo their number.
 
+    Example:
+        >>> StepBatches([1, 2]).of_step(2)
+        1
+    """
 
-@runtime_checkable
-class LearnedObjective(Protocol):
-    """An objective with weights that are learned through the inner steps (E12)."""
+    def of_step(self, k: int) -> Any:
+        """The batch of inner step ``k``."""
+        return self[k % len(self)]
 
-    def hyper_parameters(self) -> Mapping[str, Tensor]:
-        """The free parameters by name, leaves of a graph; L_train depends on them."""
+    @classmethod
+    def of(cls, train: Any) -> StepBatches:
+        """``train`` itself if it is a ``StepBatches``, else one batch for all steps.
 
-    @property
-    def meta_objective(self) -> Objective:
-        """The objective of L_meta, which does not."""
+        Raises:
+            ValueError: there is no batch.
+        """
+        batches = train if isinstance(train, cls) else cls([train])
+        if not batches:
+            raise ValueError("train: got StepBatches without a batch, expected at least one")
+        return batches
 
 
 @dataclass(frozen=True)
@@ -51,18 +49,19 @@ class MetaGradient:
 
     Args:
         gradient: G of E2, one entry per trainable parameter, shaped like it.
-        adapted: phi~, likewise; parameters that are not adapted have their value of phi.
+        adapted: phi~, one entry per trainable parameter; those that are not adapted have phi's value.
         train_loss: L_train at phi, before the first inner step; scalar.
         meta_loss: L_meta at phi~; scalar.
         terms: the components of the meta loss, as the objective names them.
-        buffers: the model's buffers after the meta batch alone.
+        buffers: the model's buffers after the meta batch, starting from the model's own.
         inner_buffers: the model's buffers after the inner steps.
-        hyper_gradient: d L_meta / d of the inner optimizer's learned hyper-parameters, and of the
-            objective's learned weights under ``objective.<name>``.
+        hyper_gradient: d L_meta / d of the inner optimizer's learned hyper-parameters.
+        weight_gradient: d L_meta / d of the objective's learned weights (E12).
         state: of the inner optimizer after the last inner step.
         diagnostics: how well the strategy solved its own problem, e.g. a residual.
-        unused: names of the parameters that no batch of the episode reached, e.g. the encoder of a
-            modality that none of them shows. Their gradient is 0, and ``MetaLearner`` passes them by.
+        unused: names of the parameters that no batch of the episode used, e.g. the encoder of a
+            modality that none of them shows. Their gradient is 0, and ``MetaLearner`` skips them.
+        case_ids: names of the samples in the batches, for messages; ``MetaLearner`` fills them in.
     """
 
     gradient: Params
@@ -73,16 +72,18 @@ class MetaGradient:
     buffers: Params = field(default_factory=dict)
     inner_buffers: Params = field(default_factory=dict)
     hyper_gradient: Params = field(default_factory=dict)
+    weight_gradient: Params = field(default_factory=dict)
     state: State = field(default_factory=dict)
     diagnostics: dict[str, Tensor] = field(default_factory=dict)
     unused: frozenset[str] = frozenset()
+    case_ids: tuple[str, ...] = ()
 
     @staticmethod
     def mean(results: Sequence[MetaGradient]) -> MetaGradient:
         """The mean over several episodes that started at the same phi.
 
-        Integer buffers are the first episode's; an optimizer's state of a parameter is the mean over
-        the episodes that used it; unused is what all of them leave unused.
+        Integer buffers are the first episode's. An optimizer's state of a parameter is the mean over
+        the episodes that used it. A parameter is unused if no episode used it.
 
         Raises:
             ValueError: there is no episode.
@@ -95,11 +96,12 @@ class MetaGradient:
         def over(values: Sequence[Any]) -> Any:
             first = values[0]
             if isinstance(first, Tensor):
-                if not first.is_floating_point():
-                    return first
-                return torch.stack(tuple(values)).mean(0)
+                averaged = first.is_floating_point() or first.is_complex()
+                return torch.stack(tuple(values)).mean(0) if averaged else first
             if isinstance(first, frozenset):
                 return first.intersection(*values[1:])
+            if isinstance(first, tuple):
+                return sum(values, ())
             keys = {key: None for value in values for key in value}
             return {key: over([value[key] for value in values if key in value]) for key in keys}
 
@@ -112,8 +114,8 @@ class GraphSizes:
     """Bytes that a strategy's memory is estimated from.
 
     Args:
-        forward: what autograd keeps of one evaluation of L.
-        backward: what it keeps beside that of the gradient, where that has a graph of its own.
+        forward: what autograd saves for one evaluation of L.
+        backward: what it saves in addition for a gradient that has a graph of its own.
         params: one copy of the trainable parameters.
         float64: how much larger all of these are in float64.
     """
@@ -125,22 +127,22 @@ class GraphSizes:
 
 
 class MetaStrategy(ABC):
-    """Base of the strategies: one class, one method, no state between calls.
+    """Base of the strategies: one method, no state between calls.
 
-    What configurations, tables and tests need to know of a class, the class says itself.
+    The class itself says what configurations, tables and tests need to know about it.
     """
 
     #: Name in configurations: ``meta.strategy = "first_order"``.
     name: ClassVar[str]
     #: Time at K = 1, in forward and backward passes of the objective.
     units: ClassVar[str]
-    #: What ``MetaGradient.gradient`` is, which names the oracle that the test suite compares it with.
+    #: What ``MetaGradient.gradient`` is; the common test suite has an oracle for each.
     equation: ClassVar[str]
-    #: Whether it makes inner steps: the constructor then takes an inner optimizer and their number.
+    #: Whether it takes inner steps: its constructor then takes an inner optimizer and their number.
     adapts: ClassVar[bool] = True
-    #: Whether L_meta is differentiated through the inner steps, so that learned weights have a gradient.
+    #: Whether L_meta is differentiated, so that the objective's learned weights get a gradient.
     has_meta_gradient: ClassVar[bool] = True
-    #: Further arguments of the constructor that a configuration may give, by their names.
+    #: Further keyword arguments of the constructor that a configuration may set.
     options: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -151,7 +153,7 @@ class MetaStrategy(ABC):
     def outer(
         self, params: Sequence[nn.Parameter], total_steps: int
     ) -> tuple[Optimizer, LRScheduler] | None:
-        """The outer optimizer and its schedule, where the method prescribes them; alpha is 0 then."""
+        """The outer optimizer and its schedule if the method prescribes them; alpha is 0 then."""
         return None
 
     @abstractmethod
@@ -169,26 +171,101 @@ class MetaStrategy(ABC):
 
         Args:
             model: any module; its parameters and buffers are read, never written.
-            objective: ``objective(forward, batch)`` gives a scalar, or has ``.loss`` and ``.terms``. A
-                ``LearnedObjective`` is that of L_train, and its ``meta_objective`` that of L_meta.
-            train: D_train, passed to the objective as it is. A list of batches gives inner step k the
-                batch k modulo their number; a list that holds tensors is one batch, as a
-                ``DataLoader`` makes it.
+            objective: ``objective(forward, batch)`` returns a scalar, or has ``.loss`` and ``.terms``.
+                A ``LearnedObjective`` is that of L_train, and its ``meta_objective`` that of L_meta.
+            train: D_train, passed to the objective as it is; ``StepBatches`` for one batch per step.
             meta: D_meta, passed to the objective as it is.
-            state: of the inner optimizer, to start from; fresh unless given.
-            scale: losses are multiplied by it before they are differentiated, and gradients divided by
-                it after, which keeps half precision from underflow.
+            state: of the inner optimizer, to start from. Defaults to a fresh one.
+            scale: losses are multiplied by it before they are differentiated and gradients divided by
+                it afterwards, which keeps half precision from underflow.
 
         Raises:
-            ValueError: the model has no trainable parameter, the loss is not a scalar, or ``train`` is
-                an empty list.
+            ValueError: the model cannot be trained, or the loss is not a scalar.
+            RuntimeError: it is called in ``torch.inference_mode()``.
         """
 
 
-def batches_of(train: Any) -> list[Any]:
-    """The train batches of the inner steps; see ``MetaStrategy.meta_gradient``."""
-    if not isinstance(train, list) or any(isinstance(part, Tensor) for part in train):
-        return [train]
-    if not train:
-        raise ValueError("train: got an empty list, expected at least one batch")
-    return train
+class FunctionalStrategy(MetaStrategy):
+    """Base of the strategies that evaluate a ``FunctionalModel``; a new one writes only ``solve``."""
+
+    def meta_gradient(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        train: Any,
+        meta: Any,
+        *,
+        state: State | None = None,
+        scale: Tensor | float = 1.0,
+    ) -> MetaGradient:
+        with gradients_on():
+            functional = FunctionalModel(model, objective, scale=scale)
+            if not self.has_meta_gradient:
+                refuse_weights(self, functional)
+            return self.solve(functional, StepBatches.of(train), meta, state)
+
+    @abstractmethod
+    def solve(
+        self, model: FunctionalModel, train: StepBatches, meta: Any, state: State | None
+    ) -> MetaGradient:
+        """The meta-gradient of one episode; the arguments are those of ``meta_gradient``."""
+
+
+def pack(
+    model: FunctionalModel,
+    *,
+    gradient: Params,
+    used: Iterable[str],
+    adapted: Params,
+    train_loss: Tensor,
+    meta: Evaluation,
+    **more: Any,
+) -> MetaGradient:
+    """A result with everything detached, in the order of the model's parameters.
+
+    Args:
+        model: that was evaluated.
+        gradient: may lack parameters that are not used.
+        used: names of the parameters that some loss of the episode depends on.
+        adapted: phi~; may lack parameters that are not adapted.
+        train_loss: L_train at phi.
+        meta: the evaluation of L_meta.
+        more: further fields of ``MetaGradient``.
+    """
+    used, phi = set(used), model.trainable
+    return MetaGradient(
+        gradient=detached(filled(gradient, phi)),
+        # Copies, as the outer step will change the model's memory.
+        adapted={n: p.detach().clone() for n, p in {**phi, **adapted}.items()},
+        train_loss=train_loss.detach(),
+        meta_loss=meta.loss.detach(),
+        terms={name: term.detach() for name, term in meta.terms.items()},
+        unused=frozenset(n for n in phi if n not in used),
+        **{"buffers": meta.buffers, **detached(more)},
+    )
+
+
+def refuse_weights(strategy: MetaStrategy, model: FunctionalModel) -> None:
+    """Raise if the objective has learned weights, to which ``strategy`` gives no gradient."""
+    if model.weights:
+        raise ValueError(
+            f"objective: {type(strategy).__name__} gives its learned weights "
+            f"({', '.join(model.weights)}) no gradient; use FirstOrder or SecondOrder, or an objective "
+            "with fixed weights"
+        )
+
+
+@contextmanager
+def gradients_on() -> Iterator[None]:
+    """Record gradients within the context, also if the caller switched them off.
+
+    Raises:
+        RuntimeError: the caller is in ``torch.inference_mode()``.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "meta_gradient: called in torch.inference_mode(), whose tensors can have no gradient; call "
+            "it outside (torch.no_grad() does no harm)"
+        )
+    with torch.enable_grad():
+        yield

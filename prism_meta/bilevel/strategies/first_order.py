@@ -1,33 +1,41 @@
-"""Strategies that need first derivatives alone: one level, E3, and Reptile."""
+"""Strategies that need only first derivatives: one level, E3, and Reptile."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
-from prism_meta.bilevel.inner import InnerOptimizer, Params, State
-from prism_meta.bilevel.strategies.adapting import Adapted, Adapting, Trajectory, detached_state
-from prism_meta.bilevel.strategies.base import GraphSizes, MetaGradient, batches_of
-from prism_meta.bilevel.strategies.problem import (
-    NOWHERE,
-    Problem,
-    ProblemStrategy,
-    detached,
-    filled,
+from prism_meta.bilevel.functional.forward_mode import mixed_derivative
+from prism_meta.bilevel.functional.model import FunctionalModel
+from prism_meta.bilevel.functional.recompute import ReplayCheck
+from prism_meta.bilevel.functional.trees import Params, State, zeros
+from prism_meta.bilevel.strategies.adjoint import (
+    AdjointStrategy,
+    Cotangent,
+    Curvature,
+    Linearization,
 )
+from prism_meta.bilevel.strategies.base import (
+    FunctionalStrategy,
+    GraphSizes,
+    MetaGradient,
+    StepBatches,
+    pack,
+)
+from prism_meta.bilevel.strategies.inner_loop import AdaptingStrategy, InnerStep
 
 
-class SingleLevel(ProblemStrategy):
-    """One level: the gradient of L_train at phi, which is also phi~; the meta batch is only looked at.
+class SingleLevel(FunctionalStrategy):
+    """One level: the gradient of L_train at phi, which is also phi~. The meta batch is only measured.
 
-    Use it as the baseline. ``meta_loss`` is evaluated without a gradient, so that curves of all
-    strategies can be laid side by side. For the control that sees as many cases as a meta-learner
-    does, give it a train batch of twice the size. Of a list of train batches it takes the first.
+    Use it as the baseline. ``meta_loss`` is evaluated without a gradient, so that the curves of all
+    strategies can be compared. A control that sees as many cases as a meta-learner does takes a train
+    batch of twice the size. It uses the first of several ``StepBatches``.
 
     Example:
         >>> from torch import nn
@@ -41,7 +49,7 @@ class SingleLevel(ProblemStrategy):
 
     name = "single_level"
     units = "1 1/3"
-    equation = "grad L_train at phi"
+    equation = "grad L_train"
     adapts = False
     has_meta_gradient = False
 
@@ -49,36 +57,39 @@ class SingleLevel(ProblemStrategy):
     def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
         return {cls.__name__: sizes.forward + sizes.params}
 
-    def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
-        phi = problem.leaves()
-        value = problem.evaluate(phi, batches_of(train)[0])
-        gradient = problem.reached_gradient(value.loss, phi, at=value.at)
+    def solve(
+        self, model: FunctionalModel, train: StepBatches, meta: Any, state: State | None
+    ) -> MetaGradient:
+        phi = model.leaves()
+        value = model.evaluate(phi, train.of_step(0))
+        gradient = value.gradient(phi)
         with torch.no_grad():
-            meta_value = problem.evaluate_meta(phi, meta)
-        return problem.result(
+            measured = model.evaluate_meta(phi, meta)
+        return pack(
+            model,
             gradient=gradient,
-            reached=gradient,
+            used=gradient,
             adapted=phi,
             train_loss=value.loss,
-            meta=meta_value,
-            # The model learnt from the train batch, so these are the buffers of the outer step.
+            meta=measured,
+            # The model learns from the train batch, so the outer step takes its buffers from there.
             buffers=value.buffers,
             inner_buffers=value.buffers,
         )
 
 
-class FirstOrder(Adapting):
+class FirstOrder(AdjointStrategy):
     """E3: the gradient of L_meta at phi~, with phi~ taken as a constant.
 
-    Use it first: two units per step at K = 1, and no second derivative is needed. It ignores how
-    phi~ depends on phi, an error of order eta_in. Learned hyper-parameters, and the objective's learned
-    weights (E12, by one forward-mode pass per inner step), get their gradient with the inner gradients
-    taken as constants of phi, which at K = 1 is exact.
+    Use it first: two units of time at K = 1, and no second derivative is needed. It ignores how phi~
+    depends on phi, an error of order eta_in. Learned hyper-parameters of the inner optimizer and learned
+    weights of the objective (E12, by one forward-mode pass per inner step) do get their gradient. It
+    takes the inner gradients as constants of phi, which is exact at K = 1.
 
     Args:
         inner: the inner optimizer, e.g. ``SGD(0.05)``.
         steps: K, the number of inner steps.
-        adapt: says by name which parameters inner steps move; all unless given.
+        adapt: predicate on parameter names: which parameters the inner steps move. Defaults to all.
 
     Source: FOMAML, Finn et al., ICML 2017; Nichol et al., 2018.
 
@@ -101,59 +112,40 @@ class FirstOrder(Adapting):
     def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
         return {cls.__name__: sizes.forward + 3 * sizes.params}
 
-    learns_objective = True
+    def records(self, model: FunctionalModel) -> bool:
+        return bool(self.inner.hyper_parameters() or model.weights)
 
-    def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
-        record: Literal["updates", "nothing"] = "updates" if problem.learned else "nothing"
-        inner = self.walk(problem, train, state, record=record)
-        leaves = detached({**inner.fixed, **inner.params}, requires_grad=True)
-        value = problem.evaluate_meta(leaves, meta)
-        gradient = problem.reached_gradient(value.loss, leaves, at=value.at)
-        return problem.result(
-            gradient=gradient,
-            reached=gradient.keys() | inner.reached,
-            adapted=inner.params,
-            train_loss=inner.train_loss,
-            meta=value,
-            inner_buffers=inner.buffers,
-            hyper_gradient=self._hyper_gradient(problem, inner, filled(gradient, leaves)),
-            state=detached_state(inner.state),
-        )
+    def total(self, at_adapted: Params, cotangent: Cotangent) -> Params:
+        return at_adapted
 
-    def _hyper_gradient(self, problem: Problem, inner: Trajectory, gradient: Params) -> Params:
-        """From grad L_meta at phi~ back through the updates, and from each inner gradient by E12."""
-        inputs = dict(self.inner.hyper_parameters())
-        for k, step in enumerate(inner.steps):
-            inputs |= {f"{k} {n}": g for n, g in (step.gradient or {}).items()}
-        pulled = problem.pull_back(
-            list(inner.params.values()),
-            [gradient[n] for n in inner.params],
-            inputs,
-            at=NOWHERE,
-        )
-        pulled = filled(pulled, inputs)
-        weights = {n: torch.zeros_like(w) for n, w in problem.learned.items()}
-        for k, step in enumerate(inner.steps):
-            direction = {n: pulled[f"{k} {n}"] for n in step.gradient or {}}
-            with problem.replaying(step.random):
-                part = problem.mixed_derivative(
-                    step.params, inner.fixed, direction, step.batch, step.buffers
-                )
-            weights = {n: w + part[n] for n, w in weights.items()}
-        return {**{n: pulled[n] for n in self.inner.hyper_parameters()}, **weights}
+    def linearize(
+        self, model: FunctionalModel, step: InnerStep, fixed: Params, check: ReplayCheck
+    ) -> Linearization:
+        def curvature(vector: Params) -> Curvature:
+            by_weights: Any = zeros(model.weights)
+            if model.weights:
+                with step.random.replayed():
+                    by_weights, loss = mixed_derivative(
+                        model, {**fixed, **step.params}, vector, step.batch, step.buffers
+                    )
+                check.add(step.loss, loss)
+            return Curvature(zeros(step.params), zeros(fixed), by_weights)
+
+        return Linearization(step.gradient, curvature, {})
 
 
-class Reptile(Adapting):
+class Reptile(AdaptingStrategy):
     """G = phi - phi~: the outer step moves phi towards the adapted parameters.
 
-    With ``torch.optim.SGD(lr=1)`` outside and alpha = 0 the outer rate is Reptile's epsilon;
-    ``schedule`` lets it grow from 0.1 to 1 over training. The meta batch is only looked at. (With any
+    With ``torch.optim.SGD(lr=1)`` outside and alpha = 0 the outer rate is Reptile's epsilon, and
+    ``schedule`` lets it grow from 0.1 to 1 over training. The meta batch is only measured. (With any
     strategy, eta_out = 0 in E2 is Reptile too, with alpha as its epsilon.)
 
     Args:
         inner: the inner optimizer, e.g. ``SGD(0.05)``.
         steps: K, the number of inner steps; with K = 1 this is plain training.
-        adapt: says by name which parameters inner steps move; the others get no gradient.
+        adapt: predicate on parameter names: which parameters the inner steps move. The others get no
+            gradient. Defaults to all.
 
     Raises:
         ValueError: ``inner`` has learned hyper-parameters, for which Reptile has no gradient.
@@ -175,30 +167,27 @@ class Reptile(Adapting):
     units = "1 1/3"
     equation = "phi - phi~"
     has_meta_gradient = False
+    learns_hyper_parameters = False
 
     @classmethod
     def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
         return {cls.__name__: sizes.forward + 2 * sizes.params}
 
-    def __init__(
-        self, inner: InnerOptimizer, steps: int = 1, *, adapt: Adapted | None = None
-    ) -> None:
-        super().__init__(inner, steps, adapt=adapt)
-        self.refuse_learned()
-
-    def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
-        inner = self.walk(problem, train, state)
+    def solve(
+        self, model: FunctionalModel, train: StepBatches, meta: Any, state: State | None
+    ) -> MetaGradient:
+        inner = self.adapt_detached(model, train, state)
         with torch.no_grad():
-            value = problem.evaluate_meta({**inner.fixed, **inner.params}, meta)
-        moved = {n: problem.trainable[n].detach() - p for n, p in inner.params.items()}
-        return problem.result(
-            gradient=moved,
-            reached=inner.reached,
+            measured = model.evaluate_meta(inner.everything, meta)
+        return pack(
+            model,
+            gradient={n: model.trainable[n].detach() - p for n, p in inner.params.items()},
+            used=inner.used,
             adapted=inner.params,
             train_loss=inner.train_loss,
-            meta=value,
+            meta=measured,
             inner_buffers=inner.buffers,
-            state=detached_state(inner.state),
+            state=inner.state,
         )
 
     def outer(

@@ -1,34 +1,47 @@
-"""The meta-gradient of a regularised inner problem, from its solution alone."""
+"""The meta-gradient of a regularised inner problem, from its solution only."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prism_meta.bilevel.inner import InnerOptimizer, Params, State
-from prism_meta.bilevel.strategies.adapting import Adapted, Adapting, detached_state
-from prism_meta.bilevel.strategies.base import GraphSizes, MetaGradient, batches_of
-from prism_meta.bilevel.strategies.problem import Problem, detached, dot, filled
+from prism_meta.bilevel.functional.model import FunctionalModel
+from prism_meta.bilevel.functional.trees import (
+    Params,
+    State,
+    add,
+    detached,
+    dot,
+    filled,
+    leaves,
+    norm,
+    present,
+    zeros,
+)
+from prism_meta.bilevel.inner import InnerOptimizer
+from prism_meta.bilevel.strategies.base import GraphSizes, MetaGradient, StepBatches, pack
+from prism_meta.bilevel.strategies.inner_loop import AdaptingStrategy, ParameterFilter
 
 
-class ImplicitMAML(Adapting):
+class ImplicitMAML(AdaptingStrategy):
     """G = (I + H_train(phi~) / lambda)^-1 grad L_meta(phi~), by conjugate gradients.
 
-    The inner problem is argmin L_train(p) + lambda / 2 ||p - phi||^2; its inner steps need no graph,
-    so memory is that of one second derivative at phi~, whatever K. The formula holds at the minimum:
-    take enough inner steps. ``diagnostics`` tells how near it is: ``stationarity`` is the norm of the
-    inner problem's gradient at phi~ relative to that of L_train, ``cg_residual`` that of the linear
-    system relative to its right-hand side. With several train batches L_train is their mean.
+    The inner problem is argmin L_train(p) + lambda / 2 ||p - phi||^2. Its inner steps need no graph, so
+    memory is that of one second derivative at phi~ for any K. The formula holds at the minimum: take
+    enough inner steps. ``diagnostics`` tells how close it is: ``stationarity`` is the norm of the inner
+    problem's gradient at phi~ relative to that of L_train, ``cg_residual`` that of the linear system
+    relative to its right-hand side. With several ``StepBatches`` L_train is their mean.
 
     Args:
         inner: the inner optimizer, e.g. ``SGD(0.05)``.
         steps: K, the number of inner steps.
-        proximal: lambda > 0; larger keeps phi~ nearer to phi and the system better conditioned.
-        cg_steps: conjugate-gradient steps, each of the cost of a second derivative.
-        adapt: says by name which parameters inner steps move; the others get the implicit gradient
-            of phi~ with respect to them.
+        proximal: lambda > 0. A larger one keeps phi~ closer to phi and the system better conditioned.
+        cg_steps: conjugate-gradient steps, each as expensive as a second derivative.
+        adapt: predicate on parameter names: which parameters the inner steps move. The others get the
+            implicit gradient of phi~ with respect to them. Defaults to all.
 
     Raises:
         ValueError: a number is out of range, or ``inner`` has learned hyper-parameters.
@@ -51,6 +64,7 @@ class ImplicitMAML(Adapting):
     units = "3 + 2 per CG step"
     equation = "implicit"
     options = ("proximal", "cg_steps")
+    learns_hyper_parameters = False
 
     @classmethod
     def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
@@ -63,7 +77,7 @@ class ImplicitMAML(Adapting):
         *,
         proximal: float = 1.0,
         cg_steps: int = 5,
-        adapt: Adapted | None = None,
+        adapt: ParameterFilter | None = None,
     ) -> None:
         super().__init__(inner, steps, adapt=adapt)
         if not proximal > 0:
@@ -71,78 +85,73 @@ class ImplicitMAML(Adapting):
         if cg_steps < 1:
             raise ValueError(f"cg_steps: got {cg_steps}, expected at least 1")
         self.proximal, self.cg_steps = proximal, cg_steps
-        self.refuse_learned()
 
-    learns_objective = True
-
-    def solve(self, problem: Problem, train: Any, meta: Any, state: State | None) -> MetaGradient:
-        phi, _ = self.split(detached(problem.trainable))
+    def solve(
+        self, model: FunctionalModel, train: StepBatches, meta: Any, state: State | None
+    ) -> MetaGradient:
+        phi, _ = self.split(detached(model.trainable))
 
         def pull(params: Params) -> Params:
             return {n: self.proximal * (p - phi[n]) for n, p in params.items()}
 
-        inner = self.walk(problem, train, state, penalty=pull)
-        leaves = detached({**inner.fixed, **inner.params}, requires_grad=True)
-        value = problem.evaluate_meta(leaves, meta)
-        partial = problem.reached_gradient(value.loss, leaves, at=value.at)
-        gradient = filled(partial, leaves)
+        inner = self.adapt_detached(model, train, state, penalty=pull)
+        point = leaves(inner.everything)
+        value = model.evaluate_meta(point, meta)
+        by_meta = value.gradient(point)
+        right = filled(by_meta, point)
+        adapted = {n: point[n] for n in inner.params}
+        used = by_meta.keys() | inner.used
+        # L_train is the mean over the train batches, and so are its derivatives.
+        values = [model.evaluate(point, batch, twice=True) for batch in train]
+        slopes = [v.gradient(adapted, create_graph=True) for v in values]
 
-        adapted = {n: leaves[n] for n in inner.params}
-        values = [problem.evaluate(leaves, batch) for batch in batches_of(train)]
-        at = values[0].at  # all of them were evaluated there
-        loss = torch.stack([v.loss for v in values]).mean()
-        grads = problem.reached_gradient(loss, adapted, at=at, create_graph=True)
-        reached = partial.keys() | inner.reached
-
-        def curvature(vector: Params) -> Params:
-            inputs = {**leaves, **problem.learned}
-            pulled = problem.pull_back(
-                list(grads.values()),
-                [vector[n] for n in grads],
-                inputs,
-                at=at,
-                retain_graph=True,
-            )
-            reached.update(pulled)
-            return filled(pulled, inputs)
+        def curvature(vector: Params) -> tuple[Params, Params]:
+            """H v and the mixed derivatives of all parameters, and those of the learned weights."""
+            total: Any = (zeros(point), zeros(model.weights))
+            for v, slope in zip(values, slopes, strict=True):
+                along = {n: vector[n] / len(values) for n in slope}
+                total = add(total, v.vjp(slope, along, (point, model.weights), retain_graph=True))
+            used.update(present(total[0]))
+            return filled(total[0], point), filled(total[1], model.weights)
 
         def system(vector: Params) -> Params:
-            curved = curvature(vector)
+            curved, _ = curvature(vector)
             return {n: v + curved[n] / self.proximal for n, v in vector.items()}
 
-        right = {n: gradient[n] for n in adapted}
-        solution, residual = conjugate_gradients(system, right, self.cg_steps)
-        mixed = curvature(solution)
-        pulled = pull(adapted)
-        stationarity = {n: (grads[n] + pulled[n]).detach() for n in grads}
-        return problem.result(
-            gradient={
-                **{n: gradient[n] - mixed[n] / self.proximal for n in inner.fixed},
-                **solution,
-            },
-            reached=reached,
+        solution, residual = conjugate_gradients(
+            system, {n: right[n] for n in adapted}, self.cg_steps
+        )
+        mixed, by_weights = curvature(solution)
+        train_slope: Any = zeros(adapted)
+        for slope in slopes:
+            part = {n: slope[n].detach() / len(slopes) if n in slope else None for n in adapted}
+            train_slope = add(train_slope, part)
+        pulled, train_slope = detached(pull(adapted)), present(train_slope)
+        remaining = {n: g + pulled[n] for n, g in train_slope.items()}
+        return pack(
+            model,
+            gradient={**{n: right[n] - mixed[n] / self.proximal for n in inner.fixed}, **solution},
+            used=used,
             adapted=inner.params,
             train_loss=inner.train_loss,
             meta=value,
             inner_buffers=inner.buffers,
-            hyper_gradient={n: -mixed[n] / self.proximal for n in problem.learned},
-            state=detached_state(inner.state),
+            weight_gradient={n: -w / self.proximal for n, w in by_weights.items()},
+            state=inner.state,
             diagnostics={
                 "cg_residual": residual,
-                "stationarity": (
-                    dot(stationarity, stationarity) / dot(grads, grads).clamp(min=1e-30)
-                )
-                .sqrt()
-                .detach(),
+                "stationarity": norm(remaining) / norm(train_slope).clamp(min=1e-15),
             },
         )
 
 
-def conjugate_gradients(system: Any, right: Params, steps: int) -> tuple[Params, Tensor]:
+def conjugate_gradients(
+    system: Callable[[Params], Params], right: Params, steps: int
+) -> tuple[Params, Tensor]:
     """Solve system(x) = right for a symmetric ``system``; x and ||residual|| / ||right||.
 
-    It stops, without waiting for the device, where it has converged or where the curvature along a
-    direction is not positive: the steps that are left change nothing.
+    It stops once it has converged or the curvature along a direction is not positive. The remaining steps
+    then change nothing, which avoids a device synchronisation.
     """
     solution = {n: torch.zeros_like(r) for n, r in right.items()}
     residual, direction = dict(right), dict(right)

@@ -1,13 +1,14 @@
-"""The list of strategies, which configurations, preflight, the documentation and the tests read."""
+"""The list of strategies that configurations, preflight, the documentation and the tests read."""
 
 from __future__ import annotations
 
 from prism_meta.bilevel.strategies.base import MetaStrategy
+from prism_meta.bilevel.strategies.finite_difference import FiniteDifference
 from prism_meta.bilevel.strategies.first_order import FirstOrder, Reptile, SingleLevel
 from prism_meta.bilevel.strategies.implicit import ImplicitMAML
-from prism_meta.bilevel.strategies.second_order import FiniteDifference, SecondOrder
+from prism_meta.bilevel.strategies.second_order import SecondOrder
 
-#: Every strategy. A new one is added here, or from outside by ``register_strategy``.
+#: Every strategy. Add a new one here, or from outside with ``register_strategy``.
 ALL_STRATEGIES: list[type[MetaStrategy]] = [
     SingleLevel,
     FirstOrder,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from prism_meta.bilevel.inner import InnerOptimizer, State
-from prism_meta.bilevel.strategies.problem import detached
+from prism_meta.bilevel.functional.trees import State, detached
+from prism_meta.bilevel.inner import InnerOptimizer
 from prism_meta.integrations import MissingPackageError
 from prism_meta.integrations.learn2learn.upstream import (
     grad_of_clones,

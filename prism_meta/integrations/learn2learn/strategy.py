@@ -8,9 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prism_meta.bilevel.inner import Params, State
-from prism_meta.bilevel.strategies.base import MetaGradient, MetaStrategy, Objective, batches_of
-from prism_meta.bilevel.strategies.problem import Problem, detached
+from prism_meta.bilevel.functional import kernels
+from prism_meta.bilevel.functional.model import FunctionalModel
+from prism_meta.bilevel.functional.protocols import Objective
+from prism_meta.bilevel.functional.trees import Params, State, detached, filled, present
+from prism_meta.bilevel.strategies.base import (
+    MetaGradient,
+    MetaStrategy,
+    StepBatches,
+    gradients_on,
+    pack,
+    refuse_weights,
+)
 from prism_meta.integrations.learn2learn.upstream import (
     grad_of_clones,
     learn2learn,
@@ -100,29 +109,33 @@ class Learn2LearnStrategy(MetaStrategy):
                 f"scale: got {float(scale):g}, expected 1: learn2learn cannot unscale its inner "
                 "gradients; use FirstOrder or SecondOrder with a GradScaler"
             )
-        problem = Problem(model, objective)
-        problem.refuse_learned(type(self).__name__)
-        clone = self._clone(problem.trainable)
-        params, buffers, losses = trainable(clone.module), problem.buffers(), []
-        batches = batches_of(train)
+        with gradients_on():
+            return self._solve(FunctionalModel(model, objective), StepBatches.of(train), meta)
+
+    def _solve(self, model: FunctionalModel, train: StepBatches, meta: Any) -> MetaGradient:
+        refuse_weights(self, model)
+        clone = self._clone(model.trainable)
+        params, buffers, losses = trainable(clone.module), model.buffers(), []
         for k in range(self.steps):
-            value = problem.evaluate(params, batches[k % len(batches)], buffers)
+            value = model.evaluate(params, train.of_step(k), buffers, twice=True)
             losses.append(value.loss.detach())
             buffers = value.buffers
-            _adapt(clone, value.loss)
+            with kernels.differentiable(True):
+                _adapt(clone, value.loss)
             params = trainable(clone.module)
-        value = problem.evaluate(params, meta)
-        learned = self.inner.hyper_parameters()
-        gradient = problem.gradient(
-            value.loss, {**problem.trainable, **{f"hyper {n}": p for n, p in learned.items()}}
-        )
-        return problem.result(
-            gradient=gradient,
+        value = model.evaluate_meta(params, meta)
+        hyper = self.inner.hyper_parameters()
+        one = torch.ones_like(value.loss)
+        gradient, by_hyper = value.vjp(value.loss, one, (model.trainable, hyper))
+        return pack(
+            model,
+            gradient=present(gradient),
+            used=model.trainable,
             adapted=params,
             train_loss=losses[0],
             meta=value,
             inner_buffers=buffers,
-            hyper_gradient=detached({n: gradient[f"hyper {n}"] for n in learned}),
+            hyper_gradient=filled(by_hyper, hyper),
         )
 
     def _clone(self, chosen: Mapping[str, Tensor]) -> Any:

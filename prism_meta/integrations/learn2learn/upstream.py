@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from prism_meta.bilevel.inner import Params
+from prism_meta.bilevel.functional.trees import Params
 from prism_meta.integrations import MissingPackageError, load
 
 #: learn2learn 0.2.0 has no wheels, and its C files do not compile on Python 3.11 and newer: this builds

@@ -1,11 +1,11 @@
-"""What autograd saves: LeakyReLU keeps its output for its derivatives in place of its input.
+"""LeakyReLU saves its output for its derivatives instead of its input.
 
-Its derivative asks for the sign of the input, which is that of the output. The next convolution keeps
-the output anyway, while nothing else keeps the input where a normalisation made it: of convolution,
-normalisation and LeakyReLU a third of the activations need not be stored, and no number changes. Nets
-that are written with ``inplace=True`` have it so.
+The derivative depends on the sign of the input, which is also that of the output. The next convolution
+saves the output anyway, while nothing else saves the input if a normalisation made it. In a chain of
+convolution, normalisation and LeakyReLU this saves a third of the activations, and no number changes.
+Nets written with ``inplace=True`` have the same saving.
 
-Source: In-Place Activated BatchNorm (Rota Bulò et al., CVPR 2018), which keeps outputs alone.
+Source: In-Place Activated BatchNorm (Rota Bulò et al., CVPR 2018), which keeps only outputs.
 """
 
 from __future__ import annotations
@@ -19,42 +19,42 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 
-class Outputs:
-    """The outputs of LeakyReLUs that take the place of what these keep, from when a convolution has them.
+class SavedOutputs:
+    """Replaces what LeakyReLUs saved by their outputs, as soon as a convolution has saved these too.
 
-    From then on torch itself refuses to differentiate if something changes such an output in place. One
-    that no convolution took is kept in the end (``settle``) unless it was changed. Where saved tensors are
-    in the charge of other hooks (``torch.utils.checkpoint``, ``save_on_cpu``), all stays as it is.
+    From then on torch itself refuses to differentiate if such an output is changed in place. Outputs
+    that no convolution consumed are saved at the end (``finish``), unless they were changed. If other
+    hooks manage saved tensors (``torch.utils.checkpoint``, ``save_on_cpu``), nothing is replaced.
     """
 
     def __init__(self) -> None:
         self._pending: dict[Node, _Pending] = {}
 
-    def keep(self, output: Tensor) -> None:
-        """To be called with what a LeakyReLU returns."""
+    def add(self, output: Tensor) -> None:
+        """Call this with what a LeakyReLU returns."""
         node: Any = output.grad_fn
-        # Not in place, which has another node. With a negative slope the signs of input and output differ.
+        # In-place calls have another node. With a negative slope input and output differ in sign.
         if node is None or node.name() != "LeakyReluBackward0" or node._saved_negative_slope < 0:
             return
-        saved = _keep(node)
+        saved = _share_saved_input(node)
         if saved is not None:
             self._pending[node] = _Pending(saved, output.detach())
 
-    def taken(self, tensor: Tensor) -> None:
-        """To be called with what a convolution took."""
+    def consumed_by_convolution(self, tensor: Tensor) -> None:
+        """Call this with the input of a convolution."""
         pending = self._pending.pop(tensor.grad_fn, None) if tensor.grad_fn is not None else None
         if pending is not None:
-            pending.settle()
+            pending.replace()
 
-    def settle(self) -> None:
-        """To be called when the evaluation is over."""
+    def finish(self) -> None:
+        """Call this after the evaluation."""
         for pending in self._pending.values():
-            pending.settle()
+            pending.replace()
         self._pending.clear()
 
 
 class _Saved:
-    """What a node has in place of a tensor that it saved."""
+    """The tensor that a node saved, or the one that replaced it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.put(tensor)
@@ -63,7 +63,7 @@ class _Saved:
         self._tensor, self._version = tensor, tensor._version
 
     def get(self) -> Tensor:
-        if self._tensor._version != self._version:  # as torch says of what it saved itself
+        if self._tensor._version != self._version:  # torch's own check and message
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace "
                 f"operation: the input or output of a LeakyReLU, of shape {tuple(self._tensor.shape)}"
@@ -72,18 +72,18 @@ class _Saved:
 
 
 class _Pending:
-    """An output that is to take the place of what is saved."""
+    """An output that will replace what was saved."""
 
     def __init__(self, saved: _Saved, output: Tensor) -> None:
         self._saved, self._output, self._version = saved, output, output._version
 
-    def settle(self) -> None:
+    def replace(self) -> None:
         if self._output._version == self._version:
             self._saved.put(self._output)
 
 
-def _keep(node: Any) -> _Saved | None:
-    """Have ``node``, and the node of its second derivative, share what is kept of their input."""
+def _share_saved_input(node: Any) -> _Saved | None:
+    """Let ``node`` and the node of its second derivative share one saved tensor."""
     saved: _Saved | None = None
 
     def pack(tensor: Tensor) -> _Saved:
@@ -93,10 +93,10 @@ def _keep(node: Any) -> _Saved | None:
 
     try:
         node._raw_saved_self.register_hooks(pack, _Saved.get)
-    except RuntimeError:  # torch says so where there are hooks already
+    except RuntimeError:  # there are hooks already
         return None
     assert saved is not None  # ``pack`` was called
-    # Not a reference of its own: what the node gives free after its derivative is to be free.
+    # A weak reference: what the node frees after its derivative must not stay alive here.
     shared = weakref.ref(saved)
 
     def follow(inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None]) -> None:

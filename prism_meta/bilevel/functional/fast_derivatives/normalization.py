@@ -5,10 +5,11 @@ P(v) = v - mean(v) - x^ mean(v x^), the derivatives for a cotangent g of y are
 
     dx = P(w g) / deviation,    dw = sum g x^,    db = sum g.
 
-Torch has kernels for these, and none for their derivatives, which it composes of operations on whole
-images: up to ten times as slow as what follows. For the cotangents u of dx, p of dw and q of db, the
-derivatives of <u, dx> + <p, dw> + <q, db> with respect to g and x are sums of u, g, x^ and 1, with
-coefficients per sample and channel that follow from five sums over voxels: of u, g, u x^, g x^ and u g.
+Torch has kernels for these, but none for their derivatives, which it composes of operations on whole
+images. That is up to ten times slower than the formulas here. For the cotangents u of dx, p of dw and
+q of db, the derivatives of <u, dx> + <p, dw> + <q, db> with respect to g and x are sums of u, g, x^ and
+1. Their coefficients per sample and channel follow from five sums over voxels: of u, g, u x^, g x^ and
+u g.
 
 Source: Group Normalization (Wu and He, ECCV 2018); the second derivative is worked out here.
 """
@@ -35,18 +36,18 @@ def _group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    """The result with our derivatives; None where it is not for us."""
+    """The result with the derivatives of this module; None if torch should compute it."""
     if not _plain(x, weight, bias):
         return None
     if x.ndim < 3 or x.shape[1] % num_groups or x[:1].numel() <= num_groups:
-        return None  # torch says what is wrong
+        return None  # torch has the message
     y: Tensor = _GroupNorm.apply(x, weight, bias, num_groups, eps)
     return y
 
 
 def _plain(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether these are tensors as such, of one type that torch's kernels do not accumulate in another,
-    outside of forward mode, torch.func's transforms and autocast, and on a device that has the kernels."""
+    """Whether the derivatives here apply: plain tensors of one type, float32 or float64, on a device that
+    has the kernels, outside of forward mode, torch.func's transforms and autocast."""
     given = [x, *(t for t in others if t is not None)]
     return (
         x.dtype in (torch.float32, torch.float64)
@@ -60,8 +61,8 @@ def _plain(x: Tensor, *others: Tensor | None) -> bool:
 
 
 def _runs_again() -> bool:
-    """Whether this is a part of torch.utils.checkpoint, which is to do the same when it runs again: then
-    it does not run within ``Lean``. Torch 2.6 and 2.7 do not tell, so there it always may be."""
+    """Whether this runs within torch.utils.checkpoint. It must do the same when it runs again, and then it
+    is not intercepted. Torch 2.6 and 2.7 cannot be asked, so there the answer is always yes."""
     if _top_hooks is None:
         return True
     hooks = _top_hooks(True)
@@ -84,7 +85,7 @@ def _instance_norm(
     return _group_norm(x, x.shape[1], weight, bias, eps)
 
 
-OWN: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+REPLACEMENTS: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     F.group_norm: _group_norm,
     F.instance_norm: _instance_norm,
 }
@@ -109,7 +110,7 @@ class _GroupNorm(Function):
 
 
 class _GroupNormDerivative(Function):
-    """(g, x, w) -> (dx, dw, db), of which mean and scale are no variables: they are functions of x."""
+    """(g, x, w) -> (dx, dw, db); mean and scale are functions of x, not variables."""
 
     @staticmethod
     def forward(
@@ -150,10 +151,10 @@ class _GroupNormDerivative(Function):
 
 
 class _Groups:
-    """x, and what normalises it: x^ itself takes no memory.
+    """x with its mean and scale, from which x^ follows without being stored.
 
-    Tensors like x are seen as (samples, groups, channels of a group, voxels). Sums over voxels, and the
-    coefficients that follow from them, lack the last of these.
+    Tensors like x are viewed as (samples, groups, channels of a group, voxels). Sums over voxels, and
+    the coefficients that follow from them, lack the last axis.
 
     Args:
         x: shaped (samples, channels, *space).
@@ -175,7 +176,7 @@ class _Groups:
         return otherwise if values is None else values.unflatten(0, (self.count, -1))
 
     def memory(self) -> Tensor | None:
-        """For tensors like x that no derivative will ask for; where one may, they get their own."""
+        """Scratch memory shaped like x; None if a derivative may need what is computed in it."""
         return None if torch.is_grad_enabled() else torch.empty_like(self.x)
 
     def dot(self, v: Tensor, memory: Tensor | None) -> Tensor:
@@ -184,7 +185,7 @@ class _Groups:
         return product.sum(3) * self.scale
 
     def average(self, sums: Tensor) -> Tensor:
-        """The means over a group of what has these sums."""
+        """The mean over a group of values with these sums."""
         channels, voxels = self.x.shape[2:]
         return sums.sum(2, keepdim=True) / (channels * voxels)
 
@@ -246,7 +247,7 @@ def _sizes(x: Tensor) -> tuple[int, int, int]:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """``x`` in a memory format that torch's kernels take."""
+    """``x`` in a memory format that torch's kernels accept."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
     if last and x.device.type == "cpu" and x.is_contiguous(memory_format=last):
         return x

@@ -1,0 +1,117 @@
+"""What cannot be trained functionally, and parameters that a loss reaches in another way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse models whose parameters cannot be replaced for an evaluation.
+
+    Raises:
+        ValueError: a scripted module, ``DataParallel``, a lazy module that was not run yet, parameters
+            made in inference mode, or no trainable parameter.
+    """
+    name = type(model).__name__
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ValueError(
+            f"model: got {name}, whose replicas hold other parameters than the model; pass "
+            "model.module, and run one process per device (Lightning Fabric does)"
+        )
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise ValueError(
+            f"model: {name} is scripted (torch.jit), and its parameters cannot be replaced; pass the "
+            "module that was given to torch.jit.script"
+        )
+    lazy = [n for n, p in model.named_parameters() if is_lazy(p)]
+    if lazy:
+        raise ValueError(
+            f"model: {', '.join(lazy[:3])} {'have' if len(lazy) > 1 else 'has'} no shape yet (a lazy "
+            "module); run the model once on a batch before training"
+        )
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(
+            f"model: {name} has no trainable parameter; set requires_grad=True on those to learn"
+        )
+    if any(p.is_inference() for _, p in trainable):
+        raise ValueError(
+            f"model: {name} was made in torch.inference_mode(); make it outside of that context"
+        )
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong: where, what, and what to do about it."""
+
+    where: str
+    what: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}; {self.advice}"
+
+
+def loss_fault(model: nn.Module, params: Mapping[str, Tensor], loss: Tensor) -> Fault | None:
+    """Why ``loss``, evaluated at the leaves ``params``, cannot train ``model``; None if it can."""
+    leaves = {id(leaf) for leaf in graph_leaves(loss)}
+    hidden = [n for n, p in model.named_parameters() if id(p) in leaves]
+    if hidden:
+        more = f" and {len(hidden) - 5} more" if len(hidden) > 5 else ""
+        return Fault(
+            ", ".join(hidden[:5]) + more,
+            "reached other than through the model's registered parameters, so that no inner step can "
+            "replace it and it would never be trained",
+            "read it as an attribute of its module in forward (not from a list, a closure or a product "
+            "computed earlier); in an objective use forward.parameters, not model.parameters()",
+        )
+    if not any(id(p) in leaves for p in params.values()):
+        return Fault(
+            "objective",
+            "the loss depends on no parameter of the model",
+            "compute it from what forward(...) returns, without detach() or torch.no_grad()",
+        )
+    return None
+
+
+def parameters_with_hooks(model: nn.Module) -> list[str]:
+    """Names of the parameters with hooks, which an evaluation at other tensors does not run."""
+    return [
+        n for n, p in model.named_parameters() if p._backward_hooks or p._post_accumulate_grad_hooks
+    ]
+
+
+def foreign_leaves(
+    params: Mapping[str, Tensor], known: Iterable[Tensor], loss: Tensor
+) -> list[Tensor]:
+    """Leaves that require a gradient and are neither ``params`` nor ``known``: they are never trained."""
+    given = {id(t) for t in (*params.values(), *known)}
+    return [leaf for leaf in graph_leaves(loss) if id(leaf) not in given]
+
+
+def graph_nodes(tensor: Tensor) -> Iterator[Any]:
+    """All nodes of the graph of ``tensor``."""
+    nodes = [] if tensor.grad_fn is None else [tensor.grad_fn]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        yield node
+        parents = {parent for parent, _ in node.next_functions if parent is not None} - seen
+        seen |= parents
+        nodes += parents
+
+
+def graph_leaves(tensor: Tensor) -> Iterator[Tensor]:
+    """The leaves that the graph of ``tensor`` ends at."""
+    if tensor.grad_fn is None and tensor.requires_grad:
+        yield tensor
+    for node in graph_nodes(tensor):
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, Tensor):
+            yield leaf
