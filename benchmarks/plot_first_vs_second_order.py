@@ -3,8 +3,8 @@
     python benchmarks/plot_first_vs_second_order.py     # the picture in the README
     python benchmarks/plot_first_vs_second_order.py benchmarks/results/first_vs_second_order_segresnet_24.json
 
-Points are the median over the rounds, bars the fastest and slowest round. The peers (higher, learn2learn and
-TorchOpt) are drawn in grey under one label. Nothing is measured here.
+Points are the median over the rounds, bars the fastest and slowest round. The peers (higher,
+learn2learn and TorchOpt) are drawn in grey under one label. Nothing is measured here.
 """
 
 from __future__ import annotations
