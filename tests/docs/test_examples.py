@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import runpy
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,39 @@ def test_the_table_of_strategies_is_the_registry() -> None:
 def test_the_table_of_baselines_is_complete() -> None:
     (table,) = re.findall(r"\| `--baseline` \|.*?\n\n", README, re.DOTALL)
     assert set(re.findall(r"`(\w+)`", table)) == set(BASELINES)
+
+
+def results(name: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """The methods' measurements in a result of first_vs_second_order.py, by net and K."""
+    path = ROOT / "benchmarks" / "results" / f"first_vs_second_order{name}.json"
+    every = json.loads(path.read_text(encoding="utf-8"))["results"]
+    return {(r["setting"]["net"], r["setting"]["steps"]): r["methods"] for r in every}
+
+
+def time_ratio(methods: dict[str, Any], method: str, base: str) -> float:
+    rounds = zip(methods[method]["seconds"], methods[base]["seconds"], strict=True)
+    return statistics.median(a / b for a, b in rounds)
+
+
+def test_the_measurements_are_those_of_the_results() -> None:
+    rows = re.findall(r"^\| ((?:time|memory)[ ,][^|]+) \| (.*) \| [^|]+ \|$", README, re.MULTILINE)
+    told = {name: re.findall(r"\d\.\d\d", cells) for name, cells in rows}
+    stored, recomputed = "SecondOrder stored", "SecondOrder recomputed"
+    one = [results("")[net, 1] for net in ("unet", "prismnet", "segresnet")]
+    large = [("_unet_32", "unet"), ("_prismnet_40", "prismnet"), ("_segresnet_64", "segresnet")]
+    first, ten = ([results(file)[net, k] for file, net in large] for k in (1, 10))
+    small = [results("_prismnet_16")["prismnet", 1], results("_segresnet_24")["segresnet", 1]]
+    memory = "peak_mib"
+    expected = [
+        [time_ratio(m, stored, "FirstOrder") for m in one],
+        [time_ratio(m, stored, "higher") for m in one],
+        [m[stored][memory] / m["higher"][memory] for m in one],
+        [time_ratio(m, recomputed, "higher") for m in ten],
+        [m[recomputed][memory] / m["higher"][memory] for m in ten],
+        [b[recomputed][memory] / a[recomputed][memory] for a, b in zip(first, ten, strict=True)],
+        [time_ratio(m, stored, "learn2learn") for m in small],
+    ]
+    assert list(told.values()) == [[f"{ratio:.2f}" for ratio in row] for row in expected]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
