@@ -1,16 +1,17 @@
-"""What do all subsets of a case cost, beside one prediction from all its modalities?
+"""How much do all subsets of a case cost, compared with one prediction from all its modalities?
 
     python benchmarks/all_subsets.py                       # phantoms of 1 mm, 2-D and 3-D
     python benchmarks/all_subsets.py --root cases --nets 2d --rounds 5
 
-Whole path: from files to labels on the case's own grid, as ``predict`` does it, for all modalities,
-for all 15 subsets in one go, and for these one at a time. Network: one batch of windows, the same three
-ways. All in one process, in turns; ratios to one prediction from all modalities are taken within each
-round, and the median and spread over rounds and cases are shown. Time is the processor time of all
-threads. Memory: the peak of the resident set above what the libraries, the net and a first small
-prediction take, in a process of its own. The net is not trained: it finds foreground everywhere, which
-restoring a case takes longest for. Numbers are compared too: how many voxels of the labels differ, and by
-how much logits do.
+Two parts are measured in three ways. The whole path goes from files to labels on the case's own grid,
+as ``predict`` does. The network part runs one batch of windows. The three ways are: all modalities, all
+15 subsets in one call, and the 15 subsets one at a time.
+
+All ways take turns in one process. Each ratio is to the prediction from all modalities in the same
+round; the table shows the median and the range over rounds and cases. Time is the processor time of all
+threads. Memory is the peak of the resident set above what the libraries, the net and a first small
+prediction take, each way in its own process. The net is not trained: it finds foreground everywhere,
+the slowest case for restoring labels to the case's grid. The results of the ways are compared, too.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ from prism_meta.data.phantom import write_phantoms
 from prism_meta.evaluation.inference import Predictor
 
 WAYS = ("full", "together", "one by one")
-#: All subsets in one go may cost so many times one prediction from all modalities.
+#: The target: all subsets together cost at most this many times one prediction.
 TARGET = 6.0
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Of a net: its spacing in mm, its windows in voxels, and how many of them go into a call."""
+    """The grid of a net: spacing in mm, window size in voxels, and windows per call."""
 
     spacing: float
     patch: tuple[int, ...]
@@ -57,7 +58,7 @@ GRIDS = {"2d": Grid(2.0, (96, 96), 16), "3d": Grid(3.0, (48, 48, 48), 4)}
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured: a net, on the cases of a folder."""
+    """One measurement: a net and a folder of cases."""
 
     net: str
     root: str
@@ -88,14 +89,14 @@ class Setting:
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Of all threads of this process: what else a busy machine does is not counted."""
+    """Processor time of all threads, which other load on the machine does not change, and the result."""
     start = time.process_time()
     result = run()
     return time.process_time() - start, result
 
 
 def whole_path(predictor: Predictor, case: pm.Case) -> dict[str, Callable[[], list[Any]]]:
-    """From files to label volumes."""
+    """Three ways to get label volumes from files."""
     every = pm.subsets(4)
     return {
         "full": lambda: predictor.predict(case, every[-1:]),
@@ -105,7 +106,7 @@ def whole_path(predictor: Predictor, case: pm.Case) -> dict[str, Callable[[], li
 
 
 def network(predictor: Predictor, setting: Setting) -> dict[str, Callable[[], Tensor]]:
-    """Logits (S, B, K, *S) of one batch of windows."""
+    """Three ways to get logits (S, B, K, *S) from one batch of windows."""
     every, net, batch = pm.subsets(4), predictor.model, setting.grid.batch
     generator = torch.Generator().manual_seed(setting.seed)
     image = torch.randn(batch, 4, *setting.grid.patch, generator=generator)
@@ -124,7 +125,7 @@ def network(predictor: Predictor, setting: Setting) -> dict[str, Callable[[], Te
 def in_turns(
     ways: dict[str, Callable[[], Any]], rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds of every round, and the last results."""
+    """Seconds of each way in every round, and the results of the last round."""
     times: dict[str, list[float]] = {way: [] for way in ways}
     results = {}
     ways["full"]()  # warm up
@@ -197,10 +198,10 @@ def show(console: Console, results: list[dict[str, Any]]) -> None:
         path = result["whole_path"]
         ratio = median(in_each_round(path["together"], path["full"]))
         console.print(
-            f"{result['setting']['net']}: {ratio:.2f}, to be at most {TARGET:g}; reading and "
-            f"preprocessing take {median(result['read_and_preprocess']):.1f} s of all; "
-            f"{result['voxels_that_differ']} of {result['voxels']} voxels and logits by "
-            f"{result['logits_differ_by']:.1e} differ from one at a time"
+            f"{result['setting']['net']}: {ratio:.2f} (target: at most {TARGET:g}); reading and "
+            f"preprocessing take {median(result['read_and_preprocess']):.1f} s of it; "
+            f"compared with one subset at a time, {result['voxels_that_differ']} of "
+            f"{result['voxels']} voxels differ, and logits by at most {result['logits_differ_by']:.1e}"
         )
 
 
@@ -209,11 +210,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", type=Path, help="folder of complete cases (default: phantoms)")
-    parser.add_argument("--nets", nargs="+", choices=GRIDS, default=list(GRIDS))
-    parser.add_argument("--cases", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--nets", nargs="+", choices=GRIDS, default=list(GRIDS), help="default: both"
+    )
+    parser.add_argument("--cases", type=int, default=1, help="cases to measure on (default 1)")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions (default 3)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     results_folder = Path(__file__).parent / "results"
     parser.add_argument("--out", type=Path, default=results_folder / "all_subsets.json")
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -251,7 +254,7 @@ def main() -> None:
                 ]
                 for way in ("full", "together")
             }
-            del asked["root"]  # of this machine alone
+            del asked["root"]  # a path that means nothing on another machine
             results.append({"setting": {**asked, **asdict(setting.grid)}, **result})
     show(console, results)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,15 @@
-"""How near do finite differences come to E4, by the radius and the type that they are computed in?
+"""How close do finite differences come to E4, for each radius and floating-point type?
 
     python benchmarks/finite_differences.py                          # all nets, one seed
     python benchmarks/finite_differences.py --net unet --seeds 0 1 2
     python benchmarks/finite_differences.py --net unet --size 40     # more voxels, more kinks
 
-Error: of the meta-gradient of a float32 net, K = 1 and SGD, against the same unrolled step in float64,
-relative to its norm. Where an activation has a kink (LeakyReLU) the gradient jumps, which a difference
-counts as curvature; the smooth net has none. PrismNet's fusion is by the mean and the objective has no
-distillation: nothing in either is detached, so that a difference and a derivative have one limit. Time:
-of the second call, relative to first order's. The table has the asymmetry that the strategy reports in
-brackets.
+The error is that of the meta-gradient of a float32 net (K = 1, SGD), relative to the norm of the same
+step unrolled in float64. A gradient jumps where an activation has a kink (LeakyReLU), and a difference
+mistakes the jump for curvature; the smooth net has no kinks. PrismNet uses mean fusion and an objective
+without distillation: nothing in them is detached, so that differences and derivatives have the same
+limit. Time is that of the second call, relative to first order. The table shows the asymmetry that the
+strategy reports in brackets.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def cross_entropy(forward: Callable[..., Any], batch: Any) -> torch.Tensor:
 
 
 def mlp(seed: int, activation: Callable[[], nn.Module]) -> Episode:
-    """Three layers of 64 units; its batches are those of 64 points."""
+    """A net of three layers with 64 hidden units; each batch has 64 points."""
     torch.manual_seed(seed)
     net = nn.Sequential(
         nn.Linear(20, 64), activation(), nn.Linear(64, 64), activation(), nn.Linear(64, 5)
@@ -86,7 +86,7 @@ METHODS: dict[str, pm.MetaStrategy] = {
 
 
 def oracle(net: nn.Module, objective: Any, train: Any, meta: Any) -> torch.Tensor:
-    """E4 unrolled by hand; ``net`` and the images are in float64."""
+    """E4, unrolled by hand. ``net`` and the images must be in float64."""
     phi = dict(net.named_parameters())
 
     def loss(at: dict[str, Any], batch: Any) -> torch.Tensor:
@@ -132,9 +132,9 @@ def _in_float64(batch: pm.Batch) -> pm.Batch:
 
 
 def show(console: Console, results: list[dict[str, Any]]) -> None:
-    """One column per net and seed: the error, and in brackets the asymmetry."""
+    """Print one column per net and seed: error, asymmetry in brackets, and relative time."""
     table = Table(title="relative error (asymmetry), time / first order", title_justify="left")
-    table.add_column("differences in, radius")
+    table.add_column("method (type, radius)")
     for result in results:
         table.add_column(f"{result['net']} {result['seed']}", justify="right")
     for method in METHODS:
@@ -151,15 +151,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--net", nargs="+", choices=NETS, default=list(NETS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--size", type=int, default=16, help="voxels of a side (default 16)")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--net", nargs="+", choices=NETS, default=list(NETS), help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
+    parser.add_argument(
+        "--size", type=int, default=16, help="voxels per side of a patch (default 16)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     default = Path(__file__).parent / "results/finite_differences.json"
     parser.add_argument("--out", type=Path, default=default)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    arguments.seed, arguments.rounds = arguments.seeds, 1  # for the facts
+    arguments.seed, arguments.rounds = arguments.seeds, 1  # for facts()
     results = [
         measure(name, seed, arguments.size) for name in arguments.net for seed in arguments.seeds
     ]

@@ -1,13 +1,14 @@
-"""What do first and second order cost, and how exact are they, beside the peers?
+"""How much do first and second order cost, and how exact are they, compared with other libraries?
 
     python benchmarks/first_vs_second_order.py                  # all nets, K = 1, 2, 5, 10
     python benchmarks/first_vs_second_order.py --net unet --steps 1 --rounds 5
 
-Time: every method on the same net and batches in one process, in turns and each round in another order;
-the median of the rounds and its spread; ratios to first order are taken within each round. Memory: the
-peak of the resident set above what the net, its batches and the libraries take, in a process of its own
-per method. Error: of the float32 gradient against the same unrolled steps in float64. Peers that are not
-installed are left out, and the table says so. One unit is a forward and a backward pass of the objective.
+Every method runs on the same net and batches. For time, all methods take turns in one process, in a new
+order each round; the table shows the median and the range of the ratios to first order in the same
+round. For memory, each method has its own process; the table shows the peak of the resident set above
+what the net, its batches and the libraries take. The error is that of the float32 gradient, relative to
+the same steps unrolled in float64. Libraries that are not installed are left out, with a message. One
+unit is a forward and a backward pass of the objective.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ Method = Callable[[nn.Module, Callable[..., Any], Any, Any, int], Params]
 
 
 def ours(strategy: Callable[[int], pm.MetaStrategy]) -> Method:
-    """One of prism-meta's strategies, made for K steps."""
+    """A method that runs one of prism-meta's strategies with K steps."""
 
     def run(net: nn.Module, objective: Any, train: Any, meta: Any, steps: int) -> Params:
         return strategy(steps).meta_gradient(net, objective, train, meta).gradient
@@ -103,7 +104,7 @@ METHODS: dict[str, Method] = {
     "TorchOpt": with_torchopt,
 }
 PEERS = {"higher": "higher", "learn2learn": "learn2learn", "TorchOpt": "torchopt"}
-#: Those that aim at E4, so that an error against the oracle means something.
+#: Methods that compute or approximate E4: only these are compared with the oracle.
 AIMS_AT_E4 = (
     "FirstOrder",
     "SecondOrder stored",
@@ -114,7 +115,7 @@ AIMS_AT_E4 = (
 
 
 def oracle(net: nn.Module, objective: Any, train: Any, meta: Any, steps: int) -> Params:
-    """E4 unrolled by hand in float64."""
+    """E4, unrolled by hand in float64."""
     net = copy.deepcopy(net).double()
     train, meta = (replace(b, image=b.image.double()) for b in (train, meta))
     phi = {n: p.detach().requires_grad_() for n, p in net.named_parameters()}
@@ -138,7 +139,7 @@ def oracle(net: nn.Module, objective: Any, train: Any, meta: Any, steps: int) ->
 def measure_memory(setting: Setting, method: str) -> dict[str, float]:
     net, objective, train, meta = build(setting)
     run = METHODS[method]
-    # A first call on a small patch loads libraries and threads, which are not the method's.
+    # A first call on a small patch loads libraries and starts threads, which should not be counted.
     small = build(replace(setting, size=16))
     run(*small, 1)
     del small
@@ -153,7 +154,7 @@ def measure_time(
 ) -> dict[str, Any]:
     net, objective, train, meta = build(setting)
     results: dict[str, Any] = {name: {"seconds": [], "error": None} for name in methods}
-    gradients = {  # a first call of each, which is not timed
+    gradients = {  # the first call of each method is not timed
         name: flat(METHODS[name](net, objective, train, meta, setting.steps)) for name in methods
     }
     cosine = None
@@ -164,7 +165,7 @@ def measure_time(
             results[name]["error"] = float((gradients[name] - exact).norm() / exact.norm())
     order = random.Random(setting.seed)
     for _ in range(rounds):
-        # In another order each time: who goes after whom decides whose memory is still warm.
+        # In a new order each round: the method that ran before affects what is in the caches.
         for name in order.sample(methods, len(methods)):
             gc.collect()
             start = time.perf_counter()
@@ -251,13 +252,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--net", nargs="+", default=["unet", "prismnet", "segresnet"])
-    parser.add_argument("--steps", nargs="+", type=int, default=[1, 2, 5, 10])
-    parser.add_argument("--size", type=int, default=32, help="voxels of a side (default 32)")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--net", nargs="+", default=["unet", "prismnet", "segresnet"], help="default: all three"
+    )
+    parser.add_argument(
+        "--steps", nargs="+", type=int, default=[1, 2, 5, 10], help="K (default 1 2 5 10)"
+    )
+    parser.add_argument(
+        "--size", type=int, default=32, help="voxels per side of a patch (default 32)"
+    )
+    parser.add_argument("--batch", type=int, default=2, help="samples per batch (default 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions (default 3)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="default: all")
     results_folder = Path(__file__).parent / "results"
     parser.add_argument("--out", type=Path, default=results_folder / "first_vs_second_order.json")
@@ -265,7 +272,7 @@ def main() -> None:
         "--oracle",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="errors and the cosine, which take long on large patches",
+        help="compute errors and cosines, which is slow on large patches",
     )
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--memory", help=argparse.SUPPRESS)
@@ -279,7 +286,7 @@ def main() -> None:
         console.print(f"{name} is not installed and is left out")
     methods = [name for name in arguments.methods if name not in missing]
     if "FirstOrder" not in methods:
-        methods.insert(0, "FirstOrder")  # all ratios are to it
+        methods.insert(0, "FirstOrder")  # ratios are relative to it
     packages = ("prism-meta", "torch", "monai", *(PEERS[n].lower() for n in PEERS if n in methods))
     told = {**facts(arguments, packages), "left_out": missing}
     console.print(told)
@@ -300,7 +307,7 @@ def main() -> None:
                     __file__, asdict(setting), "--memory", name, memory=True
                 )
                 result["methods"][name].update(memory)
-            # First order is K + 1 units: the others' units follow from their ratio to it.
+            # First order takes K + 1 units; the units of the others follow from their ratio to it.
             show(console, setting, result, units=steps + 1.0)
             results.append({"setting": asdict(setting), **result})
             arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -3,18 +3,19 @@
     python benchmarks/learned_weights.py            # about 20 minutes on two cores
     python benchmarks/learned_weights.py --seeds 0 --clean 20 --steps 20   # a short look
 
-PRISM is trained on phantoms with LearnedWeights, in first order with four inner steps. After ``--clean``
-outer steps the run forks. One fork goes on as before: the control. In each of the others the labels of
-one modality go wrong in the train batches: its image is turned and moved against them, another way in
-each sample, so that where it says tumour the labels do not, while the other modalities and all meta
-batches stay as they are. Distillation then teaches this modality to answer from a wrong image. Printed
-and plotted: beta of each modality, relative to that of the control at the same step.
+PRISM is trained on phantoms with LearnedWeights, in first order with four inner steps. After
+``--clean`` outer steps the run forks. One fork, the control, continues unchanged. Each other fork
+corrupts one modality in the train batches: its image is flipped and shifted, differently in each
+sample, so that it no longer matches the labels. The other modalities and all meta batches stay as they
+are. Distillation then teaches the corrupted modality to answer from a wrong image. The script prints
+and plots the beta of each modality, relative to the control at the same step.
 
-What was seen (two seeds, 100 steps): the beta of the modality whose labels are wrong ends at 0.80 (flair),
-0.86 (t1ce), 0.64 (t1) and 0.89 (t2) of the control's, below it in seven of eight runs and equal in one;
-the control's own falls too, as distillation helps less and less. On the median of the seeds those of flair,
-t1ce and t2 rise where another is corrupted. That of t1, which shows least of a tumour,
-falls in every run: a wrong image also spoils the fused teacher of what is shown beside it.
+Result (two seeds, 100 steps): the beta of the corrupted modality ends at 0.80 (flair), 0.86 (t1ce),
+0.64 (t1) and 0.89 (t2) of the control's. It is below the control in seven of eight runs and equal in
+one. The control's own beta falls, too, because distillation helps less and less. The betas of flair,
+t1ce and t2 rise when another modality is corrupted (median of the seeds). That of t1, which shows least
+of a tumour, falls in every run: a wrong image also spoils the fused teacher of the modalities shown
+with it.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from prism_meta.objective.weighting import LearnedWeights
 
 PATCH = 48
 START = 0.1
-#: The last steps of a fork that a figure is the mean of.
+#: Reported values are means over this many last steps of a fork.
 LAST = 20
 #: Beta of each modality after every outer step.
 History = list[list[float]]
@@ -52,7 +53,7 @@ History = list[list[float]]
 
 @dataclass(frozen=True)
 class Setting:
-    """One seed's forks."""
+    """The forks of one seed."""
 
     seed: int
     corrupt: list[str]
@@ -63,7 +64,7 @@ class Setting:
 
 
 def corrupted(batch: pm.Batch, modality: int, generator: torch.Generator) -> pm.Batch:
-    """The batch with the image of one modality turned upside down and moved, another way each time."""
+    """The batch with the image of one modality flipped and shifted, differently in each sample."""
     image = batch.image.clone()
     for one in image[:, modality]:
         shift = torch.randint(PATCH // 4, PATCH, (2,), generator=generator).tolist()
@@ -87,7 +88,7 @@ def learner_of(seed: int) -> pm.MetaLearner:
     objective = pm.PrismObjective(
         weighted=False, weighting=LearnedWeights(4, beta=START, delta=0.01)
     )
-    # Gradients of the first steps are far larger than later ones, which a long memory would stifle.
+    # The first gradients are far larger than later ones; a long second moment would damp those.
     weights = list(objective.hyper_parameters().values())
     groups: list[dict[str, Any]] = [
         {"params": list(net.parameters())},
@@ -101,7 +102,7 @@ def learner_of(seed: int) -> pm.MetaLearner:
 def train(
     learner: pm.MetaLearner, episodes: Episodes, steps: range, modality: int | None, seed: int
 ) -> History:
-    """``learner`` after these steps of ``episodes``, with ``modality`` corrupted if there is one."""
+    """Train ``learner`` on these steps of ``episodes``, with ``modality`` corrupted if it is not None."""
     generator = torch.Generator().manual_seed(seed)
     objective = learner.objective
     assert isinstance(objective, pm.PrismObjective)
@@ -116,7 +117,7 @@ def train(
 
 
 def fork(setting: Setting) -> list[dict[str, Any]]:
-    """The control and the corrupted runs of one seed, on one thread."""
+    """Run the control and the corrupted forks of one seed, on one thread."""
     torch.set_num_threads(1)
     end = setting.clean + setting.steps
     with tempfile.TemporaryDirectory() as folder:
@@ -131,12 +132,12 @@ def fork(setting: Setting) -> list[dict[str, Any]]:
                 copy.deepcopy(clean), episodes, range(setting.clean, end), modality, setting.seed
             )
             runs.append({"seed": setting.seed, "corrupted": wrong, "beta": before + after})
-            Console().print(f"seed {setting.seed}: {wrong or 'nothing'} corrupted, done")
+            Console().print(f"seed {setting.seed}: done with {wrong or 'nothing'} corrupted")
     return runs
 
 
 def relative(runs: Sequence[dict[str, Any]], wrong: str) -> list[list[list[float]]]:
-    """Beta with ``wrong`` corrupted over that of the control: seeds, steps, modalities."""
+    """Beta of the fork that corrupts ``wrong``, divided by the control's: [seed][step][modality]."""
     control = {run["seed"]: run["beta"] for run in runs if run["corrupted"] is None}
     return [
         [
@@ -149,13 +150,13 @@ def relative(runs: Sequence[dict[str, Any]], wrong: str) -> list[list[list[float
 
 
 def at_the_end(ratios: list[list[list[float]]], modality: int) -> list[float]:
-    """One number per seed."""
+    """The mean over the last steps, one number per seed."""
     return [statistics.mean(row[modality] for row in seed[-LAST:]) for seed in ratios]
 
 
 def show(console: Console, runs: Sequence[dict[str, Any]], corrupt: Sequence[str]) -> None:
     table = Table(
-        title="beta over that of the control, mean of the last steps: median over seeds (least-most)",
+        title="beta relative to the control, mean of the last steps: median over seeds (range)",
         title_justify="left",
     )
     for column in ("corrupted", *pm.BRATS):
@@ -200,13 +201,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corrupt", nargs="+", choices=pm.BRATS, default=list(pm.BRATS))
-    parser.add_argument("--cases", type=int, default=24)
+    parser.add_argument(
+        "--corrupt", nargs="+", choices=pm.BRATS, default=list(pm.BRATS),
+        help="modalities to corrupt, one fork each (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--cases", type=int, default=24, help="phantoms (default 24)")
     parser.add_argument("--rate", type=float, default=0.5, help="missing rate of each modality")
-    parser.add_argument("--clean", type=int, default=60, help="outer steps before labels go wrong")
-    parser.add_argument("--steps", type=int, default=100, help="outer steps afterwards")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--threads", type=int, default=2, help="seeds trained side by side")
+    parser.add_argument("--clean", type=int, default=60, help="outer steps before the fork")
+    parser.add_argument("--steps", type=int, default=100, help="outer steps of each fork")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="default: 0 1")
+    parser.add_argument("--threads", type=int, default=2, help="seeds that are trained in parallel")
     results = Path(__file__).parent / "results"
     parser.add_argument("--out", type=Path, default=results / "learned_weights.json")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What the benchmarks share: peak memory, processes of their own, and the facts beside the numbers."""
+"""Shared by the benchmarks: peak memory, subprocesses, and the facts that are stored with the numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any
 
 
 class Peak:
-    """The highest resident set within the context above that at its start, sampled every millisecond."""
+    """Context that measures the peak of the resident set above its start, sampled every millisecond."""
 
     def __enter__(self) -> Peak:
         self.base = self.value = _resident()
@@ -42,7 +42,7 @@ class Peak:
 
 
 def _resident() -> int:
-    """Bytes of the resident set now."""
+    """Current size of the resident set, in bytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
@@ -50,12 +50,12 @@ def _resident() -> int:
 def in_a_process_of_its_own(
     script: str, setting: dict[str, Any], *arguments: str, memory: bool = False
 ) -> dict[str, Any]:
-    """Run ``script --job SETTING ARGUMENTS`` and read the JSON in the last line that it prints."""
+    """Run ``script --job SETTING ARGUMENTS`` and parse the last line of its output as JSON."""
     command = [sys.executable, script, "--job", json.dumps(setting), *arguments]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(setting["threads"]),
-        # glibc gives large tensors back as they are freed: else the holes between them are measured.
+        # glibc then returns freed large tensors at once; otherwise fragmentation is measured as well.
         **({"MALLOC_MMAP_THRESHOLD_": str(2**18)} if memory else {}),
     }
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -66,7 +66,7 @@ def in_a_process_of_its_own(
 
 
 def facts(arguments: argparse.Namespace, packages: Sequence[str]) -> dict[str, Any]:
-    """What a reader needs to make the numbers again."""
+    """What a reader needs to reproduce the numbers."""
     return {
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
@@ -78,10 +78,10 @@ def facts(arguments: argparse.Namespace, packages: Sequence[str]) -> dict[str, A
 
 
 def in_each_round(seconds: Sequence[float], base: Sequence[float]) -> list[float]:
-    """Ratios round by round, for a machine's speed drifts."""
+    """Ratios round by round, because the speed of a machine drifts."""
     return [s / b for s, b in zip(seconds, base, strict=True)]
 
 
 def with_spread(values: Sequence[float]) -> str:
-    """The median, least and largest."""
+    """The median and the range, as text."""
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"

@@ -1,4 +1,4 @@
-"""The nets that the benchmarks of strategies share, each with an objective and the batches of an episode."""
+"""Nets for the benchmarks of strategies, each with an objective and the batches of an episode."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Params = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured: a net, its patch, and the number of inner steps."""
+    """One measurement: a net, the size of its patches, and the number of inner steps."""
 
     net: str
     steps: int
@@ -28,7 +28,7 @@ class Setting:
 
 
 class UNet(nn.Module):
-    """A plain 3-D U-Net of three scales, 0.33 M parameters."""
+    """A plain 3-D U-Net with three scales and 0.33 M parameters."""
 
     def __init__(self, ins: int = 4, outs: int = 4, width: int = 16) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class UNet(nn.Module):
 
 
 def segmentation(forward: Callable[..., Any], batch: pm.Batch) -> Tensor:
-    """CE + Dice of a net of image -> logits."""
+    """CE + Dice of a net that maps an image to logits."""
     logits = forward(batch.image)
     return pm.losses.segmentation(logits, batch.target, weighted=False).mean()
 
@@ -74,7 +74,7 @@ def build(setting: Setting) -> tuple[nn.Module, Callable[..., Any], pm.Batch, pm
     def draw(mask: list[list[bool]]) -> pm.Batch:
         rows = [mask[i % len(mask)] for i in range(setting.batch)]
         image = torch.randn(setting.batch, 4, *shape)
-        # Blobs, not noise: a smooth field cut at three levels.
+        # Labels are blobs, not noise: a smooth field cut at three levels.
         field = nn.functional.interpolate(
             torch.randn(setting.batch, 1, 6, 6, 6), size=shape, mode="trilinear"
         )[:, 0]
@@ -89,7 +89,7 @@ def build(setting: Setting) -> tuple[nn.Module, Callable[..., Any], pm.Batch, pm
         from monai.networks.nets import SegResNet
 
         net = SegResNet(spatial_dims=3, init_filters=8, in_channels=4, out_channels=4)
-        net = net.to(memory_format=torch.channels_last_3d)  # as the others
+        net = net.to(memory_format=torch.channels_last_3d)  # like the other nets
         return net, segmentation, draw(full), draw(full)
     half = [[True, True, False, False], [True, False, True, False]]
     return pm.PrismNet(4, 4, 3, 8), pm.PrismObjective(weighted=False), draw(half), draw(half)

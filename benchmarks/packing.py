@@ -1,15 +1,17 @@
-"""What does it cost to train PRISM where modalities are missing, beside a network that computes them?
+"""How much time does PRISM save by not computing missing modalities?
 
     python benchmarks/packing.py                       # 48^3, width 8, batch 1 and 2
     python benchmarks/packing.py --size 24 --rounds 2  # a short look
 
-One training step is a forward and a backward pass of PrismObjective with distillation. The loop is
-the same network with the same weights, written as the published code is: encoders and decoder passes
-one after the other, on zeros where a modality is absent, with torch's own layers and layout. Both
-give the same gradient, which is checked in float64 on a small patch. Time: in turns, the median of the
-rounds and its
-spread; ratios within each round. Memory: the peak of the resident set above what the net and its batch
-take, in a process of its own. FLOPs: counted by torch while the step runs.
+One training step is a forward and a backward pass of PrismObjective with distillation. The packed
+network is PrismNet, which computes only what is shown. The loop is the same network with the same
+weights, written like the published code: encoders and decoder passes run one after the other, on zeros
+if a modality is missing, with torch's own layers and memory layout. Both give the same gradient; the
+script checks this in float64 on a small patch.
+
+Networks and settings take turns; the table shows the median and the range of ratios within a round.
+Memory is the peak of the resident set above what the net and its batch take, in a separate process.
+torch counts the FLOPs of one step.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import prism_meta as pm
 from prism_meta.networks.prism import Branch, Pairs, Prediction
 
-#: How many of the four modalities are shown, and what the step may cost relative to all four.
+#: Number of shown modalities -> target for the time of a step, relative to all four shown.
 TARGETS = {4: 1.0, 2: 0.6, 1: 0.4}
-#: At full availability the packed network is to be so many times as fast as the loop.
+#: Target: with all modalities shown, the packed network is this many times as fast as the loop.
 FASTER = 2.0
 
 
@@ -55,7 +57,7 @@ class Setting:
 
 
 class Loop(nn.Module):
-    """PrismNet's own weights, computed modality by modality, the absent ones too."""
+    """PrismNet with the same weights, computed one modality at a time, missing modalities included."""
 
     def __init__(self, net: pm.PrismNet) -> None:
         super().__init__()
@@ -80,7 +82,7 @@ class Loop(nn.Module):
         )
 
     def _fused(self, scales: list[list[Tensor]], mask: Tensor) -> Branch:
-        """All modalities fused, those that ``mask`` hides with the weight 0."""
+        """Fuse all modalities; those that ``mask`` hides get the weight 0."""
 
         def fuse(scale: int, guide: Tensor | None) -> Tensor:
             fusion = self.net.fusions[scale]
@@ -123,7 +125,7 @@ def _pick(branches: list[Branch], pairs: Pairs) -> Branch:
 
 
 def _plain(net: pm.PrismNet) -> pm.PrismNet:
-    """torch's own convolution, instance normalisation and layout in place of ours."""
+    """Replace our convolution, normalisation and memory layout by torch's own."""
     for module in net.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.Conv3d):
@@ -141,7 +143,7 @@ def _plain(net: pm.PrismNet) -> pm.PrismNet:
 
 
 def build(setting: Setting) -> tuple[pm.PrismNet, pm.Batch]:
-    """The net, with parameters that all matter, and a batch."""
+    """A batch, and a net in which every parameter affects the output."""
     torch.manual_seed(setting.seed)
     net = pm.PrismNet(4, 4, 3, setting.width)
     with torch.no_grad():
@@ -149,7 +151,7 @@ def build(setting: Setting) -> tuple[pm.PrismNet, pm.Batch]:
             fusion.by_region.normal_(std=0.1)
             fusion.by_modality.normal_(std=0.1)
     shape = (setting.batch, 4, *[setting.size] * 3)
-    # Which modalities are shown differs between samples.
+    # Each sample is shown other modalities.
     rows = [[(m + n) % 4 < setting.shown for m in range(4)] for n in range(setting.batch)]
     target = torch.randint(4, (setting.batch, *shape[2:]))
     return net, pm.Batch(torch.randn(shape), torch.tensor(rows), target)
@@ -166,7 +168,7 @@ MODELS: dict[str, Callable[[pm.PrismNet], nn.Module]] = {"packed": lambda net: n
 
 
 def difference(setting: Setting) -> float:
-    """Of the gradients of the two networks, relative, in float64 on a small patch."""
+    """Relative difference of the two networks' gradients, in float64 on a small patch."""
     net, batch = build(replace(setting, size=16))
     net, batch = net.double(), replace(batch, image=batch.image.double())
     packed, loop = (step(make(net), batch)[1] for make in MODELS.values())
@@ -177,7 +179,7 @@ def difference(setting: Setting) -> float:
 
 
 def measure_time(settings: list[Setting], rounds: int) -> list[dict[str, Any]]:
-    """All settings in every round, so that their ratios are of one time."""
+    """Time all settings in every round, so that ratios compare measurements of the same time."""
     steps: dict[tuple[int, str], Callable[[], object]] = {}
     results: list[dict[str, Any]] = []
     for i, setting in enumerate(settings):
@@ -186,7 +188,7 @@ def measure_time(settings: list[Setting], rounds: int) -> list[dict[str, Any]]:
         for name, make in MODELS.items():
             steps[i, name] = partial(step, make(net), batch)
             with FlopCounterMode(display=False) as counter:
-                steps[i, name]()  # which also warms up
+                steps[i, name]()  # this is also the warm-up
             results[i]["flops"][name] = counter.get_total_flops()
             results[i]["seconds"][name] = []
         results[i]["gradient_difference"] = difference(setting)
@@ -202,14 +204,16 @@ def measure_memory(setting: Setting, name: str) -> dict[str, float]:
     net, batch = build(setting)
     model = MODELS[name](net)
     small, patch = build(replace(setting, size=16))
-    step(MODELS[name](small), patch)  # libraries and threads are not the step's
+    step(
+        MODELS[name](small), patch
+    )  # loads libraries and starts threads, which should not be counted
     with Peak() as peak:
         step(model, batch)
     return {"peak_mib": peak.mib}
 
 
 def show(console: Console, batch: int, results: list[dict[str, Any]]) -> None:
-    """One table per batch size, with what is aimed at."""
+    """Print one table per batch size."""
     full = next(r for r in results if r["setting"]["shown"] == 4)
     table = Table(title=f"batch {batch}: one step of PRISM with distillation", title_justify="left")
     for column in (
@@ -240,12 +244,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--size", type=int, default=48, help="voxels of a side (default 48)")
-    parser.add_argument("--width", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--batch", nargs="+", type=int, default=[1, 2], help="batch sizes (default 1 2)"
+    )
+    parser.add_argument(
+        "--size", type=int, default=48, help="voxels per side of a patch (default 48)"
+    )
+    parser.add_argument("--width", type=int, default=8, help="channels of PrismNet (default 8)")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions (default 5)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/packing.json")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--memory", help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""The commands as a user runs them, on small cases with small settings."""
+"""Helpers that run the commands as a user does, with settings for small cases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SMALL = (
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    """Exit code, and both streams as one text without line breaks of the terminal's making."""
+    """Exit code and output (both streams); the terminal is wide, so that it does not wrap lines."""
     result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

@@ -1,4 +1,4 @@
-"""Small declared problems that the strategies are checked on, and how updates are compared."""
+"""Small problems that the strategies are checked on, and functions that compare updates."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from prism_meta.networks.prism import PrismNet
 from prism_meta.objective.prism import PrismObjective
 
 F64 = torch.float64
-#: Of two ways to one number in float64.
+#: Bound for two ways to compute the same number in float64.
 EXACT = 1e-9
-#: Of STRATEGIES: the rate of SGD inside, and K.
+#: Inner rate and number of inner steps of STRATEGIES.
 LR = 0.1
 STEPS = 3
-#: Radius of finite differences: the cube root of float64's precision, the best there for a smooth loss.
+#: Radius of finite differences: the cube root of float64's precision, which is best for a smooth loss.
 SMOOTH = 6e-6
-#: One instance of every strategy, both ways of the second order.
+#: One instance of every strategy, and both graphs of second order.
 STRATEGIES: list[Any] = [
     pytest.param(SingleLevel(), id="single"),
     pytest.param(FirstOrder(SGD(LR), STEPS), id="first"),
@@ -62,7 +62,7 @@ class Problem:
 
 
 def faults_of(action: Callable[[], object], kind: type[PrismError] = CaseError) -> tuple[str, ...]:
-    """All that ``action`` is refused for, each with its own line of the message."""
+    """The faults of the error that ``action`` raises; each must be one line of the message."""
     with pytest.raises(kind) as caught:
         action()
     assert str(caught.value) == "\n".join(caught.value.faults)
@@ -70,12 +70,12 @@ def faults_of(action: Callable[[], object], kind: type[PrismError] = CaseError) 
 
 
 def dice(a: Tensor, b: Tensor) -> float:
-    """Overlap of two masks, 1 where they are the same."""
+    """Dice overlap of two masks; 1 if they are equal."""
     return float(2 * (a & b).sum() / (a.sum() + b.sum()))
 
 
 def relative_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """||actual - expected|| / ||expected|| over all entries; the names must be the same."""
+    """||actual - expected|| / ||expected|| over all entries; the names must agree."""
     assert list(actual) == list(expected), (list(actual), list(expected))
     difference = sum((actual[n] - expected[n]).square().sum().item() for n in expected)
     norm = sum(e.square().sum().item() for e in expected.values())
@@ -83,7 +83,7 @@ def relative_error(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor])
 
 
 def equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
-    """Bit by bit."""
+    """Whether all values are equal bit by bit; the names must agree."""
     assert list(actual) == list(expected), (list(actual), list(expected))
     return all(torch.equal(actual[n], expected[n]) for n in expected)
 
@@ -93,28 +93,28 @@ def copies(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def meta_gradient(strategy: MetaStrategy, problem: Problem, **options: Any) -> MetaGradient:
-    """``strategy`` on the episode of ``problem``."""
+    """Run ``strategy`` on the episode of ``problem``."""
     return strategy.meta_gradient(
         problem.model, problem.objective, problem.train, problem.meta, **options
     )
 
 
 def run_example(owner: type) -> None:
-    """Run the example in a docstring that is a block of Python and no doctest."""
+    """Run the example of a docstring that is a Python block instead of a doctest."""
     (example,) = re.findall(r"( *```python\n.*?)```", inspect.getdoc(owner) or "", re.DOTALL)
     with torch.random.fork_rng():
         exec(textwrap.dedent(example).removeprefix("```python\n"), {})  # noqa: S102, our own docstring
 
 
 def derivative(function: Callable[[float], float], at: float = 0.0, step: float = 1e-3) -> float:
-    """By central differences of fourth order: truncation about step^4, rounding 1e-16 / step."""
+    """Derivative by fourth-order central differences: truncation about step^4, rounding 1e-16 / step."""
     near = function(at + step) - function(at - step)
     far = function(at + 2 * step) - function(at - 2 * step)
     return (8 * near - far) / (12 * step)
 
 
 def trainable(model: nn.Module) -> dict[str, Tensor]:
-    """phi, detached."""
+    """The trainable parameters phi, detached."""
     return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -131,7 +131,7 @@ def labels(*shape: int, classes: int, seed: int) -> Tensor:
 
 
 def randomize(model: nn.Module, *, seed: int, scale: float = 0.5) -> nn.Module:
-    """float64, every parameter drawn anew: no zero bias or unit gain hides a mistake."""
+    """Convert to float64 and redraw every parameter, so that no zero bias or unit gain hides a mistake."""
     model.double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -152,7 +152,7 @@ def cross_entropy(forward: Callable[..., Any], batch: tuple[Tensor, Tensor]) -> 
 
 
 def mlp() -> Problem:
-    """3 -> 5 -> 2 with tanh: curved, and smooth everywhere."""
+    """A net 3 -> 5 -> 2 with tanh: its loss is curved, and smooth everywhere."""
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2))
     return Problem(
         "mlp",
@@ -164,7 +164,7 @@ def mlp() -> Problem:
 
 
 def linear() -> Problem:
-    """A linear regression: the loss is a quadratic of the parameters."""
+    """A linear regression, whose loss is quadratic in the parameters."""
     return Problem(
         "linear",
         randomize(nn.Linear(3, 2), seed=60),
@@ -175,7 +175,7 @@ def linear() -> Problem:
 
 
 def episodes(count: int) -> list[tuple[Any, Any]]:
-    """Different batches of the MLP for every outer step."""
+    """Batches for the MLP, different ones for every outer step."""
     batches = [
         (randn(5, 3, seed=s), randn(5, 2, seed=s + 1)) for s in range(200, 200 + 4 * count, 2)
     ]
@@ -183,7 +183,7 @@ def episodes(count: int) -> list[tuple[Any, Any]]:
 
 
 def dropout() -> Problem:
-    """The MLP with Dropout, which draws anew in every forward pass."""
+    """The MLP with Dropout, which draws a new mask in every forward pass."""
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Dropout(0.4), nn.Linear(5, 2))
     return replace(mlp(), name="dropout", model=randomize(model, seed=65))
 
@@ -195,7 +195,7 @@ def batch_norm() -> Problem:
 
 
 class Corners(nn.Module):
-    """A frozen layer, an unused parameter, a tied weight and BatchNorm, in one model."""
+    """A model with a frozen layer, an unused parameter, a tied weight and BatchNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ def corners() -> Problem:
 
 
 class Average(nn.Module):
-    """A buffer that gathers activations with their graph, as no BatchNorm does."""
+    """A model whose buffer averages activations and keeps their graph, unlike BatchNorm's."""
 
     average: Tensor
 
@@ -257,7 +257,7 @@ def conv() -> Problem:
 
 
 def prism_net(**changes: Any) -> PrismNet:
-    """A 2-D PrismNet of 3 modalities and 3 classes, in float64."""
+    """A 2-D PrismNet with 3 modalities and 3 classes, in float64."""
     sizes = {"num_modalities": 3, "num_classes": 3, "spatial_dims": 2, "width": 2, "depth": 2}
     with torch.random.fork_rng():
         torch.manual_seed(20)

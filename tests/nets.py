@@ -31,7 +31,7 @@ def unet(dims: int = 2) -> nn.Module:
 
 
 class Spy(nn.Module):
-    """Keeps what it is given."""
+    """A net that records its inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Spy(nn.Module):
 
 
 def layers() -> nn.Sequential:
-    """Coarse features in layer 1, which layer 2 changes in place, and fine ones in layer 4."""
+    """A net with coarse features in layer 1, which layer 2 changes in place, and fine ones in layer 4."""
     net = nn.Sequential(
         nn.Conv2d(3, 4, 3, stride=2, padding=1),
         nn.InstanceNorm2d(4),
@@ -60,7 +60,7 @@ def layers() -> nn.Sequential:
 
 
 class Giving(nn.Module):
-    """Gives what ``form`` makes of logits at full, half and quarter resolution."""
+    """A net that returns ``form(...)`` of its logits at full, half and quarter resolution."""
 
     def __init__(self, form: Callable[..., Any]) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class Giving(nn.Module):
 
 
 class Encoders(nn.Module):
-    """An encoder per modality, fused by a masked mean, and a decoder of its own for one alone."""
+    """A net with an encoder per modality, a masked mean as fusion, and a separate unimodal decoder."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Small synthetic cases as NIfTI files, recorders of what is read, and where real cases are."""
+"""Small synthetic cases as NIfTI files, recorders of what is read, and the folder of real cases."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from safetensors import safe_open
 from prism_meta.data import preprocessing as data
 from prism_meta.modalities import BRATS
 
-#: Three different sizes, so that a swapped axis shows.
+#: Three different sizes, so that a swapped axis is noticed.
 SHAPE = (20, 24, 16)
-#: Where the blob lies, as a share of each half axis: off centre, so that a flip shows.
+#: Centre of the blob, as a share of each half axis. It is off centre, so that a flip is noticed.
 CENTRE = (0.2, -0.15, 0.1)
-#: Radii of the shells of the blob, one class each, from the outside in.
+#: Radii of the blob's shells, from the outside in. Each shell is one class.
 RADII = (0.55, 0.42, 0.28)
 
 FloatArray = NDArray[np.float32]
 
 
 def real_data() -> Path:
-    """Folder of real cases; skips the test where there is none."""
+    """The folder of real cases; the test is skipped if there is none."""
     default = Path(__file__).resolve().parents[2] / "shared" / "data"
     folder = Path(os.environ.get("PRISM_META_DATA") or default)
     if not (folder / "brats-tcga").is_dir():
@@ -41,7 +41,7 @@ def real_data() -> Path:
 
 
 def grid(shape: Sequence[int]) -> list[NDArray[np.float64]]:
-    """Coordinates of the voxels, -1 to 1 from edge to edge along each axis."""
+    """Coordinates of the voxels along each axis, from -1 to 1."""
     axes = [(np.arange(n) + 0.5) / n * 2 - 1 for n in shape]
     return list(np.meshgrid(*axes, indexing="ij"))
 
@@ -49,7 +49,7 @@ def grid(shape: Sequence[int]) -> list[NDArray[np.float64]]:
 def draw_label(
     shape: Sequence[int] = SHAPE, values: Sequence[int] = (2, 1, 4)
 ) -> NDArray[np.int16]:
-    """A blob of shells, one for each of ``values``, from the outside in; 0 elsewhere."""
+    """A blob with one shell for each of ``values``, from the outside in; 0 elsewhere."""
     distance = np.sqrt(sum((x - c) ** 2 for x, c in zip(grid(shape), CENTRE, strict=True)))
     label = np.zeros(shape, np.int16)
     for value, radius in zip(values, RADII, strict=False):
@@ -58,7 +58,7 @@ def draw_label(
 
 
 def draw_image(shape: Sequence[int] = SHAPE, *, index: int = 0, seed: int = 0) -> FloatArray:
-    """Modality ``index``: an ellipsoid with a slope along each axis, a blob, noise; 0 outside."""
+    """An image of modality ``index``: an ellipsoid with a gradient, the blob and noise; 0 outside."""
     x, y, z = grid(shape)
     noise = np.random.default_rng((seed, index)).normal(0, 2, shape)
     image = 100 * (index + 1) + 30 * x + 20 * y - 10 * z + noise
@@ -70,7 +70,7 @@ def draw_image(shape: Sequence[int] = SHAPE, *, index: int = 0, seed: int = 0) -
 def affine_of(
     spacing: Sequence[float], origin: Sequence[float] = (-9.0, 5.0, 31.0)
 ) -> NDArray[Any]:
-    """Affine of a RAS grid."""
+    """The affine of a RAS grid."""
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = origin
     return affine
@@ -79,7 +79,7 @@ def affine_of(
 def reorient(
     array: NDArray[Any], affine: NDArray[Any], codes: str
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The same anatomy, from a RAS grid, stored with axes that point to ``codes``, e.g. ``LPS``."""
+    """Reorder the axes of a RAS grid so that they point to ``codes``, e.g. ``LPS``; same anatomy."""
     change = orientations.ornt_transform(
         orientations.axcodes2ornt("RAS"), orientations.axcodes2ornt(tuple(codes))
     )
@@ -88,7 +88,7 @@ def reorient(
 
 
 def save(array: NDArray[Any], path: Path, affine: NDArray[Any] | None = None) -> Path:
-    """Write one NIfTI file, and its folder if need be."""
+    """Write one NIfTI file; its folder is made if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(array, np.eye(4) if affine is None else affine), path)
     return path
@@ -107,19 +107,19 @@ def write_case(
     codes: str = "RAS",
     seed: int = 0,
 ) -> Path:
-    """Write one case: all modalities but the missing ones, and a label unless ``label`` is None.
+    """Write one case: every modality that is not missing, and a label file.
 
     Args:
-        folder: of the case; its name is the case's.
-        modalities: all of them; the intensities of one depend on its place here.
-        missing: of which no file is written.
-        label: name of the label file.
-        values: of the label's classes, from the outside in.
-        names: of the files.
-        shape: voxels to the right, anterior and superior, before ``codes`` reorders them.
-        spacing: in mm, of the same axes.
-        codes: where the axes of the files point.
-        seed: of the noise.
+        folder: folder of the case; its name is the name of the case.
+        modalities: names of all modalities; the intensities depend on the position in this list.
+        missing: modalities that get no file.
+        label: name of the label file; None writes no label.
+        values: label values of the classes, from the outside in.
+        names: pattern of the file names.
+        shape: voxels along right, anterior and superior, before ``codes`` reorders the axes.
+        spacing: voxel size along the same axes, in mm.
+        codes: directions that the axes of the files point to.
+        seed: random seed of the noise.
     """
     arrays: dict[str, NDArray[Any]] = {
         name: draw_image(shape, index=k, seed=seed)
@@ -135,19 +135,19 @@ def write_case(
 
 
 def write_cases(root: Path, count: int, **options: Any) -> Path:
-    """Write ``count`` cases p0, p1, ... below ``root``, each with its own noise."""
+    """Write ``count`` cases p0, p1, ... into ``root``, each with its own noise."""
     for k in range(count):
         write_case(root / f"p{k}", seed=k, **options)
     return root
 
 
 def cut(path: Path) -> None:
-    """Leave three quarters of a file, as a full disk does."""
+    """Truncate a file to three quarters, as a full disk would."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
 
 
 def record_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """A list that grows by each file that nibabel opens from now on."""
+    """A list that receives the path of every file that nibabel opens from now on."""
     opened: list[Path] = []
     load = nib.load
 
@@ -160,7 +160,7 @@ def record_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def record_slices(monkeypatch: pytest.MonkeyPatch, read: list[str]) -> list[Path]:
-    """From now on ``read`` grows by each tensor of a cache, the result by each file of it."""
+    """From now on, append the tensors read from a cache to ``read``, and its files to the result."""
     opened: list[Path] = []
 
     class Recording:
@@ -189,11 +189,11 @@ def record_slices(monkeypatch: pytest.MonkeyPatch, read: list[str]) -> list[Path
 
 @contextmanager
 def forbidden(folder: Path) -> Iterator[None]:
-    """Nobody may write in ``folder``; root, who may write anywhere, is somebody else meanwhile."""
+    """Context in which ``folder`` is not writable; root, who can write anywhere, changes user in it."""
     if not hasattr(os, "geteuid"):
         pytest.skip("this system has no POSIX permissions")
     mode, user = stat.S_IMODE(folder.stat().st_mode), os.geteuid()
-    # The folders above belong to root alone: let another user pass through them.
+    # The folders above may be closed to other users: let them pass through.
     parents = [
         p for p in folder.parents if p.stat().st_uid == user and p.stat().st_mode & 0o077 == 0
     ]

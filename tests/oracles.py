@@ -1,4 +1,4 @@
-"""Meta-gradients unrolled by hand; nothing here comes from prism_meta.bilevel.strategies or its inner.py."""
+"""Meta-gradients, unrolled by hand. Nothing here is imported from prism_meta.bilevel."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 Values = dict[str, Tensor]
-#: One unrolling's optimizer, from parameters and gradients to parameters; it keeps its own memory.
+#: The optimizer of one unrolling: from parameters and gradients to parameters. It keeps its own state.
 Move = Callable[[Values, Values], Values]
-#: Starts such an optimizer without memory.
+#: Starts such an optimizer with a fresh state.
 Rule = Callable[[], Move]
 Moves = Callable[[str], bool]
 
@@ -42,10 +42,10 @@ def adam(
     l2: Any = 0.0,
     decay: Any = 0.0,
 ) -> Rule:
-    """Adam with an L2 penalty and AdamW's decay, as the papers write them."""
+    """Adam with an L2 penalty and AdamW's decay, written as in the papers."""
 
     def root(square: Tensor) -> Tensor:
-        zero = (square == 0).to(square.dtype)  # where the root has no derivative
+        zero = (square == 0).to(square.dtype)  # at 0 the root has no derivative
         return (square + zero).sqrt() * (1 - zero)
 
     def start() -> Move:
@@ -82,7 +82,7 @@ def leaves(values: Values) -> Values:
 
 
 def phi_of(problem: Problem) -> Values:
-    """phi as fresh leaves."""
+    """The trainable parameters phi, as fresh leaves."""
     return leaves({n: p for n, p in problem.model.named_parameters() if p.requires_grad})
 
 
@@ -109,7 +109,7 @@ def derivatives(scalar: Tensor, inputs: Values, *, create_graph: bool = False) -
 def adapt(
     problem: Problem, phi: Values, rule: float | Rule, steps: int, moves: Moves = every
 ) -> Values:
-    """phi~, with the graph of every step; a float is the rate of plain SGD."""
+    """phi~ with the graph of every step. A float as ``rule`` is the rate of plain SGD."""
     move = sgd(rule)() if isinstance(rule, float) else rule()
     batches = problem.train if type(problem.train).__name__ == "StepBatches" else [problem.train]
     params = dict(phi)
@@ -121,7 +121,7 @@ def adapt(
             create_graph=True,
             allow_unused=True,
         )
-        # As torch's optimizers do: without a gradient there is no step, no decay and no momentum.
+        # Like torch's optimizers: a parameter without a gradient gets no step, decay or momentum.
         given = {n: g for n, g in zip(chosen, grads, strict=True) if g is not None}
         params |= move({n: params[n] for n in given}, given)
     return params
@@ -135,38 +135,38 @@ def meta_loss(
 
 
 def first_order(problem: Problem, rule: float | Rule, steps: int, moves: Moves = every) -> Values:
-    """E3."""
+    """E3, unrolled."""
     adapted = leaves(adapt(problem, phi_of(problem), rule, steps, moves))
     return derivatives(loss(problem, adapted, problem.meta), adapted)
 
 
 def second_order(problem: Problem, rule: float | Rule, steps: int, moves: Moves = every) -> Values:
-    """E4."""
+    """E4, unrolled."""
     phi = phi_of(problem)
     return derivatives(meta_loss(problem, phi, rule, steps, moves), phi)
 
 
 def hyper(problem: Problem, rule: Rule, steps: int, inputs: Values) -> Values:
-    """d L_meta(phi~) / d hyper-parameters that ``rule`` was made of."""
+    """d L_meta(phi~) / d inputs: the hyper-parameters that ``rule`` was made from."""
     return derivatives(meta_loss(problem, phi_of(problem), rule, steps), inputs)
 
 
 def adapted_parameters(
     problem: Problem, rule: float | Rule, steps: int, moves: Moves = every
 ) -> Values:
-    """phi~."""
+    """phi~, detached."""
     adapted = adapt(problem, phi_of(problem), rule, steps, moves)
     return {n: p.detach() for n, p in adapted.items()}
 
 
 def gradient(problem: Problem, params: Values, batch: Any) -> Values:
-    """grad of the objective on ``batch`` at ``params``."""
+    """Gradient of the objective on ``batch`` at ``params``."""
     given = leaves(params)
     return derivatives(loss(problem, given, batch), given)
 
 
 def hessian_vector(problem: Problem, params: Values, vector: Values) -> Values:
-    """H_train v as the derivative of <grad L_train, v>: neither a step nor its graph."""
+    """H_train v, as the derivative of <grad L_train, v>. It involves no inner step."""
     given = leaves(params)
     grads = derivatives(loss(problem, given, problem.train), given, create_graph=True)
     return derivatives(torch.stack([(grads[n] * v).sum() for n, v in vector.items()]).sum(), given)
@@ -183,7 +183,7 @@ def shaped(vector: Tensor, like: Values) -> Values:
 
 
 def hessian(problem: Problem, params: Values, moves: Moves = every) -> Tensor:
-    """All of H_train, of the parameters that are adapted."""
+    """The full matrix H_train of the adapted parameters."""
     chosen = {n: p.detach() for n, p in params.items() if moves(n)}
 
     def of_vector(vector: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ def hessian(problem: Problem, params: Values, moves: Moves = every) -> Tensor:
 
 
 def implicit(problem: Problem, adapted: Values, proximal: float) -> Values:
-    """(I + H_train(phi~) / lambda)^-1 grad L_meta(phi~), by a dense solver."""
+    """(I + H_train(phi~) / lambda)^-1 grad L_meta(phi~), by a dense solver (iMAML)."""
     system = hessian(problem, adapted) / proximal
     system += torch.eye(len(system), dtype=system.dtype)
     right = flat(gradient(problem, adapted, problem.meta))
@@ -217,7 +217,7 @@ def proximal_minimum(
 
 
 def mlp_second_order(model: nn.Sequential, train: Any, meta: Any, lr: float) -> list[Tensor]:
-    """E4 for one step of the tanh MLP with the forward pass and L_train's gradient by hand."""
+    """E4 for one SGD step of the tanh MLP; the forward pass and L_train's gradient are written by hand."""
     w1, b1, w2, b2 = (p.detach().clone().requires_grad_() for p in model.parameters())
 
     def hidden(x: Tensor, w: Tensor, b: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""First and second order, in both forms, beside the oracles that they equal."""
+"""First and second order (both graphs), paired with the oracles that they must equal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def recomputed(inner: InnerOptimizer, steps: int = 1, **options: Any) -> MetaStr
     return SecondOrder(inner, steps, graph="recomputed", **options)
 
 
-#: A strategy and the oracle that it equals.
+#: Each strategy with the oracle that it must equal.
 ORDERS = [
     pytest.param(first, oracles.first_order, id="first"),
     pytest.param(stored, oracles.second_order, id="stored"),
@@ -38,13 +38,13 @@ ORDERS = [
 every_order = pytest.mark.parametrize(("kind", "oracle"), ORDERS)
 every_graph = pytest.mark.parametrize("kind", [stored, recomputed])
 every_problem = pytest.mark.parametrize("make_problem", PROBLEMS)
-#: Every number of levels and order, for tests of the outer step.
+#: One level, and two levels in first and second order, for tests of the outer step.
 LEVELS = [
     pytest.param(SingleLevel(), id="single-level"),
     pytest.param(FirstOrder(SGD(LR), 2), id="first-order"),
     pytest.param(SecondOrder(SGD(LR), 2), id="second-order"),
 ]
-#: Inner optimizers beside the rules that were written by hand.
+#: Each inner optimizer with the same rule written by hand.
 INNERS: list[tuple[Callable[[], InnerOptimizer], oracles.Rule]] = [
     (lambda: SGD(LR, momentum=0.9), oracles.sgd(LR, 0.9)),
     (lambda: Adam(0.05), oracles.adam(0.05)),

@@ -1,4 +1,4 @@
-"""E10 with loops: one sample, one modality, one separate forward at a time."""
+"""E10 by loops: a separate forward pass for each sample and each modality."""
 
 from __future__ import annotations
 
@@ -37,8 +37,6 @@ MASKS = {
     ],
 }
 every_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-
-
 every_size = pytest.mark.parametrize("size", [(9, 8), (6, 5, 7)], ids=["2-D", "3-D"])
 
 BETA, DELTA = (0.7, 1.9, 0.3, 0.9), (1.1, 0.2, 2.3, 0.5)
@@ -55,7 +53,7 @@ def weights_for(mask: list[list[bool]]) -> dict[str, Any]:
 def terms_by_loops(
     net: PrismNet, batch: Batch, objective: PrismObjective
 ) -> dict[str, dict[tuple[int, ...], Tensor]]:
-    """Each term of E10 by sample, or by sample and modality; no weights beta and delta yet."""
+    """Each term of E10 per sample, or per sample and modality, before the weights beta and delta."""
     found: dict[str, dict[tuple[int, ...], Tensor]] = {
         name: {} for name in ("fuse", "prm", "uni", "pixel", "proto", "distance")
     }
@@ -96,6 +94,7 @@ def terms_by_loops(
 def total_by_loops(
     found: dict[str, dict[tuple[int, ...], Tensor]], beta: Sequence[float], delta: Sequence[float]
 ) -> Tensor:
+    """E10 from the terms of ``terms_by_loops``."""
     size = len(found["fuse"])
     total = sum(found["fuse"].values()) + sum(found["prm"].values()) + sum(found["uni"].values())
     for (n, m), pixel in found["pixel"].items():
