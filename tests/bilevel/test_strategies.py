@@ -1,4 +1,4 @@
-"""One suite for every strategy of ALL_STRATEGIES, and what holds of single strategies only."""
+"""The common suite of all strategies, and what holds only for some of them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import oracles
 import pytest
 import torch
 from helpers import (
+    EXACT,
     F64,
+    LR,
     PROBLEMS,
-    SMOOTH,
     Corners,
     Problem,
     average,
@@ -29,48 +30,17 @@ from helpers import (
     trainable,
 )
 from torch import Tensor, nn
+from variants import ORACLES, bound, every_adapting, every_kind, every_variant, make
 
-from prism_meta.bilevel.inner import SGD
 from prism_meta.bilevel.strategies import (
-    ALL_STRATEGIES,
-    FiniteDifference,
-    FirstOrder,
-    ImplicitMAML,
+    GraphSizes,
     MetaGradient,
     MetaStrategy,
-    Reptile,
     SecondOrder,
     SingleLevel,
     StepBatches,
 )
 
-LR = 0.1
-EXACT = 1e-9
-
-
-def make(kind: type[MetaStrategy], steps: int = 1, **options: Any) -> MetaStrategy:
-    """Any strategy of the list: those that adapt take an inner optimizer and a number of steps."""
-    if kind is SingleLevel:
-        return kind()
-    return kind(**{"inner": SGD(LR), "steps": steps, **options})
-
-
-#: Of a strategy that has several ways: all of them.
-WAYS: dict[type[MetaStrategy], list[dict[str, Any]]] = {
-    SecondOrder: [{"graph": "stored"}, {"graph": "recomputed"}],
-    FiniteDifference: [{"radius": SMOOTH}],
-    ImplicitMAML: [{"proximal": 20.0, "cg_steps": 20}],
-}
-VARIANTS = [
-    pytest.param(
-        make(kind, steps, **options),
-        id="-".join([kind.__name__, *map(str, options.values()), str(steps)]),
-    )
-    for kind in ALL_STRATEGIES
-    for options in WAYS.get(kind, [{}])
-    for steps in ((1,) if kind is SingleLevel else (1, 2, 3))
-]
-every_variant = pytest.mark.parametrize("strategy", VARIANTS)
 every_problem = pytest.mark.parametrize("make_problem", PROBLEMS)
 
 
@@ -100,7 +70,7 @@ def test_one_entry_per_parameter_and_nothing_requires_grad(
     assert result.train_loss.shape == result.meta_loss.shape == ()
     assert all(t.shape == () for t in result.diagnostics.values())
     assert result.hyper_gradient == {}
-    assert list(result.state) == ([] if isinstance(strategy, SingleLevel) else list(phi))
+    assert list(result.state) == (list(phi) if strategy.adapts else [])
     assert not any(t.requires_grad for t in tensors(result).values())
 
 
@@ -162,25 +132,27 @@ def test_frozen_unused_and_tied_parameters(strategy: MetaStrategy) -> None:
 
 
 @every_variant
+def test_the_gradient_is_what_the_class_says(strategy: MetaStrategy) -> None:
+    problem = mlp()
+    result = meta_gradient(strategy, problem)
+    expected = ORACLES[strategy.equation](problem, strategy, result)
+    assert relative_error(result.gradient, expected) <= bound(strategy)
+
+
+@every_kind
+def test_a_class_describes_itself(kind: type[MetaStrategy]) -> None:
+    assert kind.name and kind.units and kind.equation in ORACLES
+    memory = kind.memory(GraphSizes(forward=1000, backward=3000, params=10, float64=2.0), 2)
+    assert memory and all(name.startswith(kind.__name__) for name in memory)
+    assert all(size > 1000 for size in memory.values())
+
+
+@every_variant
 def test_a_tied_weight_gets_the_sum_over_its_uses(strategy: MetaStrategy) -> None:
     problem = corners()
     result = meta_gradient(strategy, problem)
-    steps = getattr(strategy, "steps", 0)
-    phi, bound = trainable(problem.model), EXACT
-    if isinstance(strategy, SingleLevel):
-        expected = oracles.gradient(problem, phi, problem.train)
-    elif isinstance(strategy, FirstOrder):
-        expected = oracles.first_order(problem, LR, steps)
-    elif isinstance(strategy, Reptile):
-        adapted = oracles.adapted_parameters(problem, LR, steps)
-        expected = {n: phi[n] - p for n, p in adapted.items()}
-    elif isinstance(strategy, ImplicitMAML):
-        expected = oracles.implicit(problem, result.adapted, strategy.proximal)
-    else:
-        assert isinstance(strategy, SecondOrder | FiniteDifference)
-        expected = oracles.second_order(problem, LR, steps)
-        bound = EXACT if isinstance(strategy, SecondOrder) else 1e-7  # see test_finite_difference
-    assert relative_error(result.gradient, expected) <= bound
+    expected = ORACLES[strategy.equation](problem, strategy, result)
+    assert relative_error(result.gradient, expected) <= bound(strategy)
 
 
 @dataclass
@@ -262,16 +234,13 @@ def test_a_model_without_trainable_parameters_is_refused(strategy: MetaStrategy)
         meta_gradient(strategy, replace(mlp(), model=nn.Linear(3, 2).requires_grad_(False)))
 
 
-ADAPTING = [kind for kind in ALL_STRATEGIES if kind is not SingleLevel]
-
-
-@pytest.mark.parametrize("kind", ADAPTING)
+@every_adapting
 def test_no_inner_step_is_refused(kind: type[MetaStrategy]) -> None:
     with pytest.raises(ValueError, match=r"^steps: got 0, expected at least 1 inner step$"):
         make(kind, steps=0)
 
 
-@pytest.mark.parametrize("kind", ADAPTING)
+@every_adapting
 def test_adapting_nothing_is_refused(kind: type[MetaStrategy]) -> None:
     with pytest.raises(
         ValueError,
@@ -281,7 +250,7 @@ def test_adapting_nothing_is_refused(kind: type[MetaStrategy]) -> None:
         meta_gradient(make(kind, adapt=lambda name: False), mlp())
 
 
-@pytest.mark.parametrize("kind", ADAPTING)
+@every_adapting
 def test_parameters_that_are_not_adapted_stay(kind: type[MetaStrategy]) -> None:
     problem = mlp()
     result = meta_gradient(make(kind, 2, adapt=lambda name: name.startswith("2.")), problem)
@@ -300,7 +269,7 @@ def test_two_calls_give_the_same(strategy: MetaStrategy) -> None:
 @every_variant
 def test_buffers_start_from_the_models_own_and_see_one_batch(strategy: MetaStrategy) -> None:
     problem = corners()
-    batch = problem.train if isinstance(strategy, SingleLevel) else problem.meta
+    batch = problem.meta if strategy.adapts else problem.train
     result = meta_gradient(strategy, problem)
     assert result.buffers["norm.num_batches_tracked"].item() == 1
     assert result.inner_buffers["norm.num_batches_tracked"].item() == getattr(strategy, "steps", 1)
