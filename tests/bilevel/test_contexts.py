@@ -20,6 +20,7 @@ from helpers import (
     SMOOTH,
     STRATEGIES,
     Problem,
+    conv,
     copies,
     equal,
     meta_gradient,
@@ -375,6 +376,17 @@ def test_fast_derivatives_have_a_switch_and_leave_small_inputs_alone() -> None:
         assert "_GroupNormBackward" not in nodes(side)
         with pm.use_fast_derivatives(True):
             assert "_GroupNormBackward" in nodes(side)
+
+
+@pytest.mark.parametrize("graph", ["stored", "recomputed"])
+def test_fast_derivatives_equal_the_oracle(graph: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = conv()
+    strategy = SecondOrder(SGD(LR), 2, graph=graph)
+    slow = meta_gradient(strategy, problem)
+    monkeypatch.setattr(fast_derivatives, "SMALLEST", 0)
+    fast = meta_gradient(strategy, problem)
+    assert relative_error(fast.gradient, oracles.second_order(problem, LR, 2)) <= EXACT
+    assert not equal(fast.gradient, slow.gradient)  # equal to rounding, so they did run
 
 
 def test_fast_derivatives_give_way_to_a_torch_that_changed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(
+    model: nn.Module, modules: Sequence[nn.Module], params: Mapping[str, Tensor]
+) -> None:
     """Refuse models whose parameters cannot be replaced for an evaluation.
+
+    Args:
+        model: to be trained.
+        modules: all modules in it.
+        params: all its parameters, by name.
 
     Raises:
         ValueError: a scripted module, ``DataParallel``, a lazy module that was not run yet, parameters
@@ -24,23 +31,23 @@ def check_model(model: nn.Module) -> None:
             f"model: got {name}, whose replicas hold other parameters than the model; pass "
             "model.module, and run one process per device (Lightning Fabric does)"
         )
-    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+    if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
         raise ValueError(
             f"model: {name} is scripted (torch.jit), and its parameters cannot be replaced; pass the "
             "module that was given to torch.jit.script"
         )
-    lazy = [n for n, p in model.named_parameters() if is_lazy(p)]
+    lazy = [n for n, p in params.items() if is_lazy(p)]
     if lazy:
         raise ValueError(
             f"model: {', '.join(lazy[:3])} {'have' if len(lazy) > 1 else 'has'} no shape yet (a lazy "
             "module); run the model once on a batch before training"
         )
-    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    trainable = [p for p in params.values() if p.requires_grad]
     if not trainable:
         raise ValueError(
             f"model: {name} has no trainable parameter; set requires_grad=True on those to learn"
         )
-    if any(p.is_inference() for _, p in trainable):
+    if any(p.is_inference() for p in trainable):
         raise ValueError(
             f"model: {name} was made in torch.inference_mode(); make it outside of that context"
         )

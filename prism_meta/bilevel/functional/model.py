@@ -67,7 +67,8 @@ class FunctionalModel:
     def __init__(
         self, model: nn.Module, objective: Objective, *, scale: Tensor | float = 1.0
     ) -> None:
-        check_model(model)
+        modules, named = list(model.modules()), dict(model.named_parameters())
+        check_model(model, modules, named)
         self.model, self.objective, self.scale = model, objective, scale
         self.meta_objective = objective
         #: The objective's learned weights (E12), on which only L_train depends.
@@ -75,10 +76,11 @@ class FunctionalModel:
         if isinstance(objective, LearnedObjective):
             self.meta_objective = objective.meta_objective
             self.weights = dict(objective.hyper_parameters())
-        self.trainable: Params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.frozen: Params = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+        self.trainable: Params = {n: p for n, p in named.items() if p.requires_grad}
+        self.frozen: Params = {n: p for n, p in named.items() if not p.requires_grad}
+        self.own_buffers: Params = dict(model.named_buffers())
         self.device = next(iter(self.trainable.values())).device
-        self.compiled = any(_is_compiled(module) for module in model.modules())
+        self.compiled = any(map(_is_compiled, modules))
         self.substitution = Substitution(model)
 
     def leaves(self) -> Params:
@@ -87,7 +89,7 @@ class FunctionalModel:
 
     def buffers(self) -> Params:
         """Copies of the model's own buffers."""
-        return {name: b.detach().clone() for name, b in self.model.named_buffers()}
+        return {name: b.detach().clone() for name, b in self.own_buffers.items()}
 
     def random_state(self) -> RandomState:
         """The states of the generators that the model may draw from."""
@@ -137,7 +139,7 @@ class FunctionalModel:
                 f"objective: got a loss of shape {tuple(loss.shape)}, expected a scalar"
             )
         # A buffer is changed in place (BatchNorm), or replaced in ``state`` by an assignment.
-        after = {n: state[n].detach() for n, _ in self.model.named_buffers()}
+        after = {n: state[n].detach() for n in self.own_buffers}
         return Evaluation(self, loss.reshape(()), terms, after, params, buffers, twice)
 
     def state(self, params: Params, buffers: Params | None) -> Params:

@@ -28,7 +28,7 @@ from prism_meta.bilevel.functional.fast_derivatives import normalization
 from prism_meta.bilevel.functional.fast_derivatives.leaky_relu import SavedOutputs
 
 #: Inputs with fewer values keep torch's own derivatives, as intercepting the calls would take longer.
-SMALLEST = 40_000
+SMALLEST = 2**17
 _CONVOLUTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 }  # fmt: skip
