@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from helpers import (

@@ -1,4 +1,4 @@
-"""Group and instance normalisation within ``Lean``: torch's numbers, and a graph that keeps less."""
+"""Group and instance normalisation with fast derivatives: torch's numbers, and a graph that keeps less."""
 
 from __future__ import annotations
 
