@@ -1,4 +1,4 @@
-"""Bridges to other meta-learning libraries, one module each. None is imported by ``import prism_meta``."""
+"""Integrations with other meta-learning libraries. ``import prism_meta`` imports none of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from prism_meta.errors import PrismError
 
 
 class MissingPackageError(PrismError, ImportError):
-    """An optional package that cannot be imported; the message has the command that installs it."""
+    """An optional package cannot be imported; the message has the command that installs it."""
 
 
 def load(package: str, install: str) -> Any:
-    """Import an optional package where it is used.
+    """Import an optional package at the place that uses it.
 
     Args:
         package: name of the package to import.
@@ -35,7 +35,7 @@ named 'no_such_package'); install it with: pip install no-such-package
     """
     try:
         with warnings.catch_warnings():
-            # Old docstrings, seen only where the package was not compiled when it was installed.
+            # Old docstrings warn if the package was not compiled when it was installed.
             warnings.filterwarnings("ignore", message="invalid escape sequence")
             warnings.filterwarnings("ignore", message=".*is an invalid escape sequence")
             return importlib.import_module(package)

@@ -1,4 +1,4 @@
-"""higher: its differentiable optimizers as a strategy. It is imported where it is used."""
+"""The differentiable optimizers of the library higher as a strategy."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ COUNTERS = ("step", "eta", "mu")
 class HigherStrategy(FunctionalStrategy):
     """E4 or E3 through inner steps of any ``torch.optim`` optimizer that higher can differentiate.
 
-    Those are SGD, Adam, Adamax, Adagrad, Adadelta and ASGD, and what is given to
-    ``higher.register_optim``; AdamW is not among them, and of RMSprop and Rprop higher itself warns.
-    With SGD the numbers are those of ``SecondOrder`` and ``FirstOrder``. higher's Adam adds ``eps``
-    before the second moment is corrected for its bias: in step k its eps counts as
-    eps / sqrt(1 - beta2^k) does in torch's and in ours, 32 times as much at k = 1 with beta2 = 0.999.
-    That matters where a gradient is not far above eps. The graphs of all inner steps are kept, so that
-    memory grows with K.
+    These are SGD, Adam, Adamax, Adagrad, Adadelta, ASGD and those registered with
+    ``higher.register_optim``. AdamW is not supported, and higher itself warns about RMSprop and Rprop.
+    With SGD the numbers equal those of ``SecondOrder`` and ``FirstOrder``. higher's Adam adds ``eps``
+    before it corrects the bias of the second moment. In step k its eps acts like an
+    eps / sqrt(1 - beta2^k) in torch's Adam and ours, which is 32 times as much at k = 1 with
+    beta2 = 0.999. This matters if a gradient is not far above eps. The graphs of all inner steps are
+    kept, so memory grows with K.
 
-    The steps are those of ``higher.innerloop_ctx``, made by ``higher.get_diff_optim``. The other half of
-    ``innerloop_ctx``, a patched copy of the model, is left out: the model is called with
-    ``torch.func.functional_call``, so that buffers, frozen, unused and tied parameters are treated as by
-    every strategy. A parameter that the loss does not depend on is not moved, by weight decay neither.
+    The inner steps are those of ``higher.innerloop_ctx``, taken with ``higher.get_diff_optim``. The other
+    half of ``innerloop_ctx``, a patched copy of the model, is not used: the model is called with
+    ``torch.func.functional_call``, so buffers, frozen, unused and tied parameters are treated as in every
+    strategy. A parameter that the loss does not depend on does not move, not even by weight decay.
 
     Args:
         make_optimizer: from a list of parameters to the inner optimizer, e.g.
             ``lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9)``. It is called in each
-            episode with copies of the model's trainable parameters, in order; those that it leaves out
-            are learned by the outer step alone.
+            episode with copies of the model's trainable parameters, in order. Parameters that it leaves
+            out are learned only by the outer step.
         steps: K, the number of inner steps.
-        first_order: E3 in place of E4, without the graph of the inner steps.
+        first_order: compute E3 instead of E4, without the graph of the inner steps.
 
     Raises:
         MissingPackageError: higher is not installed.
-        ValueError: ``steps`` is less than 1; later, higher does not know the optimizer or one of its
-            options.
+        ValueError: ``steps`` is less than 1; later, higher does not support the optimizer or one of
+            its options.
 
     Source: Grefenstette et al., Generalized inner loop meta-learning, 2019.
 
@@ -117,20 +117,20 @@ def _differentiable(optimizer: Optimizer, phi: Params, state: State | None, *, s
     for name, values in (state or {}).items():
         optimizer.state[phi[name]] = dict(values)
     for values in optimizer.state.values():
-        # As numbers: a power of torch's float32 counter would cost the last digits.
+        # As numbers: a power of torch's float32 counter would lose the last digits.
         values.update({key: float(values[key]) for key in COUNTERS if key in values})
     try:
         stepper = higher.get_diff_optim(optimizer, list(phi.values()), track_higher_grads=second)
     except ValueError as error:
         raise ValueError(
-            f"make_optimizer: higher cannot make steps of {kind} ({error}); use SGD, Adam, Adamax, "
-            "Adagrad, Adadelta or ASGD, or SecondOrder with an inner optimizer of ours"
+            f"make_optimizer: higher cannot take steps of {kind} ({error}); use SGD, Adam, Adamax, "
+            "Adagrad, Adadelta or ASGD, or SecondOrder with one of our inner optimizers"
         ) from error
-    # higher reads neither; with them torch's optimizer would make another step.
+    # higher ignores both, although torch's optimizer would take another step with them.
     for option in ("maximize", "decoupled_weight_decay"):
         if any(group.get(option) for group in optimizer.param_groups):
             raise ValueError(
-                f"make_optimizer: higher does not know {option} of {kind}; leave it out"
+                f"make_optimizer: higher does not support {option} of {kind}; leave it out"
             )
     return stepper
 

@@ -13,7 +13,7 @@ from prism_meta.bilevel.strategies import SecondDerivativeError
 
 
 def episode(backend: str | None, strategy: pm.MetaStrategy) -> dict[str, Tensor]:
-    """The meta-gradient on a net of all that ``Lean`` sees, compiled unless ``backend`` is None."""
+    """The meta-gradient of a net with normalisations and activations, compiled if there is a backend."""
     torch.manual_seed(0)
     net: Any = nn.Sequential(
         nn.Conv2d(1, 4, 3),

@@ -63,7 +63,7 @@ def derivatives(
     node: str | None = "_GroupNormBackward",
 ) -> list[Tensor]:
     """The result, and its derivatives with respect to some of x, weight and bias. With ``node`` None it
-    is computed outside of ``Lean``."""
+    is computed by torch."""
     given = [
         None if t is None else t.clone().requires_grad_(i in variables) for i, t in enumerate(given)
     ]

@@ -267,11 +267,11 @@ def test_meta_learner_trains_with_it(make_problem: Callable[[], Problem], inner_
 @pytest.mark.parametrize(
     ("make_optimizer", "message"),
     [
-        (lambda p: optim.AdamW(p, LR), "higher cannot make steps of AdamW .*; use SGD, Adam,"),
-        (lambda p: optim.SGD(p, LR, maximize=True), "higher does not know maximize of SGD"),
+        (lambda p: optim.AdamW(p, LR), "higher cannot take steps of AdamW .*; use SGD, Adam,"),
+        (lambda p: optim.SGD(p, LR, maximize=True), "higher does not support maximize of SGD"),
         (
             lambda p: optim.Adam(p, LR, maximize=True),
-            "make_optimizer: higher does not know maximize of Adam; leave it out",
+            "make_optimizer: higher does not support maximize of Adam; leave it out",
         ),
     ],
 )

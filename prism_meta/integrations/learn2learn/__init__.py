@@ -1,8 +1,7 @@
-"""learn2learn, both ways: our inner optimizers in its loops, its learners as a strategy of ours.
+"""learn2learn in both directions: our inner optimizers in its loops, and its learners as a strategy.
 
-learn2learn 0.2.0 is imported with this package, which takes seconds. Without it this package can still
-be imported, and what is in it raises an error with the command that installs it, ``INSTALL``. The
-examples are run by the tests of both directions.
+This package imports learn2learn 0.2.0, which takes seconds. If that is not installed, the package can
+still be imported, and its classes raise an error with the command that installs it, ``INSTALL``.
 """
 
 from prism_meta.integrations.learn2learn.learner import PrismLearner

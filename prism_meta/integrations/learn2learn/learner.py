@@ -1,4 +1,4 @@
-"""Our inner optimizers in loops that are written for learn2learn."""
+"""Our inner optimizers in loops written for learn2learn."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ else:
 
 
 class PrismLearner(BaseLearner):
-    """``l2l.algorithms.MAML`` with any inner optimizer of ours: U of E1 in place of phi - lr * g.
+    """``l2l.algorithms.MAML`` with any of our inner optimizers: U of E1 instead of phi - lr * g.
 
-    It takes MAML's place in a loop that is written for learn2learn: ``clone`` gives a learner at phi,
-    ``adapt`` moves that by one inner step, and ``backward`` of a loss at phi~ adds the meta-gradient to
-    ``.grad`` of the model's parameters and of the learned hyper-parameters of ``inner``, all of them in
-    ``parameters()``. The numbers are those of ``SecondOrder`` and ``FirstOrder``.
+    It replaces MAML in a loop written for learn2learn. ``clone`` returns a learner at phi, and ``adapt``
+    moves that by one inner step. ``backward`` of a loss at phi~ adds the meta-gradient to ``.grad`` of
+    the model's parameters and of the learned hyper-parameters of ``inner``; ``parameters()`` has all of
+    them. The numbers equal those of ``SecondOrder`` and ``FirstOrder``.
 
-    A clone has module objects of its own around the tensors of phi~. So whatever is called on it, a
-    method, a submodule or ``eval()``, sees phi~ and leaves the model as it is.
+    A clone has its own module objects around the tensors of phi~. A method, a submodule or ``eval()`` of
+    a clone therefore works at phi~ and does not change the model.
 
     Args:
         model: any module.
         inner: the inner optimizer, e.g. ``SGD(0.05)``; its state starts anew in each clone.
-        first_order: E3 in place of E4: d phi_{k+1} / d phi_k is taken for the identity.
-        allow_unused: whether a parameter may be without influence on the loss, as a modality's may be
-            where none of the batch shows it; its gradient is 0. As ``allow_nograd`` unless given.
-        allow_nograd: whether the model may have frozen parameters; they are not moved.
-        isolate_buffers: False, as in learn2learn: BatchNorm statistics that a clone gathers are the
-            model's. True: a clone gathers them in copies.
+        first_order: compute E3 instead of E4, which takes d phi_{k+1} / d phi_k as the identity.
+        allow_unused: whether the loss may be independent of some parameters, e.g. those of a modality
+            that the batch does not show; their gradient is 0. Defaults to ``allow_nograd``.
+        allow_nograd: whether the model may have frozen parameters, which do not move.
+        isolate_buffers: whether a clone collects BatchNorm statistics in copies. If False, as in
+            learn2learn, it collects them in the model's own buffers.
 
     Raises:
         MissingPackageError: learn2learn is not installed.
@@ -93,7 +93,7 @@ class PrismLearner(BaseLearner):
         self.first_order, self.allow_nograd = first_order, allow_nograd
         self.allow_unused = allow_nograd if allow_unused is None else allow_unused
         self.isolate_buffers = isolate_buffers
-        self.state: State | None = None  # of the inner optimizer; a clone's alone
+        self.state: State | None = None  # of the inner optimizer; only a clone has one
 
     def clone(
         self,
@@ -101,12 +101,12 @@ class PrismLearner(BaseLearner):
         allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
     ) -> PrismLearner:
-        """A learner at the present parameters; gradients flow back from it to them.
+        """A learner at the current parameters, to which gradients flow back from it.
 
         Args:
-            first_order: of the clone, as this learner's unless given; so are the others.
-            allow_unused: likewise.
-            allow_nograd: likewise.
+            first_order: for the clone. Defaults to this learner's, as do the other two.
+            allow_unused: for the clone.
+            allow_nograd: for the clone.
         """
         with grad_of_clones():
             module = learn2learn().clone_module(self.module)
@@ -120,7 +120,7 @@ class PrismLearner(BaseLearner):
         )
         if self.isolate_buffers:
             _copy_buffers(clone.module)
-        # Of a clone's clone the inner optimizer goes on where the first one's is.
+        # The clone of a clone continues with the first clone's state.
         clone.state = self.inner.init(trainable(clone.module)) if self.state is None else self.state
         return clone
 
@@ -134,10 +134,10 @@ class PrismLearner(BaseLearner):
         """One inner step on ``loss``: the parameters of this clone are replaced.
 
         Args:
-            loss: L_train at the present parameters; scalar.
-            first_order: of this step, as the learner's unless given; so are the others.
-            allow_unused: likewise.
-            allow_nograd: likewise.
+            loss: L_train at the current parameters; scalar.
+            first_order: for this step. Defaults to this learner's, as do the other two.
+            allow_unused: for this step.
+            allow_nograd: for this step.
 
         Raises:
             ValueError: this is not a clone, or there are frozen or unused parameters that are not
@@ -163,7 +163,7 @@ class PrismLearner(BaseLearner):
                 f"allow_unused: is False, but the loss does not depend on {listed(unused)}; give True, "
                 "or compute the loss with this clone"
             )
-        # In first order the step is one from constants: that leaves d phi_{k+1} / d phi_k = 1.
+        # In first order the step starts from constants, which leaves d phi_{k+1} / d phi_k = 1.
         start = detached(chosen) if first else chosen
         used = {n: g for n, g in zip(start, grads, strict=True) if g is not None}
         moved, state = self.inner.update(
@@ -177,7 +177,7 @@ class PrismLearner(BaseLearner):
 
 
 def _copy_buffers(module: nn.Module) -> None:
-    """Copies in place of a clone's buffers, one for each, under whatever names it has."""
+    """Replace each of a clone's buffers by one copy, under all of its names."""
     copies: dict[int, Tensor] = {}
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False):

@@ -1,4 +1,4 @@
-"""Learners of learn2learn as a strategy of ours."""
+"""learn2learn's learners as a strategy."""
 
 from __future__ import annotations
 
@@ -29,19 +29,18 @@ from prism_meta.integrations.learn2learn.upstream import (
 
 
 class Learn2LearnStrategy(MetaStrategy):
-    """A learner of learn2learn as a strategy: its inner step, its choice of first or second order.
+    """A learner of learn2learn as a strategy, with its inner step and its order.
 
-    What the learner learns beside its module (the rates of MetaSGD, the transform of GBML, a learning
-    rate given as ``nn.Parameter``) gets a gradient in ``MetaGradient.hyper_gradient``, and
-    ``MetaLearner`` trains it where the outer optimizer holds it, as that of ``learner.parameters()``
-    does. Losses are computed by the model, so that its buffers, frozen, unused and tied parameters are
-    treated as by every strategy; of the learner, ``clone`` and ``adapt`` are used.
+    The learner may have parameters beside its module: the rates of MetaSGD, the transform of GBML, a
+    learning rate passed as ``nn.Parameter``. Their gradient is in ``MetaGradient.hyper_gradient``, and
+    ``MetaLearner`` trains those that the outer optimizer holds; an optimizer over
+    ``learner.parameters()`` holds all. Of the learner only ``clone`` and ``adapt`` are used. The model
+    computes the losses, so buffers, frozen, unused and tied parameters are treated as in every strategy.
 
-    It keeps the graphs of all inner steps, so that memory grows with K. It cannot unscale the inner
+    The graphs of all inner steps are kept, so memory grows with K. It cannot unscale the inner
     gradients: with a ``GradScaler`` use ``SecondOrder`` or ``FirstOrder``. learn2learn's
-    ``KroneckerTransform`` and ``MetaCurvatureTransform`` know no 3-D convolution and no
-    ``RegionAwareFusion``; a ``TransformDictionary`` gives a transform to the other layers, and these the
-    gradient as it is.
+    ``KroneckerTransform`` and ``MetaCurvatureTransform`` do not support 3-D convolutions and
+    ``RegionAwareFusion``. A ``TransformDictionary`` transforms only the other layers.
 
     Args:
         learner: ``l2l.algorithms.MAML``, ``MetaSGD`` or ``GBML``, around the model that will be trained.
@@ -50,7 +49,7 @@ class Learn2LearnStrategy(MetaStrategy):
     Raises:
         MissingPackageError: learn2learn is not installed.
         ValueError: ``steps`` is less than 1 or ``learner`` is none of the three; later, the model is not
-            the learner's, or a ``state`` or a ``scale`` is given.
+            the learner's, or a ``state`` or a ``scale`` is passed.
 
     Source: learn2learn, Arnold et al., 2020; Meta-SGD, Li et al., 2017; Meta-Curvature, Park and Oliva,
     NeurIPS 2019; Kronecker-factored transforms, Arnold et al., 2019.
@@ -142,8 +141,8 @@ class Learn2LearnStrategy(MetaStrategy):
         learner: Any = self.learner
         if not isinstance(learner, learn2learn().algorithms.MetaSGD):
             return learner.clone(allow_unused=True, allow_nograd=True)
-        # MetaSGD knows no frozen parameter, and moves a tied one under its first name alone: it gets
-        # a flat module of those that it is to move, and their rates.
+        # MetaSGD does not support frozen parameters, and moves a tied one only under its first name. So
+        # it gets a flat module of the parameters that it should move, and their rates.
         clone = learner.clone()
         names = [name for name, _ in clone.module.named_parameters()]
         rates = dict(zip(names, clone.lrs, strict=True))
@@ -154,20 +153,20 @@ class Learn2LearnStrategy(MetaStrategy):
 
 
 class LearnerParameters:
-    """What a learner of learn2learn learns beside its module, in the manner of an inner optimizer.
+    """The parameters of a learn2learn learner beside its module, with an inner optimizer's interface.
 
     Args:
         learner: as for ``Learn2LearnStrategy``.
     """
 
-    #: It has no state to share with an outer optimizer.
+    #: There is no state to share with an outer optimizer.
     torch_optimizer = None
 
     def __init__(self, learner: nn.Module) -> None:
         self._learner = learner
 
     def hyper_parameters(self) -> Params:
-        """Those that get a gradient, by the learner's names for them."""
+        """The learned ones, by the learner's names for them."""
         return {n: p for n, p in self._named().items() if p.requires_grad}
 
     def state_dict(self) -> Params:
@@ -193,11 +192,12 @@ class LearnerParameters:
 
 
 def _adapt(clone: Any, loss: Tensor) -> None:
-    """One inner step. Where the loss depends on no parameter there is none to make."""
+    """One inner step, unless the loss depends on no parameter."""
     if not loss.requires_grad:
         return
     if not hasattr(clone, "allow_unused"):
-        # MetaSGD refuses parameters that the loss does not depend on; it does on their empty parts.
+        # MetaSGD refuses parameters that the loss does not depend on. Their empty slices make it depend
+        # on all of them.
         loss = loss + sum(p.flatten()[:0].sum().to(loss) for p in clone.module.parameters())
     with grad_of_clones(), torch.autocast(loss.device.type, enabled=False):
         clone.adapt(loss)

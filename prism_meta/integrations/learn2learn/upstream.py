@@ -1,4 +1,4 @@
-"""learn2learn itself, as both directions take it."""
+"""Importing learn2learn, shared by both directions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import nn
 from prism_meta.bilevel.functional.trees import Params
 from prism_meta.integrations import MissingPackageError, load
 
-#: learn2learn 0.2.0 has no wheels, and its C files do not compile on Python 3.11 and newer: this builds
-#: it from its .pyx files.
+#: learn2learn 0.2.0 has no wheels, and its C files do not compile on Python 3.11 and newer. This command
+#: builds it from its .pyx files.
 INSTALL = (
     "pip install cython setuptools wheel && pip install --no-build-isolation "
     '--config-settings="--global-option=build_ext" learn2learn==0.2.0'
@@ -25,7 +25,7 @@ INSTALL = (
 
 @functools.cache
 def learn2learn() -> Any:
-    """The package. Its import prints gym's notice about gym, and that alone is left out."""
+    """The package. Importing it prints a notice of gym's, which is suppressed, and nothing else is."""
     printed = io.StringIO()
     try:
         with redirect_stderr(printed):
@@ -47,9 +47,9 @@ def _gym_notices() -> list[str]:
 
 @contextmanager
 def grad_of_clones() -> Iterator[None]:
-    """torch warns where learn2learn looks at ``.grad`` of a clone's tensors, which are no leaves.
+    """Suppress torch's warning when learn2learn reads ``.grad`` of a clone's tensors, which are no leaves.
 
-    MetaSGD keeps gradients there, and a recurrent layer's copy is made anew.
+    MetaSGD stores gradients there, and copying a recurrent layer reads them.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings(

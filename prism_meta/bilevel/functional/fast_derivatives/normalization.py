@@ -160,7 +160,7 @@ class _Groups:
         x: shaped (samples, channels, *space).
         weight: one per channel, or None for 1.
         mean: of x, shaped (samples, groups).
-        scale: the reciprocal of x's deviation, likewise.
+        scale: the reciprocal of x's deviation, shaped (samples, groups).
     """
 
     def __init__(self, x: Tensor, weight: Tensor | None, mean: Tensor, scale: Tensor) -> None:
