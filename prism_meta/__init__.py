@@ -16,6 +16,7 @@ from prism_meta.bilevel.strategies import (
     SecondOrder,
     SingleLevel,
 )
+from prism_meta.data.availability import draw_availability
 from prism_meta.data.cases import Case, load_cases
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.masking import (
@@ -24,7 +25,6 @@ from prism_meta.data.masking import (
     FullMask,
     SingleModalityMask,
     StaticMask,
-    draw_availability,
 )
 from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.errors import CaseError, ConfigError, PrismError
@@ -37,6 +37,8 @@ from prism_meta.networks.wrapped import wrap
 from prism_meta.objective import losses
 from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights, RelativePreference
+from prism_meta.records import Record, read_records, write_records
+from prism_meta.report import compare, summarize
 
 try:
     __version__ = version("prism-meta")
@@ -76,6 +78,7 @@ __all__ = [
     "PrismError",
     "PrismNet",
     "PrismObjective",
+    "Record",
     "RegionAwareFusion",
     "RelativePreference",
     "Reptile",
@@ -83,13 +86,17 @@ __all__ = [
     "SingleLevel",
     "SingleModalityMask",
     "StaticMask",
+    "compare",
     "draw_availability",
     "evaluate",
     "load_cases",
     "losses",
     "predict",
     "preflight",
+    "read_records",
     "subset_name",
     "subsets",
+    "summarize",
     "wrap",
+    "write_records",
 ]

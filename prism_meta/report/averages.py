@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prism_meta.errors import PrismError
-from prism_meta.records import Record, json_number, unique
+from prism_meta.records import Record, index_records, nan_to_none
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Cell:
     def to_dict(self) -> dict[str, Any]:
         """The four numbers, NaN as None."""
         return {
-            "dice": json_number(self.dice),
-            "hd95_mm": json_number(self.hd95),
+            "dice": nan_to_none(self.dice),
+            "hd95_mm": nan_to_none(self.hd95),
             "cases": self.cases,
             "undefined": self.undefined,
         }
@@ -98,7 +98,7 @@ def summarize(records: Sequence[Record], *, subset_order: Sequence[str] | None =
         >>> summarize([a, b]).by_subset["flair"]
         Cell(dice=0.7, hd95=4.0, cases=2, undefined=1)
     """
-    table = unique(records, "records")
+    table = index_records(records, "records")
     names = tuple(dict.fromkeys(r.subset for r in records))
     if subset_order is not None:
         lost = [name for name in names if name not in subset_order]

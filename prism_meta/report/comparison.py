@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prism_meta.errors import PrismError
-from prism_meta.records import Record, json_number, unique
+from prism_meta.records import Record, index_records, nan_to_none
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Interval:
     def to_dict(self) -> dict[str, Any]:
         """The four numbers, NaN as None."""
         return {
-            "mean": json_number(self.mean),
-            "low": json_number(self.low),
-            "high": json_number(self.high),
+            "mean": nan_to_none(self.mean),
+            "low": nan_to_none(self.low),
+            "high": nan_to_none(self.high),
             "cases": self.cases,
         }
 
@@ -119,7 +119,7 @@ def compare(
     """
     if resamples < 1:
         raise PrismError(f"resamples: got {resamples}, expected at least 1; 10000 is usual")
-    first, second = unique(a, "a"), unique(b, "b")
+    first, second = index_records(a, "a"), index_records(b, "b")
     unpaired = [key for key in (*first, *second) if (key in first) != (key in second)]
     if unpaired:
         case, subset, region = unpaired[0]
