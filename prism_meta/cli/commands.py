@@ -26,7 +26,7 @@ from prism_meta.cli import workflow
 from prism_meta.errors import PrismError
 from prism_meta.files import writable_folder
 from prism_meta.report import compare as compare_records
-from prism_meta.report.html import comparison_table, results_table
+from prism_meta.report.tables import comparison_table, results_table
 from prism_meta.training.config import load_config
 from prism_meta.training.config.baselines import BASELINES
 from prism_meta.training.config.keys import ARGUMENT_KEYS

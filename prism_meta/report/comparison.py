@@ -47,7 +47,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Change:
-    """What changed from run a to run b: ``dice`` in [-1, 1], ``hd95`` in mm (down is better)."""
+    """The change from run a to run b: ``dice`` in [-1, 1], ``hd95`` in mm (lower is better)."""
 
     dice: Interval
     hd95: Interval
@@ -59,16 +59,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Paired differences b - a of two runs; made by ``compare``.
+    """Paired differences b - a of two runs. ``compare`` creates it.
 
     Args:
         overall: over all cells.
         by_region: per region, over the subsets.
         by_subset: per subset, over the regions.
         cases: number of cases that both runs have.
-        undefined: number of pairs of records left out, at least in part, since a value is NaN.
+        undefined: number of pairs of records with a NaN value, which is left out.
         resamples: number of bootstrap resamples.
-        seed: seed of the bootstrap.
+        seed: random seed of the bootstrap.
     """
 
     overall: Change
@@ -103,11 +103,11 @@ def compare(
     Args:
         a: records of the first run.
         b: records of the second run, of the same cases, subsets and regions.
-        seed: seed of the bootstrap.
-        resamples: number of resamples, at least 1.
+        seed: random seed of the bootstrap.
+        resamples: number of resamples, at least 1. Defaults to 10,000.
 
     Raises:
-        PrismError: the records do not pair, one is there twice, or there are none.
+        PrismError: the records do not pair, one occurs twice, or there are none.
 
     Example:
         >>> a = [Record(f"case{i}", "t1", "WT", 0.5, 9.0) for i in range(4)]
@@ -129,7 +129,7 @@ def compare(
             "evaluate both runs on the same cases and subsets"
         )
     cases, names, regions = (tuple(dict.fromkeys(key[i] for key in first)) for i in range(3))
-    cases = tuple(sorted(cases))  # so that the draws do not depend on the order of the records
+    cases = tuple(sorted(cases))  # the draws must not depend on the order of the records
     rank = [{name: i for i, name in enumerate(axis)} for axis in (cases, names, regions)]
     # (cases, subsets, regions, 2): Dice and HD95; NaN where a case was not measured in a cell.
     gap = np.full((len(cases), len(names), len(regions), 2), np.nan)
@@ -156,7 +156,7 @@ def compare(
 
 
 def _nanmean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    """As ``np.nanmean``, without its warning where all values are NaN."""
+    """Like ``np.nanmean``, but without a warning if all values are NaN."""
     count = (~np.isnan(values)).sum(axis)
     mean: NDArray[np.float64] = np.where(
         count > 0, np.nansum(values, axis) / np.maximum(count, 1), np.nan
