@@ -38,9 +38,9 @@ from rich.console import Console
 from rich.table import Table
 
 import prism_meta as pm
+from prism_meta.data.cache import CachedCase, prepare
 from prism_meta.data.episodes import Episodes
 from prism_meta.data.phantom import write_phantoms
-from prism_meta.data.preprocessing import CachedCase, prepare
 from prism_meta.objective.weighting import LearnedWeights
 
 PATCH = 48
@@ -79,7 +79,7 @@ def phantoms(folder: Path, setting: Setting) -> list[CachedCase]:
     write_phantoms(folder / "cases", availability, seed=setting.seed, shape=shape, spacing=2.0)
     cases = pm.load_cases(folder / "cases", pm.BRATS)
     grid = pm.Preprocessing((3.0, 3.0, 3.0))
-    return prepare(cases, grid, pm.BRATS_LABELS, folder / "cache")
+    return prepare(cases, folder / "cache", preprocessing=grid, labels=pm.BRATS_LABELS)
 
 
 def learner_of(seed: int) -> pm.MetaLearner:

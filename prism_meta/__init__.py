@@ -21,6 +21,7 @@ from prism_meta.bilevel.strategies import (
     StepBatches,
     register_strategy,
 )
+from prism_meta.data.availability import draw_availability
 from prism_meta.data.cases import Case, load_cases
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.masking import (
@@ -29,7 +30,6 @@ from prism_meta.data.masking import (
     FullMask,
     SingleModalityMask,
     StaticMask,
-    draw_availability,
 )
 from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.errors import CaseError, ConfigError, PrismError
@@ -42,6 +42,8 @@ from prism_meta.networks.wrapped import wrap
 from prism_meta.objective import losses
 from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights, RelativePreference
+from prism_meta.records import Record, read_records, write_records
+from prism_meta.report import compare, summarize
 
 try:
     __version__ = version("prism-meta")
@@ -83,6 +85,7 @@ __all__ = [
     "PrismError",
     "PrismNet",
     "PrismObjective",
+    "Record",
     "RegionAwareFusion",
     "RelativePreference",
     "Reptile",
@@ -91,15 +94,19 @@ __all__ = [
     "SingleModalityMask",
     "StaticMask",
     "StepBatches",
+    "compare",
     "draw_availability",
     "evaluate",
     "load_cases",
     "losses",
     "predict",
     "preflight",
+    "read_records",
     "register_strategy",
     "subset_name",
     "subsets",
+    "summarize",
     "use_fast_derivatives",
     "wrap",
+    "write_records",
 ]

@@ -1,4 +1,4 @@
-"""Files that are complete or not there: every write goes to a neighbour and is then renamed."""
+"""Atomic writes: a temporary file in the same folder, then a rename. No file is ever half-written."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from prism_meta.errors import OutputError
 
 @contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write to; it replaces ``path`` only if the block succeeds.
+    """Yield a temporary path to write to. It replaces ``path`` only if the block succeeds.
 
-    The neighbour keeps the suffixes of ``path`` (``.nii.gz``), which writers look at.
+    The temporary file keeps the suffixes of ``path`` because writers choose the format by them
+    (``.nii.gz``).
 
     Raises:
-        OutputError: the folder cannot be made or written.
+        OutputError: the folder cannot be created or written.
 
     Example:
         >>> folder = Path(tempfile.mkdtemp())
@@ -41,10 +42,14 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
 
 def writable_folder(folder: Path | str) -> Path:
-    """Make ``folder`` and check that a file can be written in it, before any work is done for it.
+    """Create ``folder`` and check that it can be written. Call it before long computations.
 
     Raises:
-        OutputError: it cannot be made or written.
+        OutputError: the folder cannot be created or written.
+
+    Example:
+        >>> writable_folder(Path(tempfile.mkdtemp()) / "run").is_dir()
+        True
     """
     folder = Path(folder)
     try:

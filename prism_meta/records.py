@@ -1,4 +1,4 @@
-"""Records as CSV files, and what averages and comparisons ask of a set of them."""
+"""Records: one measurement each. They are written to and read from CSV files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,20 @@ from prism_meta.files import atomic
 
 @dataclass(frozen=True)
 class Record:
-    """One measurement: a case, predicted from one subset of modalities, in one region.
+    """One measurement: the prediction of one case from one subset of modalities, in one region.
+
+    The arguments are in the order of the columns of the CSV file.
 
     Args:
         case: name of the case.
         subset: name of the subset, e.g. ``flair+t1ce``.
         region: name of the region, e.g. ``WT``.
-        dice: in [0, 1]; NaN where the policy says so.
-        hd95: 95th percentile of the symmetric surface distance in mm; NaN where the policy says so.
+        dice: Dice coefficient in [0, 1]; NaN if it is undefined (empty masks).
+        hd95: 95th percentile of the symmetric surface distance in mm; NaN if it is undefined.
+
+    Example:
+        >>> Record("case1", "flair+t1ce", "WT", 0.9, 3.5).dice
+        0.9
     """
 
     case: str
@@ -31,17 +37,24 @@ class Record:
     hd95: float
 
 
-#: Columns of a file of records.
+#: Columns of the CSV file.
 HEADER: tuple[str, ...] = ("case", "subset", "region", "dice", "hd95_mm")
 
-_MOST_FAULTS = 10  # a wrong separator spoils every line; ten of them show it
+#: A wrong separator makes every line invalid. More messages than this would not help.
+_MAX_FAULTS = 10
 
 
 def write_records(path: Path | str, records: Sequence[Record]) -> None:
-    """Write ``records`` as CSV: ``case,subset,region,dice,hd95_mm``; NaN is ``nan``.
+    """Write records to a CSV file with the columns ``case,subset,region,dice,hd95_mm``.
+
+    NaN is written as ``nan``.
+
+    Args:
+        path: the CSV file; an existing file is replaced.
+        records: the records to write, in this order.
 
     Raises:
-        OutputError: the file cannot be written; what was there before is kept.
+        OutputError: the file cannot be written. An existing file is then kept.
 
     Example:
         >>> import tempfile
@@ -57,10 +70,10 @@ def write_records(path: Path | str, records: Sequence[Record]) -> None:
 
 
 def read_records(path: Path | str) -> list[Record]:
-    """Read records that ``write_records`` wrote.
+    """Read a CSV file that ``write_records`` wrote.
 
     Raises:
-        PrismError: the file cannot be read; every bad line is named with its number.
+        PrismError: the file cannot be read, or has invalid lines (all of them, with line numbers).
     """
     path, records, faults = Path(path), [], []
     try:
@@ -70,7 +83,7 @@ def read_records(path: Path | str) -> list[Record]:
             if tuple(header) != HEADER:
                 raise PrismError(
                     f"{path}, line 1: got {','.join(header)!r}, expected {','.join(HEADER)!r}; "
-                    "give a file of records that an evaluation wrote"
+                    "give a records.csv that an evaluation wrote"
                 )
             for row in filter(None, reader):
                 try:
@@ -79,11 +92,13 @@ def read_records(path: Path | str) -> list[Record]:
                     faults.append(f"{path}, line {reader.line_num}: {error}")
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise PrismError(f"cannot read {path}: {reason}; give a file of records") from error
+        raise PrismError(
+            f"cannot read {path}: {reason}; give a records.csv that an evaluation wrote"
+        ) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise PrismError(f"{path}: {error}; give a CSV file in UTF-8") from error
-    if len(faults) > _MOST_FAULTS:
-        faults[_MOST_FAULTS:] = [f"{path}: and {len(faults) - _MOST_FAULTS} more such lines"]
+    if len(faults) > _MAX_FAULTS:
+        faults[_MAX_FAULTS:] = [f"{path}: and {len(faults) - _MAX_FAULTS} more invalid lines"]
     raise_faults(PrismError, faults)
     return records
 
@@ -92,20 +107,28 @@ def _record(row: Sequence[str]) -> Record:
     if len(row) != len(HEADER):
         raise ValueError(f"got {len(row)} values, expected {len(HEADER)}: {', '.join(HEADER)}")
     numbers = []
-    for name, text, most in zip(HEADER[3:], row[3:], (1.0, math.inf), strict=True):
+    for name, text, maximum in zip(HEADER[3:], row[3:], (1.0, math.inf), strict=True):
         try:
             number = float(text)
         except ValueError:
             raise ValueError(f"{name} is {text!r}, expected a number or nan") from None
-        if math.isinf(number) or number < 0 or number > most:
-            wanted = "in [0, 1]" if most == 1 else "in mm, 0 or more"
+        if math.isinf(number) or number < 0 or number > maximum:
+            wanted = "in [0, 1]" if maximum == 1 else "in mm, 0 or more"
             raise ValueError(f"{name} is {text}, expected a number {wanted}, or nan")
         numbers.append(number)
     return Record(row[0], row[1], row[2], *numbers)
 
 
-def unique(records: Sequence[Record], name: str) -> dict[tuple[str, str, str], Record]:
-    """Records by (case, subset, region), or the error that one is there twice or there are none."""
+def index_records(records: Sequence[Record], name: str) -> dict[tuple[str, str, str], Record]:
+    """Index records by (case, subset, region).
+
+    Args:
+        records: the records.
+        name: name of the argument that holds them, for the messages.
+
+    Raises:
+        PrismError: there are no records, or two of the same case, subset and region.
+    """
     if not records:
         raise PrismError(f"{name}: got no records, expected at least one; evaluate a case first")
     table = {(r.case, r.subset, r.region): r for r in records}
@@ -115,13 +138,13 @@ def unique(records: Sequence[Record], name: str) -> dict[tuple[str, str, str], R
             key = (record.case, record.subset, record.region)
             if key in seen:
                 raise PrismError(
-                    f"{name}: case {key[0]}, subset {key[1]}, region {key[2]} is there twice; "
+                    f"{name}: case {key[0]}, subset {key[1]}, region {key[2]} occurs twice; "
                     "give each case its own name"
                 )
             seen.add(key)
     return table
 
 
-def json_number(value: float) -> float | None:
-    """NaN as None, which JSON has."""
+def nan_to_none(value: float) -> float | None:
+    """Return None for NaN, which JSON cannot represent."""
     return None if math.isnan(value) else value

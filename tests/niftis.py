@@ -16,7 +16,7 @@ from nibabel import orientations
 from numpy.typing import NDArray
 from safetensors import safe_open
 
-from prism_meta.data import preprocessing as data
+from prism_meta.data import cache
 from prism_meta.modalities import BRATS
 
 #: Three different sizes, so that a swapped axis is noticed.
@@ -183,7 +183,7 @@ def record_slices(monkeypatch: pytest.MonkeyPatch, read: list[str]) -> list[Path
             read.append(name)
             return self._entered.get_tensor(name)
 
-    monkeypatch.setattr(data, "safe_open", Recording)
+    monkeypatch.setattr(cache, "safe_open", Recording)
     return opened
 
 

@@ -14,18 +14,18 @@ import torch
 from monai.networks.nets.unet import UNet
 
 import prism_meta as pm
+from prism_meta.data.cache import prepare
 from prism_meta.data.episodes import Episodes
 from prism_meta.data.phantom import write_phantoms
-from prism_meta.data.preprocessing import prepare
 
 folder = Path(tempfile.mkdtemp())
 available = pm.draw_availability(6, (0.2, 0.4, 0.6, 0.8), seed=0)
 write_phantoms(folder / "cases", available, shape=(40, 48, 36), spacing=4.0)
 cases = prepare(
     pm.load_cases(folder / "cases"),
-    pm.Preprocessing((4.0, 4.0, 4.0)),
-    pm.BRATS_LABELS,
     folder / "cache",
+    preprocessing=pm.Preprocessing((4.0, 4.0, 4.0)),
+    labels=pm.BRATS_LABELS,
 )
 episodes = Episodes(cases, patch=(32, 32), batch_size=2, steps=5, seed=0)
 

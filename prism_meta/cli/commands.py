@@ -26,9 +26,10 @@ from prism_meta.cli import workflow
 from prism_meta.errors import PrismError
 from prism_meta.files import writable_folder
 from prism_meta.report import compare as compare_records
-from prism_meta.report.html import comparison_table, results_table
+from prism_meta.report.tables import comparison_table, results_table
 from prism_meta.training.config import load_config
 from prism_meta.training.config.baselines import BASELINES
+from prism_meta.training.config.keys import ARGUMENT_KEYS
 from prism_meta.training.run import Run, command_line
 
 console = Console()
@@ -41,7 +42,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except PrismError as error:
-            for fault in error.faults:
+            for fault in error.with_keys(ARGUMENT_KEYS).faults:
                 typer.echo(f"error: {fault}", err=True)
             raise SystemExit(2) from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from prism_meta.data.masking import draw_availability
+from prism_meta.data.availability import draw_availability
 from prism_meta.data.phantom import write_phantoms
 from prism_meta.training.config import Config, load_config
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from prism_meta.data.cases import Case, apply_availability, drop_modalities, load_cases
-from prism_meta.data.preprocessing import prepare
+from prism_meta.data.availability import apply_availability, drop_modalities
+from prism_meta.data.cache import prepare
+from prism_meta.data.cases import Case, load_cases
 from prism_meta.errors import CaseError, ConfigError, PrismError, raise_faults
 from prism_meta.evaluation.inference import predict, save_labels
 from prism_meta.evaluation.subsets import evaluate
@@ -120,7 +121,11 @@ def train_run(run: Run, progress: Progresses, *, fabric: Fabric, resume: bool = 
 
     with fabric.rank_zero_first(local=True):  # the others of its node find the cases in the cache
         cached = prepare(
-            training, config.data.preprocessing(), config.data.label_set(), cache, on_case=prepared
+            training,
+            cache,
+            preprocessing=config.data.preprocessing(),
+            labels=config.data.label_set(),
+            on_case=prepared,
         )
 
     def stepped(step: int, line: dict[str, Any]) -> None:
@@ -269,7 +274,7 @@ def _model(run: Run) -> nn.Module:
 
 
 def _unlabelled(case: Case) -> Case:
-    return Case(case.id, case.modalities, case.files)
+    return replace(case, label=None)
 
 
 def _shown_subsets(summary: Summary, names: Sequence[str]) -> list[str]:

@@ -1,1 +1,1 @@
-"""From files on disk to batches: cases, preprocessing, masks and episodes."""
+"""Data: from files on disk to batches (cases, labels, availability, masks, preprocessing, episodes)."""

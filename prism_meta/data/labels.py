@@ -1,4 +1,4 @@
-"""What label files hold: values, the classes they become, and the regions that are reported."""
+"""Label sets: the values in label files, the classes of the model, and the regions to report."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prism_meta.errors import CaseError, raise_faults
+from prism_meta.errors import CaseError, Fault, raise_faults
 
 
 @dataclass(frozen=True)
 class LabelSet:
-    """Which label values a file holds, the classes they become, and the regions to report.
+    """Maps the values in label files to class indices, and classes to the regions to report.
 
     Args:
-        values: class name -> value in the label file; 0 is always the background, class 0.
-        regions: region name -> names of its classes; one region per class unless given.
+        values: class name -> value in the label files. The order gives the class indices 1, 2, ...;
+            value 0 is always the background, class 0.
+        regions: region name -> names of its classes. Defaults to one region per class.
 
     Raises:
         CaseError: a value is 0 or used twice, or a region names an unknown class.
@@ -59,29 +60,40 @@ class LabelSet:
         return ("background", *self.values)
 
     def encode(self, label: NDArray[Any]) -> Tensor:
-        """Values of a file to class indices, uint8; an unknown value raises ``CaseError``."""
+        """Convert the values of a label file to class indices.
+
+        Args:
+            label: values, any shape.
+
+        Returns:
+            uint8 class indices, the same shape.
+
+        Raises:
+            CaseError: a value is not in the label set.
+        """
         lookup = {0: 0, **{value: k for k, value in enumerate(self.values.values(), start=1)}}
         found = np.unique(label)
         unknown = [v for v in found.tolist() if v not in lookup]
         if unknown:
-            raise CaseError(
+            known = ", ".join(f"{value}: {name}" for name, value in self.values.items())
+            message = (
                 f"label values {', '.join(f'{v:g}' for v in unknown[:5])} are not in the label set "
-                f"{{0: background, {', '.join(f'{v}: {n}' for n, v in self.values.items())}}}; "
-                "mend the file or set data.labels"
+                f"{{0: background, {known}}}; correct the file or the label set"
             )
+            raise CaseError([Fault(message, "labels")])
         classes = np.zeros(label.shape, np.uint8)
         for value, index in lookup.items():
             classes[label == value] = index
         return torch.from_numpy(classes)
 
     def decode(self, classes: Tensor) -> NDArray[np.int16]:
-        """Class indices to the values that label files hold."""
+        """Convert class indices, any shape, to the values of label files, int16."""
         table = np.array([0, *self.values.values()], np.int16)
         decoded: NDArray[np.int16] = table[classes.cpu().numpy().astype(np.int64)]
         return decoded
 
     def region(self, classes: Tensor, name: str) -> Tensor:
-        """Where class indices belong to region ``name``: bool, the same shape."""
+        """Return where class indices belong to region ``name``: bool, the same shape."""
         wanted = [self.names.index(n) for n in self.regions[name]]
         return torch.isin(classes, torch.tensor(wanted, device=classes.device, dtype=classes.dtype))
 

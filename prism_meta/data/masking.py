@@ -1,7 +1,7 @@
-"""Which modalities exist (availability) and which of them a model is shown (mask).
+"""Mask policies: which of the available modalities the model is shown.
 
-A policy maps availability, bool (N, M), and a generator to a mask, bool (N, M), that never leaves
-the availability and never leaves a row empty.
+A policy maps an availability, bool (N, M), to a mask, bool (N, M). The mask is a subset of the
+availability, and every row of it shows at least one modality.
 """
 
 from __future__ import annotations
@@ -13,73 +13,37 @@ import torch
 from torch import Generator, Tensor
 
 
-def draw_availability(n: int, rates: Sequence[float], *, seed: int = 0) -> Tensor:
-    """Draw which modalities exist for ``n`` cases, so that each missing rate is met to one case.
-
-    Modality m is missing in exactly round(n * rates[m]) cases wherever that leaves every case at
-    least one modality.
-
-    Args:
-        n: number of cases.
-        rates: missing rate FR^m of each modality, in [0, 1).
-        seed: of the draw.
-
-    Returns:
-        bool (n, M), no row empty.
-
-    Raises:
-        ValueError: a rate is outside [0, 1), or the rates leave fewer files than cases.
-
-    Source: the imbalanced missing rates of PASSION (Shi et al., ACM MM 2024).
-
-    Example:
-        >>> draw_availability(10, (0.2, 0.4, 0.6, 0.8)).sum(0).tolist()
-        [8, 6, 4, 2]
-    """
-    if n < 1 or not rates or any(not 0 <= rate < 1 for rate in rates):
-        raise ValueError(
-            f"draw_availability: got n={n}, rates={tuple(rates)}; use n >= 1 and rates in [0, 1)"
-        )
-    present = [n - round(n * rate) for rate in rates]
-    if sum(present) < n:
-        raise ValueError(
-            f"rates: {tuple(rates)} leave {sum(present)} files for {n} cases, "
-            "so some case would have no modality; use lower rates"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    available = torch.stack(
-        [torch.randperm(n, generator=generator) < count for count in present], 1
-    )
-    # An empty case takes a modality from a case that has several, which keeps every count. There is
-    # always one: the files are at least as many as the cases.
-    for row in (~available.any(1)).nonzero().flatten().tolist():
-        donors = (available & (available.sum(1, keepdim=True) > 1)).nonzero()
-        donor, modality = donors[
-            int(torch.randint(len(donors), (1,), generator=generator))
-        ].tolist()
-        available[donor, modality], available[row, modality] = False, True
-    return available
-
-
 class MaskPolicy(Protocol):
-    """What the model is shown of each case."""
+    """Chooses which of the available modalities the model is shown.
+
+    ``StaticMask``, ``FullMask``, ``DynamicMask``, ``SingleModalityMask`` and ``BalancedMask`` are
+    policies. A class with these two methods is one, too.
+    """
 
     def __call__(self, availability: Tensor, generator: Generator | None = None) -> Tensor:
-        """Draw a mask, bool (N, M), within ``availability``, bool (N, M)."""
+        """Draw a mask.
+
+        Args:
+            availability: bool (N, M), the modalities that each case has; no row is empty.
+            generator: source of the random numbers. Defaults to torch's global generator.
+
+        Returns:
+            bool (N, M), a subset of ``availability``; no row is empty.
+        """
 
     def eligible(self, availability: Tensor) -> Tensor:
-        """The cases this policy may be given, bool (N,)."""
+        """Which cases the policy accepts: bool (N,)."""
 
 
 class _AnyCase:
-    """A policy that takes every case."""
+    """Base of the policies that accept every case with at least one modality."""
 
     def eligible(self, availability: Tensor) -> Tensor:
         return availability.any(1)
 
 
 class StaticMask(_AnyCase):
-    """Everything the case has, each time ("utd"): the missing modalities are fixed per case.
+    """Shows all modalities that a case has ("utd"). The missing ones are the same in every draw.
 
     Example:
         >>> StaticMask()(torch.tensor([[True, False]]))
@@ -91,9 +55,11 @@ class StaticMask(_AnyCase):
 
 
 class FullMask(StaticMask):
-    """Complete cases only, all their modalities shown.
+    """Accepts only complete cases and shows all their modalities.
 
-    Source: the published Meta-Drop's meta batch. It overfits when few cases are complete.
+    The published Meta-Drop draws its meta batch this way. It overfits if few cases are complete.
+
+    Source: Meta-Drop of PRISM.
 
     Example:
         >>> FullMask().eligible(torch.tensor([[True, False], [True, True]]))
@@ -105,7 +71,9 @@ class FullMask(StaticMask):
 
 
 class DynamicMask(_AnyCase):
-    """A new subset per draw ("utd_drop"), uniform over the non-empty subsets of what the case has.
+    """Draws a new subset each time ("utd_drop"), uniformly from the non-empty available subsets.
+
+    A case with k modalities has 2^k - 1 non-empty subsets, each with the same probability.
 
     Source: Meta-Drop; PASSION (Shi et al., ACM MM 2024).
 
@@ -116,7 +84,7 @@ class DynamicMask(_AnyCase):
     """
 
     def __call__(self, availability: Tensor, generator: Generator | None = None) -> Tensor:
-        # A subset of k modalities is a number in 1 .. 2^k - 1; bit r is the r-th that is available.
+        # A subset of k modalities is a number in 1 .. 2^k - 1. Bit r stands for the r-th available one.
         choices = 2.0 ** availability.sum(1, dtype=torch.float64) - 1
         uniform = torch.rand(len(availability), generator=generator, dtype=torch.float64)
         code = 1 + (uniform.to(choices.device) * choices).long()
@@ -125,7 +93,7 @@ class DynamicMask(_AnyCase):
 
 
 class SingleModalityMask(_AnyCase):
-    """One modality per draw, uniform over what the case has.
+    """Shows one modality per draw, uniformly from those that the case has.
 
     Example:
         >>> SingleModalityMask()(torch.ones(8, 4).bool()).sum(1).tolist()
@@ -137,17 +105,17 @@ class SingleModalityMask(_AnyCase):
 
 
 class BalancedMask(_AnyCase):
-    """Drops frequent modalities more often, which evens out how often each is shown.
+    """Hides frequent modalities more often, so that all are shown about equally often.
 
-    Modality m of a case that has it is kept with probability min_j (1 - FR^j) / (1 - FR^m); a row
-    left empty keeps one modality, drawn with weight 1 / (1 - FR^m). Exactly equal shares would need
-    cases without any shown modality where the rarest one is missing.
+    An available modality m is kept with probability min_j (1 - FR^j) / (1 - FR^m). If none is kept,
+    one of the available modalities is drawn with weights 1 / (1 - FR^m). The frequencies are not
+    exactly equal, because a case without the rarest modality must still show another one.
 
     Args:
         rates: missing rate FR^m of each modality in the training cases, in [0, 1).
 
     Raises:
-        ValueError: a rate is outside [0, 1).
+        ValueError: a rate is outside [0, 1). Calls raise it if the number of modalities differs.
 
     Example:
         >>> BalancedMask((0.0, 0.5))(torch.ones(1, 2).bool()).shape
@@ -166,7 +134,8 @@ class BalancedMask(_AnyCase):
         keep = self.keep.to(availability.device)
         if availability.shape[1:] != keep.shape:
             raise ValueError(
-                f"availability: got {availability.shape[1]} modalities, expected {len(keep)} as in rates"
+                f"availability: got {availability.shape[1]} modalities, expected {len(keep)}, "
+                "one per rate"
             )
         uniform = torch.rand(availability.shape, generator=generator, dtype=torch.float64)
         mask = availability & (uniform.to(keep.device) < keep)
@@ -175,6 +144,6 @@ class BalancedMask(_AnyCase):
 
 
 def _one_hot(weights: Tensor, generator: Generator | None) -> Tensor:
-    """One column per row, drawn with ``weights`` (N, M)."""
+    """One True per row of a bool (N, M), drawn with ``weights`` (N, M)."""
     chosen = torch.multinomial(weights.cpu(), 1, generator=generator).to(weights.device)
     return torch.zeros_like(weights, dtype=torch.bool).scatter_(1, chosen, True)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from prism_meta.data.cases import Case, Volume
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
-from prism_meta.data.preprocessing import Box, Prepared, Preprocessing, box_of
+from prism_meta.data.preprocessing import Prepared, Preprocessing
+from prism_meta.data.restore import Box, bounding_box, restore_classes
 from prism_meta.files import atomic
 
 #: Bytes of logits at a time: 15 subsets of a brain at 1 mm and 4 classes are about 1 GiB.
@@ -51,7 +52,7 @@ class Predictor:
         batch_size: int = 16,
     ) -> None:
         self.model, self.labels = model, labels
-        self.preprocessing = preprocessing or Preprocessing((2.0, 2.0, 2.0))
+        self.preprocessing = preprocessing or Preprocessing()
         self.patch, self.overlap, self.batch_size = tuple(patch), overlap, batch_size
 
     def predict(self, case: Case, subsets: Tensor) -> list[NDArray[np.int16]]:
@@ -95,9 +96,7 @@ class Predictor:
             for some in rows.split(self._at_a_time(inputs)):
                 logits = self._windows(inputs, subsets[some].to(device))
                 for row, maps in zip(some.tolist(), logits, strict=True):
-                    result[row] = self.preprocessing.restore_classes(
-                        maps, span, prepared=prepared, volume=volume
-                    )
+                    result[row] = restore_classes(maps, span, prepared=prepared, volume=volume)
         return result
 
     def _check(self, case: Case, subsets: Tensor) -> None:
@@ -198,15 +197,15 @@ def save_labels(path: Path | str, labels: NDArray[np.int16], case: Case) -> None
         nib.save(image, partial)
 
 
-def bounding_box(inside: Tensor) -> tuple[slice, ...]:
+def box_or_whole(inside: Tensor) -> tuple[slice, ...]:
     """The smallest box around True voxels, bool (D, H, W); everything if there is none."""
-    found = box_of(inside) or tuple((0, n) for n in inside.shape)
+    found = bounding_box(inside) or tuple((0, n) for n in inside.shape)
     return tuple(slice(*ends) for ends in found)
 
 
 def _by_box(inside: Tensor, subsets: Tensor) -> dict[Box, Tensor]:
     """The subsets, (n,) indices, by the box around what they show of inside, bool (M, D, H, W)."""
-    boxes = [box_of(channel) for channel in inside]
+    boxes = [bounding_box(channel) for channel in inside]
     rows: dict[Box, list[int]] = {}
     for row, shown in enumerate(subsets.tolist()):
         parts = [box for box, s in zip(boxes, shown, strict=True) if s and box is not None]

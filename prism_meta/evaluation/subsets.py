@@ -10,7 +10,7 @@ from prism_meta.data.cases import Case, Volume
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.errors import CaseError, raise_faults
-from prism_meta.evaluation.inference import Predictor, bounding_box
+from prism_meta.evaluation.inference import Predictor, box_or_whole
 from prism_meta.evaluation.metrics import BratsEmpty, EmptyPolicy, dice_hd95
 from prism_meta.modalities import subset_name
 from prism_meta.modalities import subsets as all_subsets
@@ -83,7 +83,7 @@ def _measure(
 ) -> dict[str, tuple[float, float]]:
     """Dice and HD95 of every region of one prediction."""
     # Outside this box no region has a voxel, and finding them takes longer than measuring them.
-    box = bounding_box((prediction | truth) != 0)
+    box = box_or_whole((prediction | truth) != 0)
     return {
         region: dice_hd95(
             labels.region(prediction[box], region),

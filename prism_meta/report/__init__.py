@@ -1,4 +1,4 @@
-"""From records to averages, comparisons, figures and an HTML page."""
+"""Reports: averages and comparisons of records, figures, terminal tables, and an HTML page."""
 
 from prism_meta.report.averages import Cell, Summary, summarize
 from prism_meta.report.comparison import Change, Comparison, Interval, compare

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prism_meta.errors import PrismError
-from prism_meta.records import Record, json_number, unique
+from prism_meta.records import Record, index_records, nan_to_none
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Cell:
         dice: mean Dice in [0, 1]; NaN when no value is defined.
         hd95: mean HD95 in mm; NaN when no value is defined.
         cases: number of cases in the group.
-        undefined: number of records whose Dice or HD95 is NaN and so was left out of that mean.
+        undefined: number of records whose Dice or HD95 is NaN. The NaN is left out of its mean.
     """
 
     dice: float
@@ -30,8 +30,8 @@ class Cell:
     def to_dict(self) -> dict[str, Any]:
         """The four numbers, NaN as None."""
         return {
-            "dice": json_number(self.dice),
-            "hd95_mm": json_number(self.hd95),
+            "dice": nan_to_none(self.dice),
+            "hd95_mm": nan_to_none(self.hd95),
             "cases": self.cases,
             "undefined": self.undefined,
         }
@@ -39,15 +39,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Summary:
-    """Averages of a set of records; made by ``summarize``.
+    """Averages of a set of records. ``summarize`` creates it.
 
     Args:
         cells: per (subset, region), the mean over cases.
         by_subset: per subset, the mean over its cells.
         by_region: per region, the mean over its cells.
         overall: the mean over all cells.
-        worst: the subset of the lowest mean Dice.
-        full: the subset of all modalities that the subsets name; None if it was not measured.
+        worst: the subset with the lowest mean Dice.
+        full: the subset of all modalities that occur in the subsets; None if it was not measured.
     """
 
     cells: dict[tuple[str, str], Cell]
@@ -83,14 +83,15 @@ class Summary:
 
 
 def summarize(records: Sequence[Record], *, subset_order: Sequence[str] | None = None) -> Summary:
-    """Average over cases in each (subset, region), then over these cells; NaN is left out.
+    """Average over cases in each (subset, region), then over these cells. NaN values are left out.
 
     Args:
         records: measurements, each (case, subset, region) once.
-        subset_order: names of the subsets in the order wanted; that of the records unless told.
+        subset_order: names of the subsets in the order of the result. Defaults to their order in
+            the records.
 
     Raises:
-        PrismError: there are no records, one is there twice, or the order lacks a subset.
+        PrismError: there are no records, one occurs twice, or ``subset_order`` lacks a subset.
 
     Example:
         >>> a = Record("case1", "flair", "WT", 0.5, 4.0)
@@ -98,7 +99,7 @@ def summarize(records: Sequence[Record], *, subset_order: Sequence[str] | None =
         >>> summarize([a, b]).by_subset["flair"]
         Cell(dice=0.7, hd95=4.0, cases=2, undefined=1)
     """
-    table = unique(records, "records")
+    table = index_records(records, "records")
     names = tuple(dict.fromkeys(r.subset for r in records))
     if subset_order is not None:
         lost = [name for name in names if name not in subset_order]
@@ -137,7 +138,7 @@ def summarize(records: Sequence[Record], *, subset_order: Sequence[str] | None =
         by_subset=by_subset,
         by_region={r: average(k for k in cells if k[1] == r) for r in regions},
         overall=average(cells),
-        # A subset without any defined Dice is not known to be the worst.
+        # A subset without any defined Dice cannot be called the worst.
         worst=min(names, key=lambda s: (math.isnan(by_subset[s].dice), by_subset[s].dice)),
         full=next((s for s in names if set(s.split("+")) == everything), None),
     )

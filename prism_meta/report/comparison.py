@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prism_meta.errors import PrismError
-from prism_meta.records import Record, json_number, unique
+from prism_meta.records import Record, index_records, nan_to_none
 
 
 @dataclass(frozen=True)
@@ -38,16 +38,16 @@ class Interval:
     def to_dict(self) -> dict[str, Any]:
         """The four numbers, NaN as None."""
         return {
-            "mean": json_number(self.mean),
-            "low": json_number(self.low),
-            "high": json_number(self.high),
+            "mean": nan_to_none(self.mean),
+            "low": nan_to_none(self.low),
+            "high": nan_to_none(self.high),
             "cases": self.cases,
         }
 
 
 @dataclass(frozen=True)
 class Change:
-    """What changed from run a to run b: ``dice`` in [-1, 1], ``hd95`` in mm (down is better)."""
+    """The change from run a to run b: ``dice`` in [-1, 1], ``hd95`` in mm (lower is better)."""
 
     dice: Interval
     hd95: Interval
@@ -59,16 +59,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Paired differences b - a of two runs; made by ``compare``.
+    """Paired differences b - a of two runs. ``compare`` creates it.
 
     Args:
         overall: over all cells.
         by_region: per region, over the subsets.
         by_subset: per subset, over the regions.
         cases: number of cases that both runs have.
-        undefined: number of pairs of records left out, at least in part, since a value is NaN.
+        undefined: number of pairs of records with a NaN value, which is left out.
         resamples: number of bootstrap resamples.
-        seed: seed of the bootstrap.
+        seed: random seed of the bootstrap.
     """
 
     overall: Change
@@ -103,11 +103,11 @@ def compare(
     Args:
         a: records of the first run.
         b: records of the second run, of the same cases, subsets and regions.
-        seed: seed of the bootstrap.
-        resamples: number of resamples, at least 1.
+        seed: random seed of the bootstrap.
+        resamples: number of resamples, at least 1. Defaults to 10,000.
 
     Raises:
-        PrismError: the records do not pair, one is there twice, or there are none.
+        PrismError: the records do not pair, one occurs twice, or there are none.
 
     Example:
         >>> a = [Record(f"case{i}", "t1", "WT", 0.5, 9.0) for i in range(4)]
@@ -119,7 +119,7 @@ def compare(
     """
     if resamples < 1:
         raise PrismError(f"resamples: got {resamples}, expected at least 1; 10000 is usual")
-    first, second = unique(a, "a"), unique(b, "b")
+    first, second = index_records(a, "a"), index_records(b, "b")
     unpaired = [key for key in (*first, *second) if (key in first) != (key in second)]
     if unpaired:
         case, subset, region = unpaired[0]
@@ -129,7 +129,7 @@ def compare(
             "evaluate both runs on the same cases and subsets"
         )
     cases, names, regions = (tuple(dict.fromkeys(key[i] for key in first)) for i in range(3))
-    cases = tuple(sorted(cases))  # so that the draws do not depend on the order of the records
+    cases = tuple(sorted(cases))  # the draws must not depend on the order of the records
     rank = [{name: i for i, name in enumerate(axis)} for axis in (cases, names, regions)]
     # (cases, subsets, regions, 2): Dice and HD95; NaN where a case was not measured in a cell.
     gap = np.full((len(cases), len(names), len(regions), 2), np.nan)
@@ -156,7 +156,7 @@ def compare(
 
 
 def _nanmean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    """As ``np.nanmean``, without its warning where all values are NaN."""
+    """Like ``np.nanmean``, but without a warning if all values are NaN."""
     count = (~np.isnan(values)).sum(axis)
     mean: NDArray[np.float64] = np.where(
         count > 0, np.nansum(values, axis) / np.maximum(count, 1), np.nan

@@ -1,7 +1,9 @@
-"""Collects the slices that a report shows while an evaluation runs."""
+"""Overlays: slices of cases with true and predicted labels, collected during an evaluation."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,16 +11,72 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prism_meta.data.cases import Case, Volume
-from prism_meta.report.figures import Overlay
+from prism_meta.errors import PrismError, raise_faults
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """One slice of one case: an image, the true labels, and the prediction from each subset.
+
+    Args:
+        case: name of the case.
+        background: (H, W) float, the image, in any unit; NaN is drawn black.
+        truth: (H, W) int, class indices.
+        predictions: subset name -> (H, W) int, class indices.
+        background_name: name of the image, e.g. ``flair``.
+
+    Raises:
+        PrismError: the shapes differ.
+
+    Example:
+        >>> labels = np.zeros((4, 4), dtype=np.int64)
+        >>> Overlay("case1", np.ones((4, 4)), labels, {"t1": labels}, "flair").case
+        'case1'
+    """
+
+    case: str
+    background: NDArray[np.floating[Any]]
+    truth: NDArray[np.integer[Any]]
+    predictions: Mapping[str, NDArray[np.integer[Any]]]
+    background_name: str
+
+    def __post_init__(self) -> None:
+        shape = self.background.shape
+        maps = {"truth": self.truth, **{f"prediction {k}": v for k, v in self.predictions.items()}}
+        faults = [
+            f"overlay of {self.case}: {name} is {labels.shape}, expected the background's {shape}, "
+            "two sizes; cut all from the same slice"
+            for name, labels in maps.items()
+            if labels.shape != shape or len(shape) != 2
+        ]
+        raise_faults(PrismError, faults)
+
+
+def check_overlays(overlays: Sequence[Overlay], class_names: Sequence[str]) -> None:
+    """Check that ``class_names`` names every class of the overlays.
+
+    Raises:
+        PrismError: a class has no name (the faults of all overlays together).
+    """
+    faults = []
+    for overlay in overlays:
+        for name, labels in {"truth": overlay.truth, **overlay.predictions}.items():
+            if labels.size and not 0 <= labels.min() <= labels.max() < len(class_names):
+                faults.append(
+                    f"overlay of {overlay.case}: {name} has classes {labels.min()} to "
+                    f"{labels.max()}, expected 0 to {len(class_names) - 1}; name every class in "
+                    "class_names"
+                )
+    raise_faults(PrismError, faults)
 
 
 class OverlayCollector:
-    """An ``on_prediction`` of ``evaluate`` that keeps one axial slice of the first few cases.
+    """Keeps one axial slice of the first few cases. Pass it to ``evaluate`` as ``on_prediction``.
 
-    The slice is the one with most foreground in the truth.
+    It keeps the slice with the most foreground in the true labels.
 
     Args:
-        cases: how many cases to keep.
+        cases: number of cases to keep. Defaults to 3.
     """
 
     def __init__(self, cases: int = 3) -> None:
@@ -28,7 +86,7 @@ class OverlayCollector:
     def __call__(
         self, case: Case, volume: Volume, subset: str, truth: Tensor, prediction: Tensor
     ) -> None:
-        """Keep the slice of ``prediction``, if the case is one of those to show."""
+        """Keep the slice of ``prediction`` if the case is one of the first ``cases``."""
         if case.id not in self._kept:
             if len(self._kept) >= self.cases:
                 return
@@ -37,7 +95,7 @@ class OverlayCollector:
         kept.predictions[subset] = kept.cut(prediction.numpy())
 
     def overlays(self, subsets: list[str]) -> list[Overlay]:
-        """What was kept, with the predictions from ``subsets``, in that order."""
+        """Return an overlay per case, with the predictions from ``subsets`` in that order."""
         return [
             Overlay(
                 case=name,
@@ -52,7 +110,7 @@ class OverlayCollector:
 
 class _Slice:
     def __init__(self, volume: Volume, truth: Tensor) -> None:
-        # The axis nearest to up and down, whatever the order of axes in the file.
+        # The axis closest to up and down, in any order of the file's axes.
         self.axis = int(np.abs(volume.affine[2, :3]).argmax())
         others = tuple(a for a in range(3) if a != self.axis)
         self.index = int((truth > 0).numpy().sum(axis=others).argmax())
@@ -63,7 +121,7 @@ class _Slice:
         self.predictions: dict[str, NDArray[np.int64]] = {}
 
     def cut(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The slice with the nose up, and the patient's right on the left."""
+        """Cut the slice and orient it with the nose up and the patient's right on the left."""
         plane = np.take(array, self.index, axis=self.axis)
         if self.swap:
             plane = plane.T
@@ -72,7 +130,7 @@ class _Slice:
         return np.asarray(plane.T)
 
     def _orientation(self, affine: NDArray[np.float64]) -> tuple[bool, list[int]]:
-        """Whether to swap the two axes left, and which of (x, y) to turn: x to the left, y to the back."""
+        """Whether to swap the two in-plane axes, and which of them to flip: x to the left, y to the back."""
         first, second = (a for a in range(3) if a != self.axis)
         swap = bool(abs(affine[0, first]) < abs(affine[0, second]))
         x, y = (second, first) if swap else (first, second)

@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 from prism_meta.bilevel.functional.trees import Params
 from prism_meta.bilevel.learner import MetaLearner
 from prism_meta.bilevel.strategies import MetaGradient, Reptile
-from prism_meta.data.episodes import Augmentation, Episodes
-from prism_meta.data.preprocessing import CachedCase
+from prism_meta.data.augmentation import Augmentation
+from prism_meta.data.cache import CachedCase
+from prism_meta.data.episodes import Episodes
 from prism_meta.errors import PrismError
 from prism_meta.files import atomic
 from prism_meta.modalities import Batch

@@ -270,7 +270,7 @@ def test_labels_outside_the_label_map(tmp_path: Path) -> None:
     root = write_cases(tmp_path / "cases", 2, values=(2, 3, 4))
     assert fails(root, tmp_path) == [
         f"case p{k}: p{k}_seg.nii.gz: label values 3 are not in the label set {{0: background, "
-        "1: necrotic, 2: oedema, 4: enhancing}; mend the file or set data.labels"
+        "1: necrotic, 2: oedema, 4: enhancing}; correct the file or the label set (set data.labels)"
         for k in (0, 1)
     ]
 
@@ -302,7 +302,7 @@ def test_a_patch_larger_than_the_volume(tmp_path: Path) -> None:
     root = write_cases(tmp_path / "cases", 2)
     assert fails(root, tmp_path, "data.patch=[32,16]") == [
         f"patch (32, 16) is larger than the volume of case p{k}, (20, 24, 16) voxels at the model's "
-        "spacing; use a smaller data.patch or a finer data.spacing"
+        "spacing; use a smaller patch or a finer spacing (set data.patch or data.spacing)"
         for k in (0, 1)
     ]
 

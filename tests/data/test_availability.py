@@ -1,4 +1,4 @@
-"""Availability tables: both forms, what they hide, and what is said of bad ones."""
+"""Availability: draws at given rates, both forms of tables, and the messages for bad ones."""
 
 from __future__ import annotations
 
@@ -7,12 +7,30 @@ from pathlib import Path
 import niftis
 import numpy as np
 import pytest
+import torch
 from helpers import faults_of
 from niftis import write_case, write_cases
 
-from prism_meta.data.cases import apply_availability, load_cases, read_availability
+from prism_meta.data.availability import (
+    apply_availability,
+    draw_availability,
+    drop_modalities,
+    read_availability,
+)
+from prism_meta.data.cases import load_cases
+from prism_meta.errors import CaseError
 from prism_meta.modalities import BRATS
 
+PUBLISHED_RATES = ((0.2, 0.4, 0.6, 0.8), (0.1, 0.3, 0.7, 0.9))
+RATES = (
+    *PUBLISHED_RATES,
+    (0.0,),
+    (0.0, 0.0),
+    (0.5, 0.5),
+    (0.0, 0.9, 0.9),
+    (0.33, 0.66, 0.5),
+    (0.75,) * 4,
+)
 HEADER = "data_name,mask_id,mask,pos_mask_ids\n"
 PUBLISHED = (
     HEADER + 'p0,10,"[True, True, True, False]","[1, 2, 3, 5, 6, 9, 10]"\n'
@@ -115,7 +133,7 @@ def test_all_faults_of_a_table_are_reported_together(tmp_path: Path) -> None:
     path = table(tmp_path, "case,t1,t2\np0,1,0\np1,x,0\np0,1,1\np2,0,0\n")
     assert faults_of(lambda: read_availability(path, ("t1", "t2"))) == (
         f"{path}, line 3 (p1): expected 0 or 1 for each of t1, t2, at least one 1",
-        f"{path}, line 4: case p0 stands there twice; keep one line",
+        f"{path}, line 4: case p0 occurs twice; keep one line",
         f"{path}, line 5 (p2): expected 0 or 1 for each of t1, t2, at least one 1",
     )
 
@@ -172,7 +190,7 @@ def test_cases_and_files_that_do_not_fit_the_table(tmp_path: Path) -> None:
     write_case(tmp_path / "cases" / "p2")
     path = table(tmp_path, "case,flair,t1ce,t1,t2\np0,1,1,0,1\np2,1,1,1,1\n")
     expected = (
-        f"case p0: {path} says that t1ce, t2 exists, but there is no such file; put 0 there",
+        f"case p0: {path} lists t1ce, t2, but there is no such file; put 0 there",
         f"case p1: not in {path}; add a line for it",
     )
     assert faults_of(lambda: load_cases(tmp_path / "cases", availability=path)) == expected
@@ -195,3 +213,95 @@ def test_real_tables(file: str, rates: tuple[float, ...]) -> None:
     # T1 is the most frequent in these tables, then T1ce, FLAIR and T2; the rates are drawn.
     by_modality = dict(zip(BRATS, missing, strict=True))
     assert [by_modality[m] for m in ("t1", "t1ce", "flair", "t2")] == pytest.approx(rates, abs=0.05)
+
+
+# ---------------------------------------------------------------- draws
+
+
+@pytest.mark.parametrize("rates", RATES, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 7, 10, 26, 101])
+def test_every_rate_is_met_to_one_case_and_no_case_is_empty(
+    n: int, rates: tuple[float, ...]
+) -> None:
+    if sum(n - round(n * r) for r in rates) < n:
+        with pytest.raises(ValueError, match="so some case would have no modality"):
+            draw_availability(n, rates)
+        return
+    for seed in range(10):
+        available = draw_availability(n, rates, seed=seed)
+        assert available.dtype == torch.bool
+        assert available.shape == (n, len(rates))
+        assert bool(available.any(1).all())
+        for count, rate in zip((~available).sum(0).tolist(), rates, strict=True):
+            assert count == round(n * rate)
+            assert abs(count - n * rate) <= 1
+
+
+@pytest.mark.parametrize("rates", PUBLISHED_RATES, ids=str)
+def test_published_rates_are_met_exactly(rates: tuple[float, ...]) -> None:
+    missing = (~draw_availability(100, rates)).sum(0).tolist()
+    assert missing == [round(100 * r) for r in rates]
+
+
+def test_as_many_files_as_cases_leave_one_each() -> None:
+    available = draw_availability(40, (0.75,) * 4, seed=3)
+    assert available.sum(1).tolist() == [1] * 40
+
+
+def test_the_seed_decides() -> None:
+    one, again, other = (draw_availability(50, PUBLISHED_RATES[0], seed=s) for s in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    before = torch.random.get_rng_state()
+    draw_availability(50, PUBLISHED_RATES[1])
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_modalities_are_missing_independently() -> None:
+    """Two rates of a half: all four patterns but the empty one turn up, repairs included."""
+    available = draw_availability(4000, (0.2, 0.2), seed=0)
+    both = available.all(1).double().mean().item()
+    assert both == pytest.approx(0.6, abs=1e-9)  # 1 - 0.2 - 0.2 once no case is empty
+    assert available.sum(0).tolist() == [3200, 3200]
+
+
+@pytest.mark.parametrize(
+    ("n", "rates"), [(0, (0.5,)), (5, ()), (5, (1.0, 0.0)), (5, (-0.1, 0.0))], ids=str
+)
+def test_bad_arguments_are_refused(n: int, rates: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"use n >= 1 and rates in \[0, 1\)") as caught:
+        draw_availability(n, rates)
+    assert str(caught.value).startswith(f"draw_availability: got n={n}, rates={rates}; ")
+
+
+def test_impossible_rates_are_refused() -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"rates: \(0.8, 0.9\) leave 3 files for 10 cases, so some case would have no "
+        "modality; use lower rates",
+    ):
+        draw_availability(10, (0.8, 0.9))
+
+
+def test_dropped_modalities_and_absent_files_add_up(tmp_path: Path) -> None:
+    write_cases(tmp_path / "cases", 4, missing=("t2",))
+    cases = load_cases(tmp_path / "cases")
+    dropped = drop_modalities(cases, (0.25, 0.25, 0.0, 0.5), seed=0)
+    drawn = draw_availability(4, (0.25, 0.25, 0.0, 0.5), seed=0)
+    for case, row in zip(dropped, drawn, strict=True):
+        assert torch.equal(case.availability, row & torch.tensor([True, True, True, False]))
+
+
+def test_a_draw_that_hides_every_file_of_a_case_names_the_arguments(tmp_path: Path) -> None:
+    write_cases(tmp_path / "cases", 4, missing=("flair", "t1ce", "t1"))
+    cases = load_cases(tmp_path / "cases")
+    with pytest.raises(CaseError) as caught:
+        drop_modalities(cases, (0.0, 0.0, 0.0, 0.25), seed=0)
+    (fault,) = caught.value.faults
+    assert fault.endswith(
+        ": has only t2, which this draw hides; use an availability table, lower rates or another seed"
+    )
+    assert fault.arguments == ("table", "rates", "seed")

@@ -11,10 +11,14 @@ import pytest
 import torch
 from niftis import SHAPE, write_case, write_cases
 
+from prism_meta.data.cache import prepare
 from prism_meta.data.cases import Case, load_cases
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
-from prism_meta.data.preprocessing import Preprocessing, prepare
+from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.errors import CaseError, OutputError
+
+#: The voxel size of the synthetic cases, mm.
+OWN = (1.0, 1.0, 1.0)
 
 
 @pytest.fixture
@@ -25,13 +29,19 @@ def cases(tmp_path: Path) -> list[Case]:
 def test_prepared_cases(cases: list[Case], tmp_path: Path) -> None:
     seen: list[str] = []
     preprocessing = Preprocessing(spacing=(2.0, 2.0, 1.0))
-    cached = prepare(cases, preprocessing, BRATS_LABELS, tmp_path / "a" / "b", on_case=seen.append)
+    cached = prepare(
+        cases,
+        tmp_path / "a" / "b",
+        preprocessing=preprocessing,
+        labels=BRATS_LABELS,
+        on_case=seen.append,
+    )
     assert [case.id for case in cached] == seen == ["p0", "p1"]
     for case, stored in zip(cases, cached, strict=True):
         assert torch.equal(stored.availability, case.availability)
         assert stored.shape == (10, 12, 16)
         ready = preprocessing(case.read(), BRATS_LABELS)
-        image, target = stored.patch((0, 0, 0), stored.shape, case.availability)
+        image, target = stored.patch((0, 0, 0), stored.shape, shown=case.availability)
         expected = torch.zeros(4, *stored.shape)
         expected[case.availability] = ready.image
         torch.testing.assert_close(image, expected, atol=2e-3, rtol=1e-3)  # half precision
@@ -45,12 +55,16 @@ def test_a_second_call_reads_no_image(
     cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened = niftis.record_reads(monkeypatch)
-    first = prepare(cases, Preprocessing(), BRATS_LABELS, tmp_path / "cache")
+    first = prepare(
+        cases, tmp_path / "cache", preprocessing=Preprocessing(OWN), labels=BRATS_LABELS
+    )
     assert {path.name for path in opened} == {
         f"{p}_{m}.nii.gz" for p in ("p0", "p1") for m in ("flair", "t1", "t2", "seg")
     }
     opened.clear()
-    second = prepare(cases, Preprocessing(), BRATS_LABELS, str(tmp_path / "cache"))
+    second = prepare(
+        cases, str(tmp_path / "cache"), preprocessing=Preprocessing(OWN), labels=BRATS_LABELS
+    )
     assert opened == []
     assert [case.path for case in second] == [case.path for case in first]
 
@@ -67,12 +81,12 @@ def change_label(case: Case) -> None:
 
 RELABELLED = LabelSet({"oedema": 2, "necrotic": 1, "enhancing": 4})  # other class indices
 CHANGES: dict[str, tuple[Callable[[Case], object], Preprocessing, LabelSet]] = {
-    "image": (change_image, Preprocessing(), BRATS_LABELS),
-    "label": (change_label, Preprocessing(), BRATS_LABELS),
+    "image": (change_image, Preprocessing(OWN), BRATS_LABELS),
+    "label": (change_label, Preprocessing(OWN), BRATS_LABELS),
     "spacing": (id, Preprocessing(spacing=(2.0, 1.0, 1.0)), BRATS_LABELS),
-    "percentiles": (id, Preprocessing(percentiles=(0.0, 100.0)), BRATS_LABELS),
-    "more labels": (id, Preprocessing(), LabelSet({**BRATS_LABELS.values, "cyst": 5})),
-    "order of labels": (id, Preprocessing(), RELABELLED),
+    "percentiles": (id, Preprocessing(OWN, percentiles=(0.0, 100.0)), BRATS_LABELS),
+    "more labels": (id, Preprocessing(OWN), LabelSet({**BRATS_LABELS.values, "cyst": 5})),
+    "order of labels": (id, Preprocessing(OWN), RELABELLED),
 }
 
 
@@ -81,27 +95,33 @@ def test_the_cache_follows_every_change(cases: list[Case], tmp_path: Path, chang
     change, preprocessing, labels = CHANGES[changed]
     for case in cases:  # on one grid with what the changes write
         write_case(case.files["t1"].parent, missing=("t1ce",))
-    before = prepare(cases, Preprocessing(), BRATS_LABELS, tmp_path / "cache")
+    before = prepare(
+        cases, tmp_path / "cache", preprocessing=Preprocessing(OWN), labels=BRATS_LABELS
+    )
     change(cases[0])
-    (after,) = prepare(cases[:1], preprocessing, labels, tmp_path / "cache")
+    (after,) = prepare(cases[:1], tmp_path / "cache", preprocessing=preprocessing, labels=labels)
     assert after.path != before[0].path
-    (fresh,) = prepare(cases[:1], preprocessing, labels, tmp_path / "other")
+    (fresh,) = prepare(cases[:1], tmp_path / "other", preprocessing=preprocessing, labels=labels)
     shown = cases[0].availability
     for a, b in zip(
-        after.patch((0, 0, 0), after.shape, shown),
-        fresh.patch((0, 0, 0), fresh.shape, shown),
+        after.patch((0, 0, 0), after.shape, shown=shown),
+        fresh.patch((0, 0, 0), fresh.shape, shown=shown),
         strict=True,
     ):
         assert torch.equal(a, b)
     if changed == "image":
-        (same,) = prepare(cases[1:], preprocessing, labels, tmp_path / "cache")
+        (same,) = prepare(cases[1:], tmp_path / "cache", preprocessing=preprocessing, labels=labels)
         assert same.path == before[1].path, "only the changed case is prepared again"
 
 
 def test_the_cache_follows_the_modalities(cases: list[Case], tmp_path: Path) -> None:
-    (whole,) = prepare(cases[:1], Preprocessing(), BRATS_LABELS, tmp_path / "cache")
+    (whole,) = prepare(
+        cases[:1], tmp_path / "cache", preprocessing=Preprocessing(OWN), labels=BRATS_LABELS
+    )
     hidden = [cases[0].restrict([True, False, False, False])]
-    (part,) = prepare(hidden, Preprocessing(), BRATS_LABELS, tmp_path / "cache")
+    (part,) = prepare(
+        hidden, tmp_path / "cache", preprocessing=Preprocessing(OWN), labels=BRATS_LABELS
+    )
     assert part.path != whole.path
     assert part.availability.tolist() == [True, False, False, False]
 
@@ -123,17 +143,17 @@ def test_faults_of_all_cases_are_collected_and_nothing_is_half_written(tmp_path:
     cases = load_cases(root)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CaseError) as caught:
-        prepare(cases, Preprocessing(), BRATS_LABELS, tmp_path / "cache")
+        prepare(cases, tmp_path / "cache", preprocessing=Preprocessing(OWN), labels=BRATS_LABELS)
     assert caught.value.faults == (
         "case a: no label file; training and evaluation need one",
         "case b: b_seg.nii.gz: label values 3 are not in the label set "
-        "{0: background, 1: necrotic, 2: oedema, 4: enhancing}; mend the file or set data.labels",
+        "{0: background, 1: necrotic, 2: oedema, 4: enhancing}; correct the file or the label set",
         "case c: t1.nii.gz has 2 voxels that are NaN or infinite; "
         "repair the file or remove it (a missing modality is allowed)",
         "case e: e_t1.nii.gz cannot be read as NIfTI "
         "(Compressed file ended before the end-of-stream marker was reached); "
         "restore it or remove it (a missing modality is allowed)",
-        "case f: nothing but zeros in t1.nii.gz, t2.nii.gz; restore the files or remove the case",
+        "case f: all voxels are 0 in t1.nii.gz, t2.nii.gz; restore the files or remove the case",
     )
     assert [p.name.split("-")[0] for p in (tmp_path / "cache").iterdir()] == ["d"]
 
@@ -150,15 +170,15 @@ def test_an_interrupted_write_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            prepare(cases, Preprocessing(), BRATS_LABELS, cache)
+            prepare(cases, cache, preprocessing=Preprocessing(OWN), labels=BRATS_LABELS)
     assert list(cache.iterdir()) == []
-    assert len(prepare(cases, Preprocessing(), BRATS_LABELS, cache)) == 2
+    assert len(prepare(cases, cache, preprocessing=Preprocessing(OWN), labels=BRATS_LABELS)) == 2
 
 
 def test_cache_that_cannot_be_written(cases: list[Case], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError) as caught:
-        prepare(cases, Preprocessing(), BRATS_LABELS, tmp_path / "file")
+        prepare(cases, tmp_path / "file", preprocessing=Preprocessing(OWN), labels=BRATS_LABELS)
     message = str(caught.value)
     assert message.startswith(f"cannot write {tmp_path / 'file'}/p0-")
     assert message.endswith(".safetensors: file exists; choose a folder that you may write to")
@@ -170,7 +190,7 @@ def test_full_disk(cases: list[Case], tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OutputError) as caught:
-        prepare(cases, Preprocessing(), BRATS_LABELS, tmp_path / "cache")
+        prepare(cases, tmp_path / "cache", preprocessing=Preprocessing(OWN), labels=BRATS_LABELS)
     message = str(caught.value)
     assert message.startswith(f"cannot write {tmp_path / 'cache'}/p0-")
     assert message.endswith(": no space left on device; choose a folder that you may write to")
@@ -180,19 +200,21 @@ def test_no_permission(cases: list[Case], tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
     with niftis.forbidden(cache), pytest.raises(OutputError) as caught:
-        prepare(cases, Preprocessing(), BRATS_LABELS, cache)
+        prepare(cases, cache, preprocessing=Preprocessing(OWN), labels=BRATS_LABELS)
     message = str(caught.value)
     assert message.startswith(f"cannot write {cache}/p0-")
     assert message.endswith(": permission denied; choose a folder that you may write to")
 
 
 def test_patch_is_a_box_of_the_prepared_volume(cases: list[Case], tmp_path: Path) -> None:
-    (case,) = prepare(cases[:1], Preprocessing(), BRATS_LABELS, tmp_path / "cache")
-    whole, target = case.patch((0, 0, 0), case.shape, case.availability)
+    (case,) = prepare(
+        cases[:1], tmp_path / "cache", preprocessing=Preprocessing(OWN), labels=BRATS_LABELS
+    )
+    whole, target = case.patch((0, 0, 0), case.shape, shown=case.availability)
     corner, size = (3, 5, 2), (7, 8, 11)
     box = tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))
     shown = torch.tensor([True, False, False, True])
-    image, labels = case.patch(corner, size, shown)
+    image, labels = case.patch(corner, size, shown=shown)
     assert torch.equal(image[shown], whole[(shown, *box)])
     assert image[shown].abs().sum() > 0
     assert torch.all(image[~shown] == 0)
@@ -202,18 +224,22 @@ def test_patch_is_a_box_of_the_prepared_volume(cases: list[Case], tmp_path: Path
 def test_hidden_modalities_are_not_read(
     cases: list[Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (case,) = prepare(cases[:1], Preprocessing(), BRATS_LABELS, tmp_path / "cache")
+    (case,) = prepare(
+        cases[:1], tmp_path / "cache", preprocessing=Preprocessing(OWN), labels=BRATS_LABELS
+    )
     read: list[str] = []
     open_file = niftis.record_slices(monkeypatch, read)
-    case.patch((0, 0, 0), (4, 4, 4), torch.tensor([True, False, False, False]))
+    case.patch((0, 0, 0), (4, 4, 4), shown=torch.tensor([True, False, False, False]))
     assert read == ["image_0", "target"]
     assert open_file == [case.path]
 
 
 def test_centres_lie_in_the_brain_and_in_each_class(cases: list[Case], tmp_path: Path) -> None:
     labels = LabelSet({**BRATS_LABELS.values, "cyst": 5})
-    (case,) = prepare(cases[:1], Preprocessing(), labels, tmp_path / "cache")
-    ready = Preprocessing()(cases[0].read(), labels)
+    (case,) = prepare(
+        cases[:1], tmp_path / "cache", preprocessing=Preprocessing(OWN), labels=labels
+    )
+    ready = Preprocessing(OWN)(cases[0].read(), labels)
     assert ready.target is not None
     brain, *classes = case.centres()
     assert ready.brain.flatten()[brain].all()

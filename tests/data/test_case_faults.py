@@ -121,7 +121,7 @@ def test_affine_without_volume(tmp_path: Path) -> None:
     content[280:328] = bytes(48)  # the rows of the sform
     path.write_bytes(content)
     assert faults_of(lambda: load_cases(tmp_path)) == (
-        "case p0: t1.nii has an affine that gives its voxels no volume; "
+        "case p0: t1.nii has an invalid affine (its voxels have no volume); "
         "set its voxel sizes and axes",
     )
 

@@ -66,8 +66,8 @@ def test_case_is_written_as_files_and_nothing_else(tmp_path: Path) -> None:
     assert case == Case(
         "p0",
         BRATS,
-        {m: folder / f"p0_{m}.nii.gz" for m in ("flair", "t1ce", "t2")},
-        folder / "p0_seg.nii.gz",
+        files={m: folder / f"p0_{m}.nii.gz" for m in ("flair", "t1ce", "t2")},
+        label=folder / "p0_seg.nii.gz",
     )
 
 

@@ -57,7 +57,7 @@ def test_values_outside_the_label_set(values: list[float], named: str) -> None:
     assert faults_of(lambda: BRATS_LABELS.encode(np.array(values))) == (
         f"label values {named} are not in the label set "
         "{0: background, 1: necrotic, 2: oedema, 4: enhancing}; "
-        "mend the file or set data.labels",
+        "correct the file or the label set",
     )
 
 

@@ -1,4 +1,4 @@
-"""Availability at given rates, and what each policy shows of it."""
+"""Mask policies: a common suite, and the distribution of each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from prism_meta.data.availability import draw_availability
 from prism_meta.data.masking import (
     BalancedMask,
     DynamicMask,
@@ -16,19 +17,9 @@ from prism_meta.data.masking import (
     MaskPolicy,
     SingleModalityMask,
     StaticMask,
-    draw_availability,
 )
 
 PUBLISHED = ((0.2, 0.4, 0.6, 0.8), (0.1, 0.3, 0.7, 0.9))
-RATES = (
-    *PUBLISHED,
-    (0.0,),
-    (0.0, 0.0),
-    (0.5, 0.5),
-    (0.0, 0.9, 0.9),
-    (0.33, 0.66, 0.5),
-    (0.75,) * 4,
-)
 POLICIES: dict[str, MaskPolicy] = {
     "static": StaticMask(),
     "full": FullMask(),
@@ -61,77 +52,6 @@ def assert_drawn_with(masks: Tensor, probabilities: dict[tuple[bool, ...], float
     assert set(found) <= {row for row, p in probabilities.items() if p > 0}
     for row, p in probabilities.items():
         assert abs(found.get(row, 0) - n * p) <= 4 * sqrt(n * p * (1 - p)) + 1e-9, row
-
-
-# ---------------------------------------------------------------- availability
-
-
-@pytest.mark.parametrize("rates", RATES, ids=str)
-@pytest.mark.parametrize("n", [1, 2, 7, 10, 26, 101])
-def test_every_rate_is_met_to_one_case_and_no_case_is_empty(
-    n: int, rates: tuple[float, ...]
-) -> None:
-    if sum(n - round(n * r) for r in rates) < n:
-        with pytest.raises(ValueError, match="so some case would have no modality"):
-            draw_availability(n, rates)
-        return
-    for seed in range(10):
-        available = draw_availability(n, rates, seed=seed)
-        assert available.dtype == torch.bool
-        assert available.shape == (n, len(rates))
-        assert bool(available.any(1).all())
-        for count, rate in zip((~available).sum(0).tolist(), rates, strict=True):
-            assert count == round(n * rate)
-            assert abs(count - n * rate) <= 1
-
-
-@pytest.mark.parametrize("rates", PUBLISHED, ids=str)
-def test_published_rates_are_met_exactly(rates: tuple[float, ...]) -> None:
-    missing = (~draw_availability(100, rates)).sum(0).tolist()
-    assert missing == [round(100 * r) for r in rates]
-
-
-def test_as_many_files_as_cases_leave_one_each() -> None:
-    available = draw_availability(40, (0.75,) * 4, seed=3)
-    assert available.sum(1).tolist() == [1] * 40
-
-
-def test_the_seed_decides() -> None:
-    one, again, other = (draw_availability(50, PUBLISHED[0], seed=s) for s in (1, 1, 2))
-    assert torch.equal(one, again)
-    assert not torch.equal(one, other)
-
-
-def test_the_global_generator_is_left_alone() -> None:
-    before = torch.random.get_rng_state()
-    draw_availability(50, PUBLISHED[1])
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_modalities_are_missing_independently() -> None:
-    """Two rates of a half: all four patterns but the empty one turn up, repairs included."""
-    available = draw_availability(4000, (0.2, 0.2), seed=0)
-    both = available.all(1).double().mean().item()
-    assert both == pytest.approx(0.6, abs=1e-9)  # 1 - 0.2 - 0.2 once no case is empty
-    assert available.sum(0).tolist() == [3200, 3200]
-
-
-@pytest.mark.parametrize(
-    ("n", "rates"), [(0, (0.5,)), (5, ()), (5, (1.0, 0.0)), (5, (-0.1, 0.0))], ids=str
-)
-def test_bad_arguments_are_refused(n: int, rates: tuple[float, ...]) -> None:
-    with pytest.raises(ValueError, match=r"use n >= 1 and rates in \[0, 1\)") as caught:
-        draw_availability(n, rates)
-    assert str(caught.value).startswith(f"draw_availability: got n={n}, rates={rates}; ")
-
-
-def test_impossible_rates_are_refused() -> None:
-    with pytest.raises(
-        ValueError,
-        match=r"rates: \(0.8, 0.9\) leave 3 files for 10 cases, so some case would have no "
-        "modality; use lower rates",
-    ):
-        draw_availability(10, (0.8, 0.9))
 
 
 # ---------------------------------------------------------------- one suite for all policies
@@ -270,5 +190,7 @@ def test_balanced_refuses_bad_rates(rates: tuple[float, ...]) -> None:
 
 
 def test_balanced_refuses_another_number_of_modalities() -> None:
-    with pytest.raises(ValueError, match="availability: got 3 modalities, expected 4 as in rates"):
+    with pytest.raises(
+        ValueError, match="availability: got 3 modalities, expected 4, one per rate"
+    ):
         BalancedMask(PUBLISHED[0])(torch.ones(2, 3).bool())

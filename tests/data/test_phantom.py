@@ -23,7 +23,8 @@ from prism_meta.data.phantom import (
     write_phantoms,
 )
 from prism_meta.data.phantom import anatomy as phantom_anatomy
-from prism_meta.data.phantom.anatomy import Anatomy, Space, draw_anatomy
+from prism_meta.data.phantom.anatomy import Anatomy, draw_anatomy
+from prism_meta.data.phantom.space import Space
 from prism_meta.errors import ConfigError
 from prism_meta.modalities import BRATS
 
@@ -67,7 +68,9 @@ def enhancing_seeds() -> list[int]:
 
 def test_spin_echo_closed_form() -> None:
     # TR = T1 ln 2 recovers one half, TE = T2 ln 4 leaves one quarter
-    signal = spin_echo(0.8, 900.0, 80.0, repetition=900 * math.log(2), echo=80 * math.log(4))
+    signal = spin_echo(
+        density=0.8, t1=900.0, t2=80.0, repetition=900 * math.log(2), echo=80 * math.log(4)
+    )
     assert float(signal) == pytest.approx(0.8 * 0.5 * 0.25, rel=1e-6)
 
 
@@ -75,7 +78,9 @@ def test_spin_echo_closed_form() -> None:
 def test_inversion_recovery_nulls_at_t1_ln_2(t1: float) -> None:
     def signal(inversion: float, repetition: float) -> float:
         return float(
-            inversion_recovery(1.0, t1, 100.0, repetition=repetition, echo=0.0, inversion=inversion)
+            inversion_recovery(
+                density=1.0, t1=t1, t2=100.0, repetition=repetition, echo=0.0, inversion=inversion
+            )
         )
 
     null = t1 * math.log(2)
@@ -87,7 +92,11 @@ def test_inversion_recovery_nulls_at_t1_ln_2(t1: float) -> None:
 
 def test_inversion_recovery_decays_with_t2() -> None:
     early, late = (
-        float(inversion_recovery(1.0, 900.0, 90.0, repetition=9e3, echo=echo, inversion=2.5e3))
+        float(
+            inversion_recovery(
+                density=1.0, t1=900.0, t2=90.0, repetition=9e3, echo=echo, inversion=2.5e3
+            )
+        )
         for echo in (10.0, 10.0 + 90 * math.log(3))
     )
     assert early / late == pytest.approx(3, rel=1e-5)

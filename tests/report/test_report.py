@@ -21,8 +21,10 @@ from prism_meta.evaluation.metrics import BratsEmpty
 from prism_meta.modalities import BRATS, subset_name, subsets
 from prism_meta.records import Record, read_records
 from prism_meta.report import compare, summarize
-from prism_meta.report.figures import Overlay, class_colour
-from prism_meta.report.html import comparison_table, results_table, write_report
+from prism_meta.report.figures.style import class_colour
+from prism_meta.report.html import write_report
+from prism_meta.report.overlays import Overlay
+from prism_meta.report.tables import comparison_table, results_table
 
 REGIONS = ("WT", "TC", "ET")
 POLICY = BratsEmpty.statement
@@ -87,7 +89,7 @@ def test_table_has_the_numbers() -> None:
     assert "flair t1ce t1 t2 WT TC ET mean WT TC ET mean" in rows
     flat = " ".join(text.split())
     assert "Dice in %, HD95 in mm, mean over 2 cases." in flat
-    assert f"Empty masks: {POLICY}. Left out as undefined: 2 records." in flat
+    assert f"Empty masks: {POLICY}. 2 records with undefined values are left out." in flat
     assert "Worst subset: t1, mean Dice 8.5 %." in flat
 
 
@@ -136,7 +138,7 @@ def test_comparison_of_one_case_shows_no_interval() -> None:
     run = [Record("c", "t1", "WT", 0.5, math.nan)]
     text = text_of(comparison_table(compare(run, run)))
     assert re.search(r"all *│ *\+0\.0 *│ *– *│ *– *│ *–", text)
-    assert "Left out as undefined: 1 pairs of records." in " ".join(text.split())
+    assert "1 pairs with undefined values are left out." in " ".join(text.split())
 
 
 class Links(HTMLParser):

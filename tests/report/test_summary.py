@@ -81,7 +81,7 @@ def test_to_dict_is_strict_json() -> None:
 def test_no_records_and_doubles_are_errors() -> None:
     with pytest.raises(PrismError, match="records: got no records, expected at least one"):
         summarize([])
-    with pytest.raises(PrismError, match="case a, subset t2, region WT is there twice; give each"):
+    with pytest.raises(PrismError, match="case a, subset t2, region WT occurs twice; give each"):
         summarize([*RECORDS, RECORDS[0]])
 
 
@@ -212,7 +212,7 @@ def test_bad_lines_are_reported_together(tmp_path: Path) -> None:
     with pytest.raises(PrismError) as caught:
         read_records(path)
     assert len(caught.value.faults) == 11
-    assert caught.value.faults[-1].endswith("and 4 more such lines")
+    assert caught.value.faults[-1].endswith("and 4 more invalid lines")
 
 
 def test_files_that_are_no_records(tmp_path: Path) -> None:

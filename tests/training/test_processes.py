@@ -15,7 +15,7 @@ from niftis import write_cases
 from safetensors.torch import load_file
 
 from prism_meta.cli.workflow import launch, load_from_config, split
-from prism_meta.data.preprocessing import prepare
+from prism_meta.data.cache import prepare
 from prism_meta.modalities import Batch
 from prism_meta.training import trainer
 from prism_meta.training.config import load_config
@@ -56,7 +56,12 @@ def trained_alone(run: Run, folder: Path) -> dict[str, torch.Tensor]:
     config = load_config(overrides=[*SETTINGS, "meta.episodes=2"])
     alone = replace(run, folder=folder, config=config)
     cases, _ = split(config, load_from_config(config, Path(run.facts["data"])))
-    cached = prepare(cases, config.data.preprocessing(), config.data.label_set(), folder / "cache")
+    cached = prepare(
+        cases,
+        folder / "cache",
+        preprocessing=config.data.preprocessing(),
+        labels=config.data.label_set(),
+    )
     ranks = [trainer.build_episodes(run, cached, rank=rank) for rank in (0, 1)]
     episodes: Sequence[tuple[Batch, Batch]] = [of[step] for step in range(2) for of in ranks]
     assert not torch.equal(episodes[0][0].image, episodes[1][0].image)

@@ -1,20 +1,22 @@
-"""Phantoms: seeded multi-contrast brain MR with tumours, written as NIfTI files."""
+"""Phantoms: seeded multi-contrast brain MR with tumours, from tissue maps and MR signal equations."""
 
-from prism_meta.data.phantom.images import (
+from prism_meta.data.phantom.images import Phantom, draw_phantom, write_phantoms
+from prism_meta.data.phantom.signal import (
     SEQUENCES,
-    TISSUES,
-    Phantom,
-    draw_phantom,
+    PulseSequence,
     inversion_recovery,
     shorten_t1,
     spin_echo,
-    write_phantoms,
 )
+from prism_meta.data.phantom.tissues import TISSUES, Relaxation, Tissue
 
 __all__ = [
     "SEQUENCES",
     "TISSUES",
     "Phantom",
+    "PulseSequence",
+    "Relaxation",
+    "Tissue",
     "draw_phantom",
     "inversion_recovery",
     "shorten_t1",

@@ -1,99 +1,44 @@
-"""Geometry of the phantom: a brain with a tumour as soft tissue maps, drawn in millimetres.
+"""Anatomy of a phantom: a brain with a tumour as soft tissue maps, drawn in millimetres.
 
-Shapes are given by a depth in mm (positive inside), so that partial volume is a ramp one voxel
-wide. Axes are x to the left, y to the back, z up, with the origin in the middle of the volume.
+A shape is a depth in mm (positive inside), so that partial volume is a ramp one voxel wide. The
+axes are x to the left, y to the back and z up, with the origin in the middle of the volume.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-Volume: TypeAlias = NDArray[np.float32]
-Shape: TypeAlias = tuple[int, int, int]
-
-
-class Tissue(IntEnum):
-    """Rows of the tissue maps."""
-
-    CSF = 0
-    GREY = 1
-    WHITE = 2
-    DEEP_GREY = 3
-    OEDEMA = 4
-    NECROSIS = 5
-    ENHANCING = 6
-    VESSEL = 7
+from prism_meta.data.phantom.space import FloatArray, Space, ramp
+from prism_meta.data.phantom.tissues import Tissue
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """One subject before imaging.
+    """The tissues and labels of one subject, before imaging.
 
     Args:
-        maps: (8, D, H, W), the fraction of each ``Tissue`` in a voxel; they sum to 1.
-        brain: (D, H, W) bool, what skull-stripping leaves.
-        label: (D, H, W), 0, 1 necrotic or non-enhancing core, 2 oedema, 4 enhancing tumour.
+        maps: (8, D, H, W), fraction of each ``Tissue`` in a voxel; the fractions sum to 1.
+        brain: (D, H, W) bool, the voxels that skull-stripping keeps.
+        label: (D, H, W), 0 background, 1 necrotic or non-enhancing core, 2 oedema, 4 enhancing
+            tumour.
     """
 
-    maps: Volume
+    maps: FloatArray
     brain: NDArray[np.bool_]
     label: NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class Space:
-    """The voxel grid of a volume; lengths in mm."""
-
-    shape: Shape
-    spacing: float
-
-    def axes(self) -> list[Volume]:
-        """Voxel positions along each axis."""
-        return [
-            ((np.arange(n) - (n - 1) / 2) * self.spacing).astype(np.float32) for n in self.shape
-        ]
-
-    def points(self) -> Volume:
-        """(3, D, H, W), the position of every voxel."""
-        return np.stack(np.meshgrid(*self.axes(), indexing="ij"))
-
-    def field(self, rng: np.random.Generator, width: float) -> Volume:
-        """Smooth noise of unit variance: white noise on a lattice seen through Gaussians.
-
-        Args:
-            rng: where the noise comes from.
-            width: standard deviation of the Gaussians, and step of their lattice.
-        """
-        nodes = [int(np.ceil(n * self.spacing / width)) + 6 for n in self.shape]
-        value = rng.standard_normal(nodes).astype(np.float32)
-        for axis, count in zip(self.axes(), nodes, strict=True):
-            lattice = (np.arange(count) - (count - 1) / 2) * width
-            weight = np.exp(-0.5 * ((axis[:, None] - lattice) / width) ** 2)
-            weight /= np.sqrt((weight**2).sum(1, keepdims=True))
-            # contracts the first axis and appends the new one: three turns restore the order
-            value = np.tensordot(value, weight.astype(np.float32), axes=(0, 1))
-        return value
-
-    def cover(self, depth: Volume) -> Volume:
-        """Fraction of each voxel that lies inside a surface at ``depth``."""
-        return ramp(depth, self.spacing)
-
-    def zero_distance(self, value: Volume) -> Volume:
-        """Distance to the surface where ``value`` is 0, to first order: |v| / |grad v|."""
-        slopes = np.gradient(value, self.spacing)
-        steepness = np.sqrt(sum(slope * slope for slope in slopes) + 1e-12)
-        return np.asarray(np.abs(value) / steepness, np.float32)
-
-
 def draw_anatomy(rng: np.random.Generator, space: Space) -> Anatomy:
     """Draw a brain with one tumour.
+
+    Args:
+        rng: source of the random numbers.
+        space: the voxel grid.
 
     Example:
         >>> drawn = draw_anatomy(np.random.default_rng(0), Space((40, 48, 36), 4.0))
@@ -103,7 +48,7 @@ def draw_anatomy(rng: np.random.Generator, space: Space) -> Anatomy:
     points = space.points()
     posed = _pose(rng, space, points)
     depth, cerebellum = _outline(posed)
-    depth = depth + 0.9 * space.field(rng, 4.5)  # gyri show on the surface
+    depth = depth + 0.9 * space.field(rng, 4.5)  # the gyri are visible on the surface
     radius = rng.uniform(16, 33)
     centre = _tumour_centre(rng, points, posed, np.minimum(depth, -cerebellum))
     maps = _healthy(
@@ -114,52 +59,43 @@ def draw_anatomy(rng: np.random.Generator, space: Space) -> Anatomy:
     return Anatomy(maps, brain, np.where(brain, label, 0).astype(np.uint8))
 
 
-def _relu(value: Volume) -> Volume:
+def _relu(value: FloatArray) -> FloatArray:
     return np.maximum(value, 0)
 
 
-def _paint(maps: Volume, tissue: Tissue, cover: Volume) -> None:
+def _paint(maps: FloatArray, tissue: Tissue, cover: FloatArray) -> None:
+    """Replace the fraction ``cover`` of each voxel with ``tissue``, in place."""
     maps *= 1 - cover
     maps[tissue] += cover
 
 
-def _ellipsoid(points: Volume, centre: Sequence[float], radii: Sequence[float]) -> Volume:
-    """First-order depth inside an ellipsoid, in mm."""
+def _ellipsoid(points: FloatArray, centre: Sequence[float], radii: Sequence[float]) -> FloatArray:
+    """First-order depth inside an ellipsoid, mm."""
     scale = np.asarray(radii, np.float32).reshape(3, 1, 1, 1)
     offset = (points - np.asarray(centre, np.float32).reshape(3, 1, 1, 1)) / scale
     norm = np.sqrt((offset**2).sum(0)) + np.float32(1e-3)
     slope = np.sqrt(((offset / scale) ** 2).sum(0)) / norm
-    depth: Volume = (1 - norm) / np.maximum(slope, 1 / max(radii))
+    depth: FloatArray = (1 - norm) / np.maximum(slope, 1 / max(radii))
     return depth
 
 
-def ramp(depth: Volume, width: float) -> Volume:
-    """Cover of a region whose border fades over ``width`` mm, from 0 outside to 1 inside.
-
-    Example:
-        >>> ramp(np.array([-2.0, 0.0, 0.5], np.float32), 2.0).tolist()
-        [0.0, 0.5, 0.75]
-    """
-    return np.asarray(np.clip(0.5 + depth / width, 0, 1), np.float32)
-
-
-def _mirrored(points: Volume) -> Volume:
+def _mirrored(points: FloatArray) -> FloatArray:
     return np.stack([np.abs(points[0]), points[1], points[2]])
 
 
-def _pose(rng: np.random.Generator, space: Space, points: Volume) -> Volume:
-    """Positions in the standard brain: a few degrees of rotation, size, and smooth deformation."""
+def _pose(rng: np.random.Generator, space: Space, points: FloatArray) -> FloatArray:
+    """Positions in the standard brain after a small rotation, a change of size and a deformation."""
     a, b, c = np.deg2rad(rng.normal(0, 3, 3).clip(-6, 6))
     turn = np.array([[1, c, -b], [-c, 1, a], [b, -a, 1]])  # small angles
     turn /= np.linalg.norm(turn, axis=1, keepdims=True) * rng.uniform(0.95, 1.04, (3, 1))
-    posed: Volume = np.tensordot(turn.astype(np.float32), points, 1)
+    posed: FloatArray = np.tensordot(turn.astype(np.float32), points, 1)
     for axis in posed:
         axis += 2.2 * space.field(rng, 25.0)
     return posed
 
 
-def _outline(posed: Volume) -> tuple[Volume, Volume]:
-    """Depth below the surface of the whole brain, and inside the cerebellum."""
+def _outline(posed: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Depth inside the whole brain, and depth inside the cerebellum and brain stem."""
     base = posed.copy()
     base[2] = np.where(posed[2] < 0, posed[2] * 1.2, posed[2])
     base[0] *= 1 + 0.0016 * _relu(-posed[1])  # the frontal lobes are narrower
@@ -170,30 +106,36 @@ def _outline(posed: Volume) -> tuple[Volume, Volume]:
 
 
 def _tumour_centre(
-    rng: np.random.Generator, points: Volume, posed: Volume, depth: Volume
-) -> Volume:
-    """A voxel of the white matter of one hemisphere, away from the midline and the skull base."""
+    rng: np.random.Generator, points: FloatArray, posed: FloatArray, depth: FloatArray
+) -> FloatArray:
+    """A point in the white matter of one hemisphere, away from the midline and the skull base."""
     away = (np.abs(posed[0]) > 22) & (posed[2] > -18)
     inside = np.argwhere((depth > 15) & (depth < 42) & away)
     chosen = tuple(inside[rng.integers(len(inside))])
     return points[(slice(None), *chosen)].reshape(3, 1, 1, 1)
 
 
-def _mass_effect(posed: Volume, offset: Volume, radius: float, rng: np.random.Generator) -> Volume:
-    """The tumour pushes what lies around it outwards, most at its border."""
+def _mass_effect(
+    posed: FloatArray, offset: FloatArray, radius: float, rng: np.random.Generator
+) -> FloatArray:
+    """Positions after the tumour has pushed its surroundings outwards, most at its border."""
     reach = (offset**2).sum(0) / (2 * radius**2)
-    pushed: Volume = posed - offset * np.float32(rng.uniform(0.1, 0.4)) * np.exp(-reach)
+    pushed: FloatArray = posed - offset * np.float32(rng.uniform(0.1, 0.4)) * np.exp(-reach)
     return pushed
 
 
 def _cortex_distance(
-    rng: np.random.Generator, space: Space, posed: Volume, depth: Volume, cerebellum: Volume
-) -> Volume:
-    """Distance to the pial surface: outer surface, sulci, and the great fissures."""
+    rng: np.random.Generator,
+    space: Space,
+    posed: FloatArray,
+    depth: FloatArray,
+    cerebellum: FloatArray,
+) -> FloatArray:
+    """Distance to the pial surface, which consists of the outer surface, the sulci and the fissures."""
     x, y, z = posed
     norm = np.sqrt((x / 68) ** 2 + (y / 84) ** 2 + ((z - 7) / 58) ** 2).clip(0.35, None)
     half = (np.array(space.shape).reshape(3, 1, 1, 1) - 1) / 2
-    # sampled near the surface, so that the sulci run inwards
+    # Sampled near the surface, so that the sulci run inwards.
     at = (posed / norm**0.6 / space.spacing + half).astype(np.float32)
     folds = ndimage.map_coordinates(space.field(rng, 2.9), at, order=1, mode="mirror")
     reach = rng.uniform(14, 19) + 5 * space.field(rng, 12.0)
@@ -208,8 +150,8 @@ def _cortex_distance(
     return np.asarray(np.minimum.reduce(parts), np.float32)
 
 
-def _ventricles(rng: np.random.Generator, space: Space, posed: Volume) -> Volume:
-    """Depth inside the lateral and third ventricles; their size varies most between subjects."""
+def _ventricles(rng: np.random.Generator, space: Space, posed: FloatArray) -> FloatArray:
+    """Depth inside the lateral and third ventricles. Their size varies strongly between subjects."""
     x, y, z = posed
     size = rng.uniform(0.7, 1.5)
     width = 5.0 * size * (1 + 0.2 * space.field(rng, 14.0))
@@ -223,9 +165,13 @@ def _ventricles(rng: np.random.Generator, space: Space, posed: Volume) -> Volume
 
 
 def _healthy(
-    rng: np.random.Generator, space: Space, posed: Volume, depth: Volume, cerebellum: Volume
-) -> Volume:
-    """Tissue maps of the brain without its tumour; outside of it there is CSF."""
+    rng: np.random.Generator,
+    space: Space,
+    posed: FloatArray,
+    depth: FloatArray,
+    cerebellum: FloatArray,
+) -> FloatArray:
+    """Tissue maps of the brain without the tumour. The outside is CSF."""
     maps = np.zeros((len(Tissue), *space.shape), np.float32)
     maps[Tissue.WHITE] = 1
     sides = _mirrored(posed)
@@ -243,7 +189,7 @@ def _healthy(
     _paint(maps, Tissue.CSF, space.cover(np.minimum(gap, 2.0) - pial) * (1 - stem))
     ventricles = _ventricles(rng, space, posed)
     _paint(maps, Tissue.CSF, space.cover(ventricles))
-    # white-matter hyperintensities: bright in FLAIR and T2 and no tumour
+    # White-matter hyperintensities are bright in FLAIR and T2, but no tumour.
     spots = _relu(space.field(rng, 3.0) - rng.uniform(2.4, 3.4)) * 3
     caps = np.exp(-(((ventricles + 1.5) / 2) ** 2)) * rng.uniform(0, 0.35)
     lesion = np.minimum(spots + caps, 0.7) * (maps[Tissue.WHITE] > 0.9) * (depth > 10)
@@ -253,8 +199,8 @@ def _healthy(
     return maps
 
 
-def _vessels(rng: np.random.Generator, space: Space, depth: Volume) -> Volume:
-    """Thin curves where two noise fields vanish together, mostly near the surface."""
+def _vessels(rng: np.random.Generator, space: Space, depth: FloatArray) -> FloatArray:
+    """Thin curves where two noise fields are both 0, mostly near the surface."""
     tube = np.hypot(
         space.zero_distance(space.field(rng, 9.0)), space.zero_distance(space.field(rng, 9.0))
     )
@@ -264,16 +210,17 @@ def _vessels(rng: np.random.Generator, space: Space, depth: Volume) -> Volume:
 def _grow_tumour(
     rng: np.random.Generator,
     space: Space,
-    maps: Volume,
-    offset: Volume,
+    maps: FloatArray,
+    offset: FloatArray,
     radius: float,
-    depth: Volume,
-    x: Volume,
+    depth: FloatArray,
+    x: FloatArray,
 ) -> NDArray[np.uint8]:
     """Paint oedema and core into ``maps`` and return the labels.
 
-    High grade (about 5 of 6): an enhancing ring of varying thickness around necrosis, in some a
-    solid nodule. Low grade: a core that does not enhance, with little oedema.
+    High-grade tumours (about 5 of 6) have an enhancing ring of varying thickness around necrosis, or
+    are a solid enhancing nodule. Low-grade tumours have a core that does not enhance, and little
+    oedema.
     """
     high_grade, solid = rng.random() < 0.83, rng.random() < 0.15
     stretch = rng.uniform(0.8, 1.25, 3)
@@ -283,7 +230,7 @@ def _grow_tumour(
     home = np.sign(np.median(x[distance <= distance.min() + space.spacing]))
     bumps = 0.7 * space.field(rng, 11.0) + 0.5 * space.field(rng, 5.0)
     fluid = maps[Tissue.CSF].copy()
-    shared = bumps * 0.19 * radius - 1.5 * _relu(-x * home)  # the falx holds it back
+    shared = bumps * 0.19 * radius - 1.5 * _relu(-x * home)  # the falx stops the growth
 
     core_radius = radius * (rng.uniform(0.45, 0.72) if high_grade else rng.uniform(0.7, 0.9))
     core = np.minimum(core_radius - distance + shared, depth - 1.5)

@@ -1,7 +1,8 @@
-"""Preprocessing: from files to the model's grid, and from logits back to the case's own."""
+"""Restoring: maps and classes from the model's grid back to the case's own grid."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from niftis import SHAPE, write_case
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from prism_meta.data import restore as restoring
 from prism_meta.data.cases import Volume, load_cases
-from prism_meta.data.labels import BRATS_LABELS, LabelSet
+from prism_meta.data.labels import BRATS_LABELS
 from prism_meta.data.preprocessing import Prepared, Preprocessing
-from prism_meta.errors import CaseError
-from prism_meta.modalities import BRATS
+from prism_meta.data.restore import restore_classes, restore_maps
 
 ORIENTATIONS = ("RAS", "LPS", "PSR", "ILA")
 #: Where the size of a voxel must be small against the blob.
 BIG = (40, 48, 32)
+#: The voxel size of the synthetic cases, mm.
+OWN = (1.0, 1.0, 1.0)
 
 
 def written(folder: Path, **options: Any) -> Volume:
@@ -37,131 +40,12 @@ def world(voxels: Tensor, affine: Any) -> Tensor:
     return affine[:3, :3] @ voxels.nonzero().double().mean(0) + affine[:3, 3]
 
 
-# Preprocessing
-
-
-def test_z_score_inside_the_brain_and_zero_outside(tmp_path: Path) -> None:
-    volume = written(tmp_path)
-    ready = Preprocessing()(volume, BRATS_LABELS)
-    assert ready.names == BRATS
-    assert ready.image.dtype == torch.float32
-    inside = torch.from_numpy(volume.images["t1"] != 0)
-    assert torch.equal(ready.brain, inside)
-    for name, image in zip(ready.names, ready.image, strict=True):
-        assert float(image[inside].mean()) == pytest.approx(0, abs=1e-4), name
-        assert float(image[inside].std(correction=0)) == pytest.approx(1, abs=1e-4), name
-        assert torch.all(image[~inside] == 0), name
-
-
-def test_each_modality_has_its_own_background(tmp_path: Path) -> None:
-    images = {"t1": niftis.draw_image(), "t2": niftis.draw_image(index=1)}
-    images["t2"][: SHAPE[0] // 2] = 0
-    ready = Preprocessing()(Volume(images, None, np.eye(4), SHAPE))
-    assert torch.all(ready.image[1, : SHAPE[0] // 2] == 0)
-    assert float(ready.image[1][images["t2"] != 0].mean()) == pytest.approx(0, abs=1e-4)
-    assert torch.equal(ready.brain, torch.from_numpy(images["t1"] != 0)), "any modality counts"
-    assert ready.target is None
-
-
-def test_outliers_are_clipped() -> None:
-    image = niftis.draw_image()
-    plain = Preprocessing()(Volume({"t1": image.copy()}, None, np.eye(4), SHAPE)).image
-    image[10, 12, 8] = 1e6
-    spiked = Preprocessing()(Volume({"t1": image}, None, np.eye(4), SHAPE)).image
-    assert float(spiked.max()) < 4
-    rest = torch.ones(1, *SHAPE, dtype=torch.bool)
-    rest[0, 10, 12, 8] = False
-    torch.testing.assert_close(spiked[rest], plain[rest], atol=0.02, rtol=0)
-    wide = Preprocessing(percentiles=(0, 100))
-    assert float(wide(Volume({"t1": image}, None, np.eye(4), SHAPE)).image.max()) > 50
-
-
-@pytest.mark.parametrize("value", [0.0, 0.1, 7.0, 1000.1, -3.3])
-def test_a_constant_image_becomes_zero_and_not_nan(value: float) -> None:
-    images = {
-        "t1": np.where(niftis.draw_image() != 0, np.float32(value), np.float32(0)),
-        "t2": niftis.draw_image(index=1),
-    }
-    ready = Preprocessing()(Volume(images, None, np.eye(4), SHAPE))
-    assert torch.all(ready.image[0] == 0)
-    assert torch.isfinite(ready.image).all()
-    alone = Preprocessing()(Volume({"t1": images["t1"]}, None, np.eye(4), SHAPE))
-    assert torch.equal(alone.brain, torch.from_numpy(images["t1"] != 0))
-
-
-@pytest.mark.parametrize("model", [(1.0, 1.0, 1.0), (1.0, 1.5, 2.0), (2.0, 2.0, 2.0)])
-@pytest.mark.parametrize("codes", ORIENTATIONS[1:])
-def test_the_same_anatomy_in_two_orientations(
-    tmp_path: Path, codes: str, model: tuple[float, float, float]
-) -> None:
-    preprocessing = Preprocessing(spacing=model)
-    spacing = (1.0, 1.5, 2.0)
-    plain = preprocessing(written(tmp_path / "a", spacing=spacing), BRATS_LABELS)
-    turned = preprocessing(written(tmp_path / "b", spacing=spacing, codes=codes), BRATS_LABELS)
-    torch.testing.assert_close(turned.image, plain.image, atol=1e-3, rtol=0)
-    torch.testing.assert_close(turned.affine, plain.affine, atol=1e-5, rtol=0)
-    assert plain.target is not None and turned.target is not None
-    assert torch.equal(turned.target, plain.target)
-    assert torch.equal(turned.brain, plain.brain)
-
-
-@pytest.mark.parametrize(
-    ("spacing", "codes", "model", "shape"),
-    [
-        ((1.0, 1.0, 1.0), "RAS", (1.0, 1.0, 1.0), (40, 48, 32)),
-        ((1.0, 1.0, 2.0), "RAS", (1.0, 1.0, 1.0), (40, 48, 64)),
-        ((1.0, 1.0, 2.0), "SPL", (1.0, 1.0, 1.0), (40, 48, 64)),
-        ((1.0, 0.5, 1.0), "LPS", (1.0, 1.0, 2.0), (40, 24, 16)),
-        ((1.0, 1.0, 1.0), "PIR", (2.0, 2.0, 2.0), (20, 24, 16)),
-    ],
-)
-def test_resampled_shape_and_place(
-    tmp_path: Path,
-    spacing: tuple[float, ...],
-    codes: str,
-    model: tuple[float, float, float],
-    shape: tuple[int, ...],
-) -> None:
-    volume = written(tmp_path, spacing=spacing, codes=codes, shape=BIG)
-    ready = Preprocessing(spacing=model)(volume, BRATS_LABELS)
-    assert ready.target is not None and volume.label is not None
-    assert ready.image.shape == (4, *shape)
-    assert ready.target.shape == ready.brain.shape == shape
-    torch.testing.assert_close(ready.affine[:3, :3], torch.diag(torch.tensor(model)).double())
-    # The anatomy has not moved: the label and the brain lie where they lay, in mm. The nearest
-    # voxel is up to half a voxel off, for all of them alike where the grids fit each other.
-    label, brain = torch.from_numpy(volume.label > 0), torch.from_numpy(volume.images["t1"] != 0)
-    place, near = world(ready.target > 0, ready.affine), 0.5 * max(spacing) + 0.15
-    torch.testing.assert_close(place, world(label, volume.affine), atol=near, rtol=0)
-    place = world(ready.brain, ready.affine)
-    torch.testing.assert_close(place, world(brain, volume.affine), atol=near, rtol=0)
-
-
-@pytest.mark.parametrize("model", [(0.7, 0.7, 0.7), (1.3, 1.3, 1.3), (2.0, 1.0, 3.0)])
-def test_labels_stay_labels(tmp_path: Path, model: tuple[float, float, float]) -> None:
-    """Linear interpolation between background and class 3 would invent classes 1 and 2."""
-    volume = written(tmp_path, values=(4,))
-    ready = Preprocessing(spacing=model)(volume, BRATS_LABELS)
-    assert ready.target is not None
-    assert ready.target.dtype == torch.uint8
-    assert ready.target.unique().tolist() == [0, 3]
-
-
-def test_label_is_left_out_unless_the_label_set_is_given(tmp_path: Path) -> None:
-    volume = written(tmp_path)
-    assert Preprocessing()(volume).target is None
-    with pytest.raises(
-        CaseError, match=r"^label values 4 are not in the label set \{0: background"
-    ):
-        Preprocessing()(volume, LabelSet({"a": 1, "b": 2}))
-
-
 def round_trip(preprocessing: Preprocessing, volume: Volume) -> tuple[Tensor, Tensor, Prepared]:
     """The label to the model's grid and back, and the label as it was."""
     ready = preprocessing(volume, BRATS_LABELS)
     assert ready.target is not None and volume.label is not None
     maps = one_hot(ready.target.long(), 4).movedim(-1, 0).float()
-    restored = preprocessing.restore(maps, ready, volume)
+    restored = restore_maps(maps, prepared=ready, volume=volume)
     assert restored.shape == (4, *volume.shape)
     assert type(restored) is Tensor, "MONAI's metadata has done its work"
     return restored.argmax(0), BRATS_LABELS.encode(volume.label), ready
@@ -190,7 +74,7 @@ def test_restore_after_downsampling(tmp_path: Path, codes: str) -> None:
 @pytest.mark.parametrize("codes", ORIENTATIONS)
 def test_restore_after_upsampling(tmp_path: Path, codes: str) -> None:
     volume = written(tmp_path, codes=codes, spacing=(1.0, 1.5, 2.0))
-    restored, label, _ = round_trip(Preprocessing(), volume)
+    restored, label, _ = round_trip(Preprocessing(OWN), volume)
     assert dice(restored > 0, label > 0) > 0.97
 
 
@@ -198,7 +82,7 @@ def test_restore_keeps_a_constant_map_constant_up_to_the_edges(tmp_path: Path) -
     volume = written(tmp_path, codes="LPS")
     preprocessing = Preprocessing(spacing=(2.0, 1.5, 3.0))
     ready = preprocessing(volume)
-    restored = preprocessing.restore(torch.full((1, *ready.brain.shape), 7.0), ready, volume)
+    restored = restore_maps(torch.full((1, *ready.brain.shape), 7.0), prepared=ready, volume=volume)
     torch.testing.assert_close(restored, torch.full((1, *SHAPE), 7.0))
 
 
@@ -206,8 +90,8 @@ def test_oblique_grid(tmp_path: Path) -> None:
     volume = written(tmp_path)
     turn = np.eye(4)
     turn[:2, :2] = [[np.cos(0.3), -np.sin(0.3)], [np.sin(0.3), np.cos(0.3)]]
-    tilted = Volume(volume.images, volume.label, turn @ volume.affine, volume.shape)
-    restored, label, ready = round_trip(Preprocessing(), tilted)
+    tilted = replace(volume, affine=turn @ volume.affine)
+    restored, label, ready = round_trip(Preprocessing(OWN), tilted)
     assert torch.equal(restored, label.long())
     assert ready.target is not None
     middle = world(ready.target > 0, ready.affine)
@@ -222,7 +106,7 @@ def by_interpolation(logits: Tensor, box: Any, ready: Prepared, volume: Volume) 
     maps = torch.zeros(len(logits), *ready.brain.shape)
     maps[0] = 1.0
     maps[(slice(None), *box)] = logits.softmax(0)
-    return Preprocessing().restore(maps, ready, volume)
+    return restore_maps(maps, prepared=ready, volume=volume)
 
 
 def assert_same_classes(preprocessing: Preprocessing, volume: Volume, box: Any, seed: int) -> float:
@@ -234,7 +118,7 @@ def assert_same_classes(preprocessing: Preprocessing, volume: Volume, box: Any, 
     logits = 4 * torch.randn(4, *shape, generator=generator)
     logits[2, : shape[0] // 2] += 20
     maps = by_interpolation(logits, box, ready, volume)
-    classes = preprocessing.restore_classes(logits, box, prepared=ready, volume=volume)
+    classes = restore_classes(logits, box, prepared=ready, volume=volume)
     assert classes.dtype == torch.uint8 and classes.shape == volume.shape
     first, second = maps.topk(2, 0).values
     decided = first - second > 1e-4  # the coordinates of the slow way are rounded to float32
@@ -276,16 +160,17 @@ def test_restored_classes_on_an_oblique_grid(
     ready = Preprocessing((2.0, 2.0, 2.0))(volume)
     turn = np.eye(4)
     turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    tilted = Volume(volume.images, None, turn @ volume.affine, volume.shape)
+    tilted = replace(volume, label=None, affine=turn @ volume.affine)
     box = tuple(slice(2, n - 1) for n in ready.brain.shape)
     logits = 4 * torch.randn(4, *ready.brain[box].shape)
     maps = by_interpolation(logits, box, ready, tilted)
     calls: list[Any] = []
-    restore = Preprocessing.restore
     monkeypatch.setattr(
-        Preprocessing, "restore", lambda *args: calls.append(args) or restore(*args)
+        restoring,
+        "restore_maps",
+        lambda *args, **options: calls.append(args) or restore_maps(*args, **options),
     )
-    classes = Preprocessing().restore_classes(logits, box, prepared=ready, volume=tilted)
+    classes = restore_classes(logits, box, prepared=ready, volume=tilted)
     assert len(calls) == (0 if fast else 1)
     first, second = maps.topk(2, 0).values
     decided = first - second > 1e-3
@@ -296,14 +181,16 @@ def test_restored_classes_on_an_oblique_grid(
 def test_restored_classes_by_hand(share: float) -> None:
     """2 mm to 1 mm along one axis: voxels lie 1/4 and 3/4 of the way, and the likeliest wins."""
     affine = np.diag([1.0, 1.0, 1.0, 1.0])
-    volume = Volume({}, None, affine, (6, 1, 1))
+    volume = Volume({}, affine=affine, shape=(6, 1, 1))
     coarse = torch.eye(4, dtype=torch.float64)
     coarse[0, 0], coarse[0, 3] = 2.0, 0.5
-    ready = Prepared(torch.zeros(1, 3, 1, 1), ("t1",), torch.ones(3, 1, 1).bool(), None, coarse)
+    ready = Prepared(
+        torch.zeros(1, 3, 1, 1), names=("t1",), brain=torch.ones(3, 1, 1).bool(), affine=coarse
+    )
     # Voxels of 2 mm: background outside the box, then p of class 1, share and 0.9.
     logits = torch.tensor([[1 - share, 0.1], [share, 0.9]]).log()[:, :, None, None]
     box = (slice(1, 3), slice(0, 1), slice(0, 1))
-    classes = Preprocessing().restore_classes(logits, box, prepared=ready, volume=volume)
+    classes = restore_classes(logits, box, prepared=ready, volume=volume)
     # p of class 1 at the six voxels: 0, 0.15, 0.45, 0.675, 0.825, 0.9; or 0, 0.1125, 0.3375, 0.5625,
     # 0.7875, 0.9.
     assert classes.flatten().tolist() == [0, 0, 0, 1, 1, 1]
@@ -315,7 +202,7 @@ def test_restored_classes_of_a_real_case() -> None:
     whole, slab = case.read(), slice(40, 75)  # through the tumour: all of it would take 10 s
     assert whole.label is not None
     images = {name: image[..., slab].copy() for name, image in whole.images.items()}
-    volume = Volume(images, whole.label[..., slab], whole.affine, (240, 240, 35))
+    volume = replace(whole, images=images, label=whole.label[..., slab], shape=(240, 240, 35))
     preprocessing = Preprocessing((2.0, 2.0, 2.0))
     ready = preprocessing(volume, BRATS_LABELS)
     assert ready.target is not None
@@ -323,6 +210,6 @@ def test_restored_classes_of_a_real_case() -> None:
     logits = one_hot(ready.target[box].long(), 4).movedim(-1, 0) * 4.0
     logits += torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
     expected = by_interpolation(logits, box, ready, volume).argmax(0).to(torch.uint8)
-    classes = preprocessing.restore_classes(logits, box, prepared=ready, volume=volume)
+    classes = restore_classes(logits, box, prepared=ready, volume=volume)
     assert (expected > 0).sum() > 10_000
     assert int((classes != expected).sum()) <= 2, "only where two classes tie up to rounding"

@@ -1,0 +1,66 @@
+"""Figures of the scores: the heat map, and Dice by number of shown modalities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from prism_meta.report.averages import Summary
+from prism_meta.report.figures.style import (
+    class_colour,
+    data_uri,
+    escape_math,
+    new_figure,
+    style_axes,
+)
+
+
+def heat_map(summary: Summary, value: str) -> dict[str, Any]:
+    """Colours of the heat map per (subset, region), from the cividis map. Yellow is better."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    numbers = {key: float(getattr(cell, value)) for key, cell in summary.cells.items()}
+    known = [x for x in numbers.values() if not math.isnan(x)] or [0.0]
+    low, high = (min(known), max(known)) if value == "dice" else (max(known), min(known))
+    colours = {}
+    for key, x in numbers.items():
+        if not math.isnan(x):
+            red, green, blue, _ = rgba = colormaps["cividis"]((x - low) / ((high - low) or 1.0))
+            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+            colours[key] = (to_hex(rgba), "#ffffff" if dark else "#0f172a")
+    stops = [to_hex(colormaps["cividis"](x / 8)) for x in range(9)]
+    return {"colours": colours, "low": low, "high": high, "stops": ", ".join(stops)}
+
+
+def dice_by_count(summary: Summary, shown: Mapping[str, tuple[bool, ...]]) -> str:
+    """Plot Dice against the number of shown modalities: a dot per subset, a line through the means."""
+    figure = new_figure(7.6, 3.4, "constrained")
+    axes = figure.add_subplot()
+    counts = sorted({sum(flags) for flags in shown.values()})
+    for i, region in enumerate(summary.regions, 1):
+        shift = 0.09 * (i - (len(summary.regions) + 1) / 2)
+        dots = [
+            (sum(shown[subset]), 100 * cell.dice)
+            for (subset, name), cell in summary.cells.items()
+            if name == region and not math.isnan(cell.dice)
+        ]
+        places = sorted({count for count, _ in dots})
+        line = [float(np.mean([y for x, y in dots if x == count])) for count in places]
+        axes.scatter(
+            [x + shift for x, _ in dots], [y for _, y in dots], s=20, color=class_colour(i), alpha=0.45,
+            linewidths=0,
+        )  # fmt: skip
+        axes.plot(
+            [x + shift for x in places], line, color=class_colour(i), linewidth=1.8, marker="o",
+            markersize=6, markeredgecolor="white", label=escape_math(region),
+        )  # fmt: skip
+    style_axes(axes, "", "number of shown modalities", "Dice, %")
+    axes.set_xticks(counts)
+    axes.set_xlim(counts[0] - 0.4, counts[-1] + 0.4)
+    axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]), top=min(100.0, axes.get_ylim()[1] + 2))
+    axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return data_uri(figure, "svg", metadata={"Date": None})

@@ -1,0 +1,21 @@
+"""The configuration keys that set the arguments of library functions, for error messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+#: Argument name in ``Fault.arguments`` -> configuration key; see ``PrismError.with_keys``.
+ARGUMENT_KEYS: Mapping[str, str] = MappingProxyType(
+    {
+        "patch": "data.patch",
+        "spacing": "data.spacing",
+        "labels": "data.labels",
+        "table": "data.availability",
+        "rates": "data.missing_rates",
+        "seed": "seed",
+        "holdout": "data.holdout",
+        "train_mask": "masks.train",
+        "meta_mask": "masks.meta",
+    }
+)
