@@ -13,6 +13,7 @@ from prism_meta.bilevel.functional import kernels
 from prism_meta.bilevel.functional.model import Evaluation, FunctionalModel
 from prism_meta.bilevel.functional.trees import Params, State
 from prism_meta.bilevel.strategies.base import (
+    Adaptation,
     FunctionalStrategy,
     MetaGradient,
     StepBatches,
@@ -99,16 +100,9 @@ class HigherStrategy(FunctionalStrategy):
                 params = _step(stepper, value, params)
         value = model.evaluate_meta(params, meta)
         gradient = value.gradient(params if self.first_order else phi)
-        return pack(
-            model,
-            gradient=gradient,
-            used=model.trainable,
-            adapted=params,
-            train_loss=losses[0],
-            meta=value,
-            inner_buffers=buffers,
-            state=_state(stepper, optimizer, phi),
-        )
+        state_after = _state(stepper, optimizer, phi)
+        inner = Adaptation({}, params, buffers, losses[0], model.trainable, state_after)
+        return pack(model, inner, value, gradient)
 
 
 def _differentiable(optimizer: Optimizer, phi: Params, state: State | None, *, second: bool) -> Any:

@@ -133,7 +133,7 @@ class AdjointStrategy(AdaptingStrategy):
         value = model.evaluate_meta(adapted, meta)
         gradient = value.gradient(adapted)
         cotangent = Cotangent(
-            params=filled({n: gradient.get(n) for n in inner.params}, inner.params),
+            params={n: gradient.get(n) for n in inner.params},
             state=zeros(inner.state),
             fixed={n: gradient.get(n) for n in inner.fixed},
             hyper=zeros(dict(self.inner.hyper_parameters())),
@@ -150,14 +150,10 @@ class AdjointStrategy(AdaptingStrategy):
         check.finish()
         return pack(
             model,
-            gradient=self.total(gradient, cotangent),
-            used=gradient.keys() | inner.used | present(cotangent.fixed).keys(),
-            adapted=inner.params,
-            train_loss=inner.train_loss,
-            meta=value,
-            inner_buffers=inner.buffers,
+            inner,
+            value,
+            self.total(gradient, cotangent),
             hyper_gradient=filled(cotangent.hyper, self.inner.hyper_parameters()),
             weight_gradient=filled(cotangent.weights, model.weights),
-            state=inner.state,
             diagnostics=diagnostics,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -110,6 +110,32 @@ class MetaGradient:
 
 
 @dataclass(frozen=True)
+class Adaptation:
+    """The result of the inner steps.
+
+    Args:
+        fixed: the parameters that are not adapted.
+        params: phi~, of those that are.
+        buffers: the model's buffers after the last step.
+        train_loss: L_train at phi.
+        used: names of the parameters that a train batch used.
+        state: of the inner optimizer after the last step.
+    """
+
+    fixed: Params
+    params: Params
+    buffers: Params
+    train_loss: Tensor
+    used: Collection[str]
+    state: State = field(default_factory=dict)
+
+    @property
+    def everything(self) -> Params:
+        """A value for every trainable parameter."""
+        return {**self.fixed, **self.params}
+
+
+@dataclass(frozen=True)
 class GraphSizes:
     """Bytes that a strategy's memory is estimated from.
 
@@ -213,35 +239,38 @@ class FunctionalStrategy(MetaStrategy):
 
 def pack(
     model: FunctionalModel,
-    *,
-    gradient: Params,
-    used: Iterable[str],
-    adapted: Params,
-    train_loss: Tensor,
+    inner: Adaptation,
     meta: Evaluation,
+    gradient: Params,
+    *,
+    used: Collection[str] = (),
     **more: Any,
 ) -> MetaGradient:
     """A result with everything detached, in the order of the model's parameters.
 
     Args:
         model: that was evaluated.
-        gradient: may lack parameters that are not used.
-        used: names of the parameters that some loss of the episode depends on.
-        adapted: phi~; may lack parameters that are not adapted.
-        train_loss: L_train at phi.
+        inner: phi~ and what led to it.
         meta: the evaluation of L_meta.
+        gradient: G; entries that are missing are 0, and their parameters unused.
+        used: names of further parameters that a loss of the episode depends on.
         more: further fields of ``MetaGradient``.
     """
-    used, phi = set(used), model.trainable
+    phi, used = model.trainable, {*gradient, *inner.used, *used}
     return MetaGradient(
         gradient=detached(filled(gradient, phi)),
         # Copies, as the outer step will change the model's memory.
-        adapted={n: p.detach().clone() for n, p in {**phi, **adapted}.items()},
-        train_loss=train_loss.detach(),
+        adapted={n: p.detach().clone() for n, p in {**phi, **inner.params}.items()},
+        train_loss=inner.train_loss.detach(),
         meta_loss=meta.loss.detach(),
         terms={name: term.detach() for name, term in meta.terms.items()},
         unused=frozenset(n for n in phi if n not in used),
-        **{"buffers": meta.buffers, **detached(more)},
+        **{
+            "buffers": meta.buffers,
+            "inner_buffers": inner.buffers,
+            "state": detached(inner.state),
+            **detached(more),
+        },
     )
 
 

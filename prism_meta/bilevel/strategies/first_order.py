@@ -21,6 +21,7 @@ from prism_meta.bilevel.strategies.adjoint import (
     Linearization,
 )
 from prism_meta.bilevel.strategies.base import (
+    Adaptation,
     FunctionalStrategy,
     GraphSizes,
     MetaGradient,
@@ -65,17 +66,9 @@ class SingleLevel(FunctionalStrategy):
         gradient = value.gradient(phi)
         with torch.no_grad():
             measured = model.evaluate_meta(phi, meta)
-        return pack(
-            model,
-            gradient=gradient,
-            used=gradient,
-            adapted=phi,
-            train_loss=value.loss,
-            meta=measured,
-            # The model learns from the train batch, so the outer step takes its buffers from there.
-            buffers=value.buffers,
-            inner_buffers=value.buffers,
-        )
+        inner = Adaptation({}, phi, value.buffers, value.loss, gradient)
+        # The model learns from the train batch, so the outer step takes its buffers from there.
+        return pack(model, inner, measured, gradient, buffers=value.buffers)
 
 
 class FirstOrder(AdjointStrategy):
@@ -179,16 +172,8 @@ class Reptile(AdaptingStrategy):
         inner = self.adapt_detached(model, train, state)
         with torch.no_grad():
             measured = model.evaluate_meta(inner.everything, meta)
-        return pack(
-            model,
-            gradient={n: model.trainable[n].detach() - p for n, p in inner.params.items()},
-            used=inner.used,
-            adapted=inner.params,
-            train_loss=inner.train_loss,
-            meta=measured,
-            inner_buffers=inner.buffers,
-            state=inner.state,
-        )
+        moved = {n: model.trainable[n] - inner.params[n] for n in inner.used}
+        return pack(model, inner, measured, moved)
 
     def outer(
         self, params: Sequence[nn.Parameter], total_steps: int

@@ -100,7 +100,7 @@ class ImplicitMAML(AdaptingStrategy):
         by_meta = value.gradient(point)
         right = filled(by_meta, point)
         adapted = {n: point[n] for n in inner.params}
-        used = by_meta.keys() | inner.used
+        used = {*by_meta, *inner.used}
         # L_train is the mean over the train batches, and so are its derivatives.
         values = [model.evaluate(point, batch, twice=True) for batch in train]
         slopes = [v.gradient(adapted, create_graph=True) for v in values]
@@ -128,16 +128,13 @@ class ImplicitMAML(AdaptingStrategy):
             train_slope = add(train_slope, part)
         pulled, train_slope = detached(pull(adapted)), present(train_slope)
         remaining = {n: g + pulled[n] for n, g in train_slope.items()}
+        total = {**{n: right[n] - mixed[n] / self.proximal for n in inner.fixed}, **solution}
         return pack(
             model,
-            gradient={**{n: right[n] - mixed[n] / self.proximal for n in inner.fixed}, **solution},
-            used=used,
-            adapted=inner.params,
-            train_loss=inner.train_loss,
-            meta=value,
-            inner_buffers=inner.buffers,
+            inner,
+            value,
+            {n: g for n, g in total.items() if n in used},
             weight_gradient={n: -w / self.proximal for n, w in by_weights.items()},
-            state=inner.state,
             diagnostics={
                 "cg_residual": residual,
                 "stationarity": norm(remaining) / norm(train_slope).clamp(min=1e-15),

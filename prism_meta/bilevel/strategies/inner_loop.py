@@ -13,7 +13,7 @@ from prism_meta.bilevel.functional.model import FunctionalModel
 from prism_meta.bilevel.functional.recompute import RandomState
 from prism_meta.bilevel.functional.trees import Params, State, detached, leaves
 from prism_meta.bilevel.inner import InnerOptimizer
-from prism_meta.bilevel.strategies.base import FunctionalStrategy, StepBatches
+from prism_meta.bilevel.strategies.base import Adaptation, FunctionalStrategy, StepBatches
 
 #: Predicate on parameter names.
 ParameterFilter = Callable[[str], bool]
@@ -40,32 +40,6 @@ class InnerStep:
     random: RandomState
     loss: Tensor
     gradient: Params
-
-
-@dataclass(frozen=True)
-class Adaptation:
-    """The result of K inner steps.
-
-    Args:
-        fixed: the parameters that are not adapted.
-        params: phi~, of those that are.
-        state: of the inner optimizer after the last step.
-        buffers: the model's buffers after the last step.
-        train_loss: L_train at phi.
-        used: names of the adapted parameters that a train batch used.
-    """
-
-    fixed: Params
-    params: Params
-    state: State
-    buffers: Params
-    train_loss: Tensor
-    used: set[str]
-
-    @property
-    def everything(self) -> Params:
-        """A value for every trainable parameter."""
-        return {**self.fixed, **self.params}
 
 
 class AdaptingStrategy(FunctionalStrategy):
@@ -121,7 +95,7 @@ class AdaptingStrategy(FunctionalStrategy):
             buffers, used = value.buffers, used | gradient.keys()
             train_loss = value.loss if train_loss is None else train_loss
         assert train_loss is not None  # there is a step
-        return Adaptation(fixed, params, state, buffers, train_loss, used)
+        return Adaptation(fixed, params, buffers, train_loss, used, state)
 
     def adapt_detached(
         self,
@@ -160,7 +134,7 @@ class AdaptingStrategy(FunctionalStrategy):
             buffers, used = value.buffers, used | gradient.keys()
             train_loss = value.loss.detach() if train_loss is None else train_loss
         assert train_loss is not None  # there is a step
-        return Adaptation(fixed, params, state, buffers, train_loss, used)
+        return Adaptation(fixed, params, buffers, train_loss, used, state)
 
     def update(self, gradient: Params, state: State, params: Params) -> tuple[Params, State]:
         """One step of the inner optimizer; parameters without a gradient stay as they are."""

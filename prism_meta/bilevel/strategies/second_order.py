@@ -94,15 +94,11 @@ class SecondOrder(AdjointStrategy):
         gradient, by_hyper, by_weights = value.vjp(value.loss, one, (phi, hyper, model.weights))
         return pack(
             model,
-            gradient=present(gradient),
-            used=present(gradient).keys() | inner.used,
-            adapted=inner.params,
-            train_loss=inner.train_loss,
-            meta=value,
-            inner_buffers=inner.buffers,
+            inner,
+            value,
+            present(gradient),
             hyper_gradient=filled(by_hyper, hyper),
             weight_gradient=filled(by_weights, model.weights),
-            state=inner.state,
         )
 
     def recorded(self, step: InnerStep) -> InnerStep:

@@ -13,6 +13,7 @@ from prism_meta.bilevel.functional.model import FunctionalModel
 from prism_meta.bilevel.functional.protocols import Objective
 from prism_meta.bilevel.functional.trees import Params, State, detached, filled, present
 from prism_meta.bilevel.strategies.base import (
+    Adaptation,
     MetaGradient,
     MetaStrategy,
     StepBatches,
@@ -126,16 +127,8 @@ class Learn2LearnStrategy(MetaStrategy):
         hyper = self.inner.hyper_parameters()
         one = torch.ones_like(value.loss)
         gradient, by_hyper = value.vjp(value.loss, one, (model.trainable, hyper))
-        return pack(
-            model,
-            gradient=present(gradient),
-            used=model.trainable,
-            adapted=params,
-            train_loss=losses[0],
-            meta=value,
-            inner_buffers=buffers,
-            hyper_gradient=filled(by_hyper, hyper),
-        )
+        inner = Adaptation({}, params, buffers, losses[0], model.trainable)
+        return pack(model, inner, value, present(gradient), hyper_gradient=filled(by_hyper, hyper))
 
     def _clone(self, chosen: Mapping[str, Tensor]) -> Any:
         learner: Any = self.learner
