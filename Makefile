@@ -1,13 +1,13 @@
 # Two commands do everything from a fresh checkout: `make demo` and `make test`.
 PYTHON ?= python3
 # A CPU build is enough. learn2learn, which the tests use, needs the torchvision of the same release.
-# Another one, e.g. for CUDA: make test TORCH="torch torchvision --index-url ..."
+# For another build, e.g. CUDA: make test TORCH="torch torchvision --index-url ..."
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
 .PHONY: demo quick-demo test lint clean
 
-# The stamp is written last, so that an installation that was cut off is made again.
+# The stamp is written last, so an interrupted installation is repeated.
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
@@ -15,7 +15,7 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --editable ".[test]"
 	touch $@
 
-# learn2learn 0.2.0 has no wheels, and its C files do not compile on Python 3.11 and newer: it is built
+# learn2learn 0.2.0 has no wheels, and its C files do not compile on Python 3.11 and newer. It is built
 # from its .pyx files.
 .venv/learn2learn: .venv/installed
 	$(BIN)/pip install --quiet cython setuptools wheel
@@ -31,7 +31,7 @@ quick-demo: .venv/installed
 	$(BIN)/prism-meta demo --quick --out demo-quick
 
 test: .venv/learn2learn
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 lint: .venv/learn2learn
 	$(BIN)/ruff check .

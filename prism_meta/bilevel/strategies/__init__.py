@@ -3,19 +3,6 @@
 A strategy sees a module, an objective and two batches of any kind; it knows nothing of medicine.
 The objective is called as ``objective(forward, batch)``, and ``forward`` has the module's own signature,
 so the same objective runs at phi, at phi~ and inside a derivative.
-
-==================== =========================================== ===================
-class                gradient                                    units at K = 1
-==================== =========================================== ===================
-``SingleLevel``      of L_train at phi                           1 1/3
-``FirstOrder``       E3, of L_meta at phi~                       2
-``SecondOrder``      E4, exact                                   4
-``Reptile``          phi - phi~                                  1 1/3
-``FiniteDifference`` E4, curvature from two more gradients       4, in float64
-``ImplicitMAML``     of the inner problem's solution             3 + 2 per CG step
-==================== =========================================== ===================
-
-One unit is a forward and a backward pass of the objective.
 """
 
 from prism_meta.bilevel.functional.errors import (

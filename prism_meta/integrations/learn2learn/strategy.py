@@ -10,14 +10,12 @@ from torch import Tensor, nn
 
 from prism_meta.bilevel.functional import kernels
 from prism_meta.bilevel.functional.model import FunctionalModel
-from prism_meta.bilevel.functional.protocols import Objective
 from prism_meta.bilevel.functional.trees import Params, State, detached, filled, present
 from prism_meta.bilevel.strategies.base import (
     Adaptation,
+    FunctionalStrategy,
     MetaGradient,
-    MetaStrategy,
     StepBatches,
-    gradients_on,
     pack,
     refuse_weights,
 )
@@ -29,7 +27,7 @@ from prism_meta.integrations.learn2learn.upstream import (
 )
 
 
-class Learn2LearnStrategy(MetaStrategy):
+class Learn2LearnStrategy(FunctionalStrategy):
     """A learner of learn2learn as a strategy, with its inner step and its order.
 
     The learner may have parameters beside its module: the rates of MetaSGD, the transform of GBML, a
@@ -87,32 +85,10 @@ class Learn2LearnStrategy(MetaStrategy):
         #: Where ``MetaLearner`` looks for what is learned beside the model.
         self.inner = LearnerParameters(learner)
 
-    def meta_gradient(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        train: Any,
-        meta: Any,
-        *,
-        state: State | None = None,
-        scale: Tensor | float = 1.0,
+    def solve(
+        self, model: FunctionalModel, train: StepBatches, meta: Any, state: State | None
     ) -> MetaGradient:
-        if model is not self.learner.module:
-            raise ValueError(
-                f"model: got another {type(model).__name__} than the learner's; make the learner from "
-                "the model that is trained"
-            )
-        if any((state or {}).values()):
-            raise ValueError("state: learn2learn's learners keep none; expected None")
-        if isinstance(scale, Tensor) or scale != 1.0:
-            raise ValueError(
-                f"scale: got {float(scale):g}, expected 1: learn2learn cannot unscale its inner "
-                "gradients; use FirstOrder or SecondOrder with a GradScaler"
-            )
-        with gradients_on():
-            return self._solve(FunctionalModel(model, objective), StepBatches.of(train), meta)
-
-    def _solve(self, model: FunctionalModel, train: StepBatches, meta: Any) -> MetaGradient:
+        self._check(model, state)
         refuse_weights(self, model)
         clone = self._clone(model.trainable)
         params, buffers, losses = trainable(clone.module), model.buffers(), []
@@ -129,6 +105,20 @@ class Learn2LearnStrategy(MetaStrategy):
         gradient, by_hyper = value.vjp(value.loss, one, (model.trainable, hyper))
         inner = Adaptation({}, params, buffers, losses[0], model.trainable)
         return pack(model, inner, value, present(gradient), hyper_gradient=filled(by_hyper, hyper))
+
+    def _check(self, model: FunctionalModel, state: State | None) -> None:
+        if model.model is not self.learner.module:
+            raise ValueError(
+                f"model: got another {type(model.model).__name__} than the learner's; make the learner "
+                "from the model that is trained"
+            )
+        if any((state or {}).values()):
+            raise ValueError("state: learn2learn's learners keep none; expected None")
+        if isinstance(model.scale, Tensor) or model.scale != 1.0:
+            raise ValueError(
+                f"scale: got {float(model.scale):g}, expected 1: learn2learn cannot unscale its inner "
+                "gradients; use FirstOrder or SecondOrder with a GradScaler"
+            )
 
     def _clone(self, chosen: Mapping[str, Tensor]) -> Any:
         learner: Any = self.learner
