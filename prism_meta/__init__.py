@@ -28,8 +28,7 @@ from prism_meta.data.masking import (
 )
 from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.errors import CaseError, ConfigError, PrismError
-from prism_meta.evaluation.inference import predict
-from prism_meta.evaluation.subsets import evaluate
+from prism_meta.evaluation.predictor import Predictor, evaluate, predict
 from prism_meta.modalities import BRATS, Batch, subset_name, subsets
 from prism_meta.networks.fusion import AttentionFusion, Fusion, MeanFusion, RegionAwareFusion
 from prism_meta.networks.prism import Prediction, PrismNet
@@ -71,6 +70,7 @@ __all__ = [
     "MetaSGD",
     "MetaStrategy",
     "Prediction",
+    "Predictor",
     "Preflight",
     "Preprocessing",
     "PrismError",

@@ -15,8 +15,8 @@ from torch import nn
 from prism_meta.data.cases import Case, apply_availability, drop_modalities, load_cases
 from prism_meta.data.preprocessing import prepare
 from prism_meta.errors import CaseError, ConfigError, PrismError, raise_faults
-from prism_meta.evaluation.inference import predict, save_labels
-from prism_meta.evaluation.subsets import evaluate
+from prism_meta.evaluation.predictor import evaluate, predict
+from prism_meta.evaluation.saving import save_labels
 from prism_meta.files import writable_folder
 from prism_meta.modalities import subset_name, subsets
 from prism_meta.records import Record, read_records

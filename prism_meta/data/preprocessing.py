@@ -65,7 +65,7 @@ class Preprocessing:
         percentiles: outside these, intensities are clipped.
     """
 
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    spacing: tuple[float, float, float] = (2.0, 2.0, 2.0)
     percentiles: tuple[float, float] = (0.5, 99.5)
 
     def __call__(self, volume: Volume, labels: LabelSet | None = None) -> Prepared:
