@@ -17,6 +17,7 @@ from prism_meta.bilevel.strategies import (
     SingleLevel,
 )
 from prism_meta.data.cases import Case, load_cases
+from prism_meta.data.episodes import Episodes
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.masking import (
     BalancedMask,
@@ -36,6 +37,11 @@ from prism_meta.networks.wrapped import wrap
 from prism_meta.objective import losses
 from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights, RelativePreference
+from prism_meta.training.config import Config, load_config
+from prism_meta.training.fit import fit
+from prism_meta.training.run import Run
+from prism_meta.training.train import Trained, train
+from prism_meta.training.trainer import Trainer
 
 try:
     __version__ = version("prism-meta")
@@ -54,8 +60,10 @@ __all__ = [
     "Batch",
     "Case",
     "CaseError",
+    "Config",
     "ConfigError",
     "DynamicMask",
+    "Episodes",
     "FiniteDifference",
     "FirstOrder",
     "FullMask",
@@ -79,17 +87,23 @@ __all__ = [
     "RegionAwareFusion",
     "RelativePreference",
     "Reptile",
+    "Run",
     "SecondOrder",
     "SingleLevel",
     "SingleModalityMask",
     "StaticMask",
+    "Trained",
+    "Trainer",
     "draw_availability",
     "evaluate",
+    "fit",
     "load_cases",
+    "load_config",
     "losses",
     "predict",
     "preflight",
     "subset_name",
     "subsets",
+    "train",
     "wrap",
 ]
