@@ -6,20 +6,25 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 from niftis import write_cases
 from safetensors.torch import load_file
 
-from prism_meta.cli.workflow import launch, load_from_config, split
+from prism_meta.data.cases import load_cases
 from prism_meta.data.preprocessing import prepare
 from prism_meta.modalities import Batch
-from prism_meta.training import trainer
+from prism_meta.training.build import (
+    build_episodes,
+    build_label_set,
+    build_objective,
+    build_preprocessing,
+    missing_rates,
+)
 from prism_meta.training.config import load_config
 from prism_meta.training.run import Run
+from prism_meta.training.train import train
 
 SETTINGS = (
     "data.patch=[8, 8]",
@@ -54,16 +59,22 @@ def settings(*more: str) -> list[str]:
 def trained_alone(run: Run, folder: Path) -> dict[str, torch.Tensor]:
     """Weights after the same episodes in one process: those of both ranks at each outer step."""
     config = load_config(overrides=[*SETTINGS, "meta.episodes=2"])
-    alone = replace(run, folder=folder, config=config)
-    cases, _ = split(config, load_from_config(config, Path(run.facts["data"])))
-    cached = prepare(cases, config.data.preprocessing(), config.data.label_set(), folder / "cache")
-    ranks = [trainer.build_episodes(run, cached, rank=rank) for rank in (0, 1)]
+    cases = load_cases(run.facts["data"])
+    data = config.data
+    cached = prepare(cases, build_preprocessing(data), build_label_set(data), folder / "cache")
+    ranks = [build_episodes(run.config, cached, rank=rank) for rank in (0, 1)]
     episodes: Sequence[tuple[Batch, Batch]] = [of[step] for step in range(2) for of in ranks]
     assert not torch.equal(episodes[0][0].image, episodes[1][0].image)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "build_episodes", lambda *_, **__: episodes)
-        trainer.train(alone, cached, fabric=launch(config))
-    return load_file(alone.weights)
+    rates = missing_rates(cached)
+    trained = train(
+        episodes,
+        config,
+        out=folder / "run",
+        objective=build_objective(config.objective, rates),
+        progress=False,
+    )
+    assert [line["step"] for line in trained.history] == [1, 2]
+    return load_file(folder / "run" / "weights.safetensors")
 
 
 def test_two_processes_take_the_mean_step_and_resume(tmp_path: Path) -> None:
