@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from prism_meta.bilevel.strategies import MetaStrategy, Objective
 from prism_meta.data.cases import Case
+from prism_meta.data.episodes import Episodes
 from prism_meta.data.preprocessing import CachedCase
 from prism_meta.errors import ConfigError, PrismError
 from prism_meta.evaluation.predictor import Predictor
@@ -187,7 +188,7 @@ def _fit(
     """Build what the caller did not pass, and train."""
     meta = config.meta
     prepared = _only(source, CachedCase)
-    rates = missing_rates(prepared) if prepared else _unknown_rates(config, own)
+    rates = _rates(source, config, own)
     episodes = build_episodes(config, prepared, rank=fabric.global_rank) if prepared else source
     torch.manual_seed(config.seed)  # gives every process the same initial weights
     model = own.model or build_model(config)
@@ -248,15 +249,17 @@ def _only(cases: Any, kind: type[_T]) -> list[_T]:
     return []
 
 
-def _unknown_rates(config: Config, own: _Own) -> Sequence[float]:
-    """The missing rates of a dataset of episodes, which only the configuration can tell."""
-    rates = config.data.missing_rates
-    if rates is None and own.objective is None and config.objective.weighting == "preference":
+def _rates(source: Any, config: Config, own: _Own) -> Sequence[float]:
+    """The missing rates of the training cases, as far as they are known."""
+    cases = source.cases if isinstance(source, Episodes) else _only(source, CachedCase)
+    if cases:
+        return missing_rates(cases)
+    if own.objective is None and config.objective.weighting == "preference":
         raise ConfigError(
-            "objective.weighting: preference starts from the missing rates, which a dataset of episodes "
-            "does not tell; set data.missing_rates"
+            "objective.weighting: preference depends on the cases and their epochs, which a dataset of "
+            "episodes does not tell; give cases, or call prism_meta.fit with epoch=..."
         )
-    return rates or [0.0] * len(config.data.modalities)
+    return config.data.missing_rates or [0.0] * len(config.data.modalities)
 
 
 def _resumed(out: Path | str | None, config: Config | None) -> Run:

@@ -127,6 +127,7 @@ class Trainer:
         loader = DataLoader(
             self.episodes,  # type: ignore[arg-type]
             batch_size=None,
+            collate_fn=_unchanged,
             sampler=range(start * count, total * count),
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
@@ -160,13 +161,14 @@ class Trainer:
         self, step: int, episodes: Sequence[tuple[Batch, Batch]]
     ) -> tuple[MetaGradient, Tensor]:
         torch.manual_seed(self.seed * 1_000_003 + step)
-        device = self.fabric.device
         if self.inner_lr is not None and self._first_inner_lr is not None:
             first, now = self.scheduler.base_lrs[0], self.scheduler.get_last_lr()[0]
             self.inner_lr.copy_(self._first_inner_lr * (now / first))
         with self.fabric.autocast():
             results = [
-                self.learner.meta_gradient(train.to(device), meta.to(device))
+                self.learner.meta_gradient(
+                    self.fabric.to_device(train), self.fabric.to_device(meta)
+                )
                 for train, meta in episodes
             ]
         result = self._averaged(MetaGradient.mean(results))
@@ -288,3 +290,8 @@ class Trainer:
         if self.objective is not None:
             self.objective.load_state_dict(state["objective"])
         return int(state["step"])
+
+
+def _unchanged(episode: Any) -> Any:
+    """Keeps batches of any type as the dataset gives them; torch would turn tuples into lists."""
+    return episode

@@ -17,14 +17,18 @@ from prism_meta.data.preprocessing import prepare
 from prism_meta.modalities import Batch
 from prism_meta.training.build import (
     build_episodes,
+    build_fabric,
     build_label_set,
+    build_model,
     build_objective,
+    build_outer,
     build_preprocessing,
+    build_strategy,
     missing_rates,
 )
 from prism_meta.training.config import load_config
+from prism_meta.training.fit import fit
 from prism_meta.training.run import Run
-from prism_meta.training.train import train
 
 SETTINGS = (
     "data.patch=[8, 8]",
@@ -65,16 +69,27 @@ def trained_alone(run: Run, folder: Path) -> dict[str, torch.Tensor]:
     ranks = [build_episodes(run.config, cached, rank=rank) for rank in (0, 1)]
     episodes: Sequence[tuple[Batch, Batch]] = [of[step] for step in range(2) for of in ranks]
     assert not torch.equal(episodes[0][0].image, episodes[1][0].image)
-    rates = missing_rates(cached)
-    trained = train(
+    torch.manual_seed(config.seed)
+    model, inner_lr = build_model(config), torch.tensor(config.meta.inner_lr)
+    objective = build_objective(config.objective, missing_rates(cached))
+    strategy = build_strategy(config.meta, inner_lr, weight_decay=config.training.weight_decay)
+    outer = build_outer(config, model, objective, strategy, steps=2)
+    fit(
+        model,
+        objective,
+        strategy,
         episodes,
-        config,
-        out=folder / "run",
-        objective=build_objective(config.objective, rates),
-        progress=False,
+        optimizer=outer.optimizer,
+        scheduler=outer.scheduler,
+        alpha=outer.alpha,
+        inner_lr=inner_lr,
+        clip_norm=config.training.clip_norm,
+        episodes_per_step=2,
+        epoch=1,
+        fabric=build_fabric(config.fabric),
+        seed=config.seed,
     )
-    assert [line["step"] for line in trained.history] == [1, 2]
-    return load_file(folder / "run" / "weights.safetensors")
+    return model.state_dict()
 
 
 def test_two_processes_take_the_mean_step_and_resume(tmp_path: Path) -> None:
