@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from prism_meta.bilevel.inner import SGD, AdamW, InnerOptimizer
@@ -44,6 +44,9 @@ from prism_meta.training.config.schema import (
     ObjectiveConfig,
 )
 from prism_meta.training.outer import Outer, outer_step
+
+if TYPE_CHECKING:  # it takes two seconds to import
+    from lightning_fabric import Fabric
 
 #: Arguments of the library -> keys of a configuration, for messages.
 KEYS: Mapping[str, str] = {
@@ -223,6 +226,8 @@ def build_predictor(config: Config, model: nn.Module) -> Predictor:
 
 def build_fabric(fabric: FabricConfig) -> Fabric:
     """The devices and processes, not launched yet."""
+    from lightning_fabric import Fabric
+
     return Fabric(
         accelerator=fabric.accelerator,
         devices=fabric.devices,

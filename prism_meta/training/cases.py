@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from lightning_fabric import Fabric
 
 from prism_meta.data.cases import Case, apply_availability, drop_modalities, load_cases
 from prism_meta.data.preprocessing import CachedCase, prepare
 from prism_meta.errors import ConfigError
 from prism_meta.training.build import build_label_set, build_preprocessing, configuration_keys
 from prism_meta.training.config import Config
+
+if TYPE_CHECKING:  # it takes two seconds to import
+    from lightning_fabric import Fabric
 
 
 def load_configured(config: Config, root: Path | str) -> list[Case]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -22,6 +21,9 @@ from prism_meta.files import writable_folder
 from prism_meta.modalities import Batch
 from prism_meta.training.outer import ALPHA, outer_step
 from prism_meta.training.trainer import Trainer
+
+if TYPE_CHECKING:  # it takes two seconds to import
+    from lightning_fabric import Fabric
 
 #: Prepared cases, from which episodes are drawn, or episodes (D_train, D_meta).
 Source = Sequence[CachedCase] | Dataset[tuple[Batch, Batch]] | Sequence[tuple[Batch, Batch]]
@@ -110,6 +112,8 @@ def fit(
         [1, 2]
     """
     if fabric is None:
+        from lightning_fabric import Fabric
+
         fabric = Fabric(devices=1)
         fabric.launch()
     episodes = cases

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from lightning_fabric import Fabric
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -36,6 +35,9 @@ from prism_meta.training.config import Config
 from prism_meta.training.fit import OnStep, fit
 from prism_meta.training.progress import progress_bars
 from prism_meta.training.run import Run
+
+if TYPE_CHECKING:  # it takes two seconds to import
+    from lightning_fabric import Fabric
 
 _T = TypeVar("_T")
 #: A folder of cases, cases, prepared cases, or a dataset of episodes (D_train, D_meta).

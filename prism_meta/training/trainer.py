@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
@@ -26,6 +25,9 @@ from prism_meta.bilevel.strategies import MetaGradient
 from prism_meta.errors import PrismError
 from prism_meta.files import atomic
 from prism_meta.modalities import Batch
+
+if TYPE_CHECKING:  # it takes two seconds to import
+    from lightning_fabric import Fabric
 
 #: Losses are read every N steps; each read synchronises the device.
 _STEPS_PER_READING = 10

@@ -356,3 +356,9 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
         2,
         [f"{root / 'p0'}: cannot be read (permission denied); make the folder readable"],
     )
+
+
+def test_help_names_every_strategy_of_the_registry() -> None:
+    code, output = run("train", "--help")
+    plain = re.sub(r"\x1b\[[0-9;]*m|[│\s]+", " ", output)
+    assert code == 0 and all(re.search(rf"\b{kind.name}\b", plain) for kind in ALL_STRATEGIES)
