@@ -37,7 +37,6 @@ from torch import Tensor
 
 import prism_meta as pm
 from prism_meta.data.phantom import write_phantoms
-from prism_meta.evaluation.inference import Predictor
 
 WAYS = ("full", "together", "one by one")
 #: The target: all subsets together cost at most this many times one prediction.
@@ -70,10 +69,10 @@ class Setting:
     def grid(self) -> Grid:
         return GRIDS[self.net]
 
-    def predictor(self, spacing: float) -> Predictor:
+    def predictor(self, spacing: float) -> pm.Predictor:
         torch.manual_seed(self.seed)
         net = pm.PrismNet(4, 4, len(self.grid.patch), 8).eval()
-        return Predictor(
+        return pm.Predictor(
             net,
             preprocessing=pm.Preprocessing((spacing, spacing, spacing)),
             patch=self.grid.patch,
@@ -95,17 +94,17 @@ def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, result
 
 
-def whole_path(predictor: Predictor, case: pm.Case) -> dict[str, Callable[[], list[Any]]]:
+def whole_path(predictor: pm.Predictor, case: pm.Case) -> dict[str, Callable[[], list[Any]]]:
     """Three ways to get label volumes from files."""
     every = pm.subsets(4)
     return {
-        "full": lambda: predictor.predict(case, every[-1:]),
-        "together": lambda: predictor.predict(case, every),
-        "one by one": lambda: [predictor.predict(case, row[None])[0] for row in every],
+        "full": lambda: predictor.predict_subsets(case, every[-1:]),
+        "together": lambda: predictor.predict_subsets(case, every),
+        "one by one": lambda: [predictor.predict(case, subset=row) for row in every],
     }
 
 
-def network(predictor: Predictor, setting: Setting) -> dict[str, Callable[[], Tensor]]:
+def network(predictor: pm.Predictor, setting: Setting) -> dict[str, Callable[[], Tensor]]:
     """Three ways to get logits (S, B, K, *S) from one batch of windows."""
     every, net, batch = pm.subsets(4), predictor.model, setting.grid.batch
     generator = torch.Generator().manual_seed(setting.seed)

@@ -23,6 +23,7 @@ from prism_meta.bilevel.strategies import (
 )
 from prism_meta.data.availability import draw_availability
 from prism_meta.data.cases import Case, load_cases
+from prism_meta.data.episodes import Episodes
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.masking import (
     BalancedMask,
@@ -33,8 +34,7 @@ from prism_meta.data.masking import (
 )
 from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.errors import CaseError, ConfigError, PrismError
-from prism_meta.evaluation.inference import predict
-from prism_meta.evaluation.subsets import evaluate
+from prism_meta.evaluation.predictor import Predictor, evaluate, predict
 from prism_meta.modalities import BRATS, Batch, subset_name, subsets
 from prism_meta.networks.fusion import AttentionFusion, Fusion, MeanFusion, RegionAwareFusion
 from prism_meta.networks.prism import Prediction, PrismNet
@@ -44,6 +44,11 @@ from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights, RelativePreference
 from prism_meta.records import Record, read_records, write_records
 from prism_meta.report import compare, summarize
+from prism_meta.training.config import Config, load_config
+from prism_meta.training.fit import fit
+from prism_meta.training.run import Run
+from prism_meta.training.train import Trained, train
+from prism_meta.training.trainer import Trainer
 
 try:
     __version__ = version("prism-meta")
@@ -62,8 +67,10 @@ __all__ = [
     "Batch",
     "Case",
     "CaseError",
+    "Config",
     "ConfigError",
     "DynamicMask",
+    "Episodes",
     "FiniteDifference",
     "FirstOrder",
     "FullMask",
@@ -80,6 +87,7 @@ __all__ = [
     "MetaSGD",
     "MetaStrategy",
     "Prediction",
+    "Predictor",
     "Preflight",
     "Preprocessing",
     "PrismError",
@@ -89,15 +97,20 @@ __all__ = [
     "RegionAwareFusion",
     "RelativePreference",
     "Reptile",
+    "Run",
     "SecondOrder",
     "SingleLevel",
     "SingleModalityMask",
     "StaticMask",
     "StepBatches",
+    "Trained",
+    "Trainer",
     "compare",
     "draw_availability",
     "evaluate",
+    "fit",
     "load_cases",
+    "load_config",
     "losses",
     "predict",
     "preflight",
@@ -106,6 +119,7 @@ __all__ = [
     "subset_name",
     "subsets",
     "summarize",
+    "train",
     "use_fast_derivatives",
     "wrap",
     "write_records",

@@ -71,7 +71,7 @@ class PrismError(ValueError):
         for fault in self.faults:
             named = [keys[argument] for argument in fault.arguments if argument in keys]
             ending = f" (set {' or '.join(named)})" if named else ""
-            translated.append(Fault(f"{fault}{ending}", *fault.arguments))
+            translated.append(Fault(f"{fault}{ending}"))
         return type(self)(translated)
 
 

@@ -1,4 +1,4 @@
-"""The commands: what a user types, what each does, and the demo."""
+"""The command line: the commands, what they do, and the demo."""
 
 from prism_meta.cli.commands import app, main
 

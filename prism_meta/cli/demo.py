@@ -1,4 +1,4 @@
-"""The demo: the whole path on phantoms, in minutes on two cores."""
+"""Sizes and settings of the demo, which runs in minutes on two cores."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ RATES = (0.2, 0.4, 0.6, 0.8)
 
 @dataclass(frozen=True)
 class Demo:
-    """Sizes of a demo; ``FULL`` and ``QUICK`` are the two there are.
+    """Sizes and settings of a demo; see ``FULL`` and ``QUICK``.
 
     Args:
-        train: phantoms to train on, with files missing at ``RATES``.
-        test: complete phantoms to evaluate on.
+        train: number of phantoms to train on; their files are missing at ``RATES``.
+        test: number of complete phantoms to evaluate on.
         shape: voxels of a phantom.
-        spacing: of a phantom's voxels, mm.
-        overrides: of the default configuration.
+        spacing: voxel size of a phantom in mm.
+        overrides: changes to the default configuration.
     """
 
     train: int
@@ -42,7 +42,7 @@ class Demo:
     def write(
         self, folder: Path, *, seed: int, on_case: Callable[[int], None]
     ) -> tuple[Path, Path]:
-        """Write the phantoms; the folders to train and to test on."""
+        """Write the phantoms and return the folders of training and test cases."""
         incomplete = draw_availability(self.train, RATES, seed=seed)
         complete = torch.ones(self.test, len(RATES), dtype=torch.bool)
         sets = {"train": (incomplete, 2 * seed, 0), "test": (complete, 2 * seed + 1, self.train)}
@@ -66,7 +66,7 @@ FULL = Demo(
     overrides=(
         "data.spacing=[3, 3, 3]",
         "data.patch=[48, 48]",
-        # As PRISM's training script has it: one Adam makes both steps.
+        # PRISM's training script uses one Adam for both steps.
         "meta.inner=adamw",
         "meta.inner_lr=0.01",
         "meta.inner_state=shared",
@@ -76,7 +76,7 @@ FULL = Demo(
     ),
 )
 
-#: The same path for tests: too short to learn much.
+#: The same steps in under a minute, too short to learn much.
 QUICK = Demo(
     train=6,
     test=2,
@@ -92,5 +92,5 @@ QUICK = Demo(
 
 
 def _later(on_case: Callable[[int], None], offset: int, case: int) -> None:
-    """Count case ``case`` of the second set on from the first."""
+    """Count on from the first set."""
     on_case(offset + case + 1)

@@ -1,4 +1,4 @@
-"""What the commands do, without a terminal: from a folder of cases to runs, reports and labels."""
+"""What the commands do, without a terminal: reports and label volumes from a run and cases."""
 
 from __future__ import annotations
 
@@ -8,139 +8,36 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning_fabric import Fabric
-from torch import nn
-
-from prism_meta.data.availability import apply_availability, drop_modalities
-from prism_meta.data.cache import prepare
-from prism_meta.data.cases import Case, load_cases
+from prism_meta.data.cases import Case
 from prism_meta.errors import CaseError, ConfigError, PrismError, raise_faults
-from prism_meta.evaluation.inference import predict, save_labels
-from prism_meta.evaluation.subsets import evaluate
+from prism_meta.evaluation.saving import save_labels
 from prism_meta.files import writable_folder
 from prism_meta.modalities import subset_name, subsets
 from prism_meta.records import Record, read_records
 from prism_meta.report import Summary, summarize
 from prism_meta.report.html import write_report
 from prism_meta.report.overlays import OverlayCollector
-from prism_meta.training.config import Config
+from prism_meta.training.cases import load_configured
+from prism_meta.training.config.schema import MetaConfig
 from prism_meta.training.run import Run
-from prism_meta.training.trainer import train
 
-#: Told how far a long task is: done, total, and what to show beside the bar.
+#: Called during a long task with what is done, the total, and a note to show beside the bar.
 Progress = Callable[[int, int, str], None]
-
-
-def load_from_config(config: Config, root: Path) -> list[Case]:
-    """The cases of a folder, by the names that the configuration gives."""
-    return load_cases(root, config.data.modalities, label=config.data.label)
-
-
-def split(config: Config, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
-    """Training and test cases; modalities are made missing in the training cases as configured.
-
-    Raises:
-        ConfigError: a test case does not exist, or none is left to train on.
-        CaseError: the availability table does not fit.
-    """
-    data = config.data
-    by_id = {case.id: case for case in cases}
-    unknown = [name for name in data.test_cases if name not in by_id]
-    if unknown:
-        raise ConfigError(
-            f"data.test_cases: no such case: {', '.join(unknown)}; name cases of the folder"
-        )
-    if max(data.holdout, len(data.test_cases)) >= len(cases):
-        raise ConfigError(
-            f"data.holdout: leaves none of {len(cases)} cases to train on; hold fewer out"
-        )
-    held = set(data.test_cases)
-    if data.holdout:
-        order = torch.randperm(len(cases), generator=torch.Generator().manual_seed(config.seed))
-        held = {cases[i].id for i in order[: data.holdout].tolist()}
-    training = [case for case in cases if case.id not in held]
-    if data.availability is not None:
-        training = apply_availability(training, data.availability)
-    elif data.missing_rates is not None:
-        training = drop_modalities(training, data.missing_rates, seed=config.seed)
-    return training, [case for case in cases if case.id in held]
-
-
-@dataclass(frozen=True)
-class Progresses:
-    """Where the steps of ``train_folder`` report to."""
-
-    prepare: Progress
-    train: Progress
-
-
-def launch(config: Config) -> Fabric:
-    """Start the processes that a configuration asks for; each of them goes on from here.
-
-    With several devices Fabric runs the command again for each of the others, up to this call.
-    """
-    fabric = Fabric(
-        accelerator=config.fabric.accelerator,
-        devices=config.fabric.devices,
-        num_nodes=config.fabric.nodes,
-        precision=config.fabric.precision,
-    )
-    fabric.launch()
-    return fabric
-
-
-def start_run(config: Config, root: Path, out: Path) -> tuple[Run, Fabric]:
-    """Check cases and configuration, and only then start the processes and make the run folder."""
-    training, test = split(config, load_from_config(config, root))
-    Run.new_folder(out)
-    fabric = launch(config)
-    with fabric.rank_zero_first():
-        if fabric.is_global_zero:
-            return Run.create(out, config, root=root, train=training, test=test), fabric
-        return Run.open(out), fabric
-
-
-def train_run(run: Run, progress: Progresses, *, fabric: Fabric, resume: bool = False) -> nn.Module:
-    """Prepare the cases of a run and train on them."""
-    config = run.config
-    training, _ = split(config, load_from_config(config, Path(run.facts["data"])))
-    now = {case.id: sorted(case.files) for case in training}
-    if now != run.facts["train"]:
-        raise PrismError(
-            f"{run.facts['data']}: the cases have changed since {run.folder} was started; "
-            "restore them or start a new run"
-        )
-    cache = config.data.cache or run.folder.parent / ".prism-meta-cache"
-    done = 0
-
-    def prepared(name: str) -> None:
-        nonlocal done
-        done += 1
-        progress.prepare(done, len(training), name)
-
-    with fabric.rank_zero_first(local=True):  # the others of its node find the cases in the cache
-        cached = prepare(
-            training,
-            cache,
-            preprocessing=config.data.preprocessing(),
-            labels=config.data.label_set(),
-            on_case=prepared,
-        )
-
-    def stepped(step: int, line: dict[str, Any]) -> None:
-        losses = f"train {line['train_loss']:.3f}  meta {line['meta_loss']:.3f}"
-        progress.train(step, config.training.steps, losses)
-
-    return train(run, cached, fabric=fabric, resume=resume, on_step=stepped)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of ``evaluate_run``: where the report is, and its numbers."""
+    """The result of ``evaluate_run``.
+
+    Args:
+        report: the HTML file.
+        summary: its numbers.
+        policy: what an empty mask gives.
+    """
 
     report: Path
     summary: Summary
+    policy: str
 
 
 def evaluate_run(
@@ -158,15 +55,8 @@ def evaluate_run(
     """
     config = run.config
     out = writable_folder(out or run.evaluation)
-    cases = load_from_config(config, root or Path(run.facts["data"]))
-    if root is None:
-        cases = [case for case in cases if case.id in run.facts["test"]]
-        if not cases:
-            raise PrismError(
-                f"{run.folder}: held no case out; give a folder of cases to evaluate on, or train "
-                "with data.holdout"
-            )
-    model = _model(run)
+    cases = _held_out(run) if root is None else load_configured(config, root)
+    predictor = run.predictor()
     names = config.data.modalities
     every = subsets(len(names))
     total = sum(int((~(every & ~case.availability).any(1)).sum()) for case in cases)
@@ -179,39 +69,38 @@ def evaluate_run(
         collector(case, volume, subset, truth, prediction)
         progress(done, total, f"{case.id}  {subset}")
 
-    labels = config.data.label_set()
-    policy = config.evaluation.policy()
-    records = evaluate(
-        model,
-        cases,
-        preprocessing=config.data.preprocessing(),
-        labels=labels,
-        patch=config.data.patch,
-        overlap=config.evaluation.overlap,
-        empty=policy,
-        on_prediction=predicted,
-    )
+    records = predictor.evaluate(cases, on_prediction=predicted)
     summary = summarize(records)
     report = write_report(
         out,
         title=f"{run.folder.resolve().name}: {len(cases)} cases, every subset of modalities",
         records=records,
         modalities=names,
-        class_names=labels.names,
-        policy_statement=f"{policy.name}: {policy.statement}",
+        class_names=predictor.labels.names,
+        policy_statement=f"{predictor.empty.name}: {predictor.empty.statement}",
         overlays=collector.overlays(_shown_subsets(summary, names)),
         history=run.history(),
         facts=_facts(run, cases, command),
     )
-    return Evaluation(report, summary)
+    return Evaluation(report, summary, predictor.empty.statement)
 
 
 def predict_folder(
     run: Run, root: Path, out: Path, progress: Progress, *, subset: Sequence[str] = ()
 ) -> list[Path]:
-    """Write a label volume per case of ``root``, from what it has, or from ``subset`` of it.
+    """Write a label volume for each case of ``root``.
 
-    Every case that can be predicted is; what is wrong with the others is raised at the end.
+    A case that cannot be predicted does not stop the others; all faults are raised at the end.
+
+    Args:
+        run: a run whose training has ended.
+        root: folder of cases.
+        out: folder for the label volumes.
+        progress: called after each case.
+        subset: names of the modalities to use. Defaults to all that a case has.
+
+    Returns:
+        The written files.
 
     Raises:
         PrismError: bad modality names, cases that cannot be read, or no permission to write.
@@ -223,32 +112,20 @@ def predict_folder(
             f"subset: unknown modality {', '.join(unknown)}; use some of {', '.join(config.data.modalities)}"
         )
     writable_folder(out)
-    # Labels are not needed, and a damaged one does not matter.
-    cases = [_unlabelled(case) for case in load_from_config(config, root)]
-    model = _model(run)
+    # Labels are not needed, so a damaged label file must not stop a prediction.
+    cases = [replace(case, label=None) for case in load_configured(config, root)]
+    predictor = run.predictor()
     written: list[Path] = []
     faults: list[str] = []
     for number, case in enumerate(cases, start=1):
-        wanted = (
-            [name in subset for name in case.modalities] if subset else case.availability.tolist()
-        )
-        absent = [
-            n for n, w in zip(case.modalities, wanted, strict=True) if w and n not in case.files
-        ]
+        absent = [name for name in subset if name not in case.files]
+        wanted = [name in subset for name in case.modalities] if subset else None
         try:
             if absent:
                 raise CaseError(
                     f"case {case.id}: has no {', '.join(absent)}; leave it out of the subset"
                 )
-            volume = predict(
-                model,
-                case,
-                subset=wanted,
-                preprocessing=config.data.preprocessing(),
-                labels=config.data.label_set(),
-                patch=config.data.patch,
-                overlap=config.evaluation.overlap,
-            )
+            volume = predictor.predict(case, subset=wanted)
         except CaseError as error:
             faults.extend(error.faults)
             continue
@@ -260,7 +137,7 @@ def predict_folder(
 
 
 def load_records(path: Path) -> list[Record]:
-    """The records of a run folder, an evaluation folder, or a CSV file."""
+    """Read the records of a run folder, an evaluation folder, or a CSV file."""
     for candidate in (path / "evaluation" / "records.csv", path / "records.csv"):
         if candidate.exists():
             return read_records(candidate)
@@ -269,22 +146,25 @@ def load_records(path: Path) -> list[Record]:
     return read_records(path)
 
 
-def _model(run: Run) -> nn.Module:
-    return run.load_model("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _unlabelled(case: Case) -> Case:
-    return replace(case, label=None)
+def _held_out(run: Run) -> list[Case]:
+    cases = [] if run.facts["data"] is None else load_configured(run.config, run.facts["data"])
+    cases = [case for case in cases if case.id in run.facts["test"]]
+    if not cases:
+        raise PrismError(
+            f"{run.folder}: held no case out; give a folder of cases to evaluate on, or train "
+            "with data.holdout"
+        )
+    return cases
 
 
 def _shown_subsets(summary: Summary, names: Sequence[str]) -> list[str]:
-    """All modalities, the worst subset, then each modality alone."""
+    """All modalities, the worst subset, then each single modality."""
     shown = [subset_name([True] * len(names), names), summary.worst, *names]
     return list(dict.fromkeys(shown))
 
 
 def _facts(run: Run, cases: Sequence[Case], command: Sequence[str]) -> dict[str, str]:
-    meta = run.config.meta
+    meta, own = run.config.meta, run.facts.get("own", {})
     missing = {
         name: sum(name not in files for files in run.facts["train"].values())
         for name in run.config.data.modalities
@@ -294,7 +174,7 @@ def _facts(run: Run, cases: Sequence[Case], command: Sequence[str]) -> dict[str,
         "training cases": f"{count}, missing "
         + ", ".join(f"{n} in {k}" for n, k in missing.items()),
         "test cases": ", ".join(case.id for case in cases),
-        "strategy": f"{meta.strategy}, inner lr {meta.inner_lr:g} x {meta.inner_steps}, alpha {meta.alpha:g}",
+        "strategy": own.get("strategy") or _strategy(meta),
         "masks": f"train {run.config.masks.train}, meta {run.config.masks.meta}",
         "steps": str(run.config.training.steps),
         "seed": str(run.config.seed),
@@ -303,3 +183,12 @@ def _facts(run: Run, cases: Sequence[Case], command: Sequence[str]) -> dict[str,
         "evaluated with": shlex.join(command),
         "config": run.config.to_toml(),
     }
+
+
+def _strategy(meta: MetaConfig) -> str:
+    facts = [meta.strategy]
+    if meta.kind.adapts:
+        facts.append(f"inner lr {meta.inner_lr:g} x {meta.inner_steps}")
+    if not meta.prescribes_outer:
+        facts.append(f"alpha {meta.alpha:g}")
+    return ", ".join(facts)

@@ -1,1 +1,1 @@
-"""From a trained model to label volumes and measurements."""
+"""Prediction of whole volumes, and its measures on every subset of modalities."""

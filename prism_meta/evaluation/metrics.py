@@ -1,7 +1,7 @@
 """Dice and HD95 of regions, with a named policy for empty masks.
 
-The distances are MONAI's; what an empty mask gives is decided here, once, and printed with every
-table, since it moves averages by more than most methods do.
+MONAI computes the distances. The policy decides what an empty mask gives, and every table prints its
+policy, because the choice moves averages by more than most methods do.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class EmptyPolicy(Protocol):
     statement: str
 
     def both(self, diagonal: float) -> tuple[float, float]:
-        """Neither the prediction nor the truth has a voxel of the region."""
+        """The value if neither the prediction nor the truth has a voxel of the region."""
 
     def one(self, diagonal: float) -> tuple[float, float]:
-        """Only one of them has: a missed tumour or an invented one."""
+        """The value if only one of them has: a missed tumour or an invented one."""
 
 
 class BratsEmpty:
@@ -40,7 +40,7 @@ class BratsEmpty:
 
 
 class NanEmpty:
-    """Undefined values are NaN and left out of averages; a missed tumour still has Dice 0."""
+    """Undefined values are NaN, and averages leave them out; a missed tumour still has Dice 0."""
 
     name = "nan"
     statement = "both empty: NaN; one empty: Dice 0, HD95 NaN (averages leave NaN out)"
@@ -53,7 +53,7 @@ class NanEmpty:
 
 
 class DiagonalEmpty:
-    """As ``BratsEmpty``, with the diagonal of the case's own volume (mm) for one empty."""
+    """The BraTS rule, but one empty mask gives the diagonal of the case's own volume in mm."""
 
     name = "diagonal"
     statement = "both empty: Dice 1, HD95 0; one empty: Dice 0, HD95 the volume's diagonal in mm"
@@ -79,9 +79,9 @@ def dice_hd95(
         prediction: bool (D, H, W) or (H, W).
         truth: bool, the same shape.
         spacing: size of a voxel in mm, one number per axis.
-        empty: what an empty mask gives; ``BratsEmpty`` unless told.
-        shape: of the whole volume in voxels, if the masks are a box of it; an empty mask may
-            give the volume's diagonal.
+        empty: what an empty mask gives. Defaults to ``BratsEmpty()``.
+        shape: size of the whole volume in voxels, which gives the diagonal. Defaults to the shape of
+            the masks; pass it if they are cropped.
 
     Returns:
         Dice in [0, 1] and HD95 in mm.
@@ -98,7 +98,7 @@ def dice_hd95(
         >>> dice_hd95(a, a & False, spacing=(1, 1, 1))
         (0.0, 373.13)
     """
-    # MONAI takes seconds to import, so it is imported where it is used, here and elsewhere.
+    # Importing MONAI takes seconds, so every module imports it only where it is used.
     from monai.metrics.hausdorff_distance import compute_hausdorff_distance
     from monai.metrics.meandice import compute_dice
 
@@ -116,7 +116,7 @@ def dice_hd95(
         sizes = zip(shape or truth.shape, spacing, strict=True)
         diagonal = math.sqrt(sum((n * mm) ** 2 for n, mm in sizes))
         return empty.one(diagonal) if has_prediction or has_truth else empty.both(diagonal)
-    # A box around both masks gives the same numbers: outside it there is neither voxel nor edge.
+    # Cropping to a box around both masks changes no number, since there is no edge outside it.
     voxels = (prediction | truth).nonzero()
     low, high = voxels.amin(0).tolist(), (voxels.amax(0) + 1).tolist()
     box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))

@@ -164,7 +164,7 @@ class PrismNet(nn.Module):
                 raise ValueError(f"{name}: got {value}, expected at least {minimum}")
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims: got {spatial_dims}, expected 2 or 3")
-        self.num_classes = num_classes
+        self.num_classes, self.spatial_dims = num_classes, spatial_dims
         channels = [width * 2**scale for scale in range(depth)]
         self.encoders = nn.ModuleList(
             Encoder(channels, spatial_dims) for _ in range(num_modalities)

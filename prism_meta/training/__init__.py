@@ -1,1 +1,1 @@
-"""From a configuration to a trained model."""
+"""Training: the configuration, the objects built from it, the loop, and run folders."""

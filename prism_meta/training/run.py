@@ -1,9 +1,9 @@
-"""A run folder: everything that is needed to look at a training run again, or to go on with it.
+"""A run folder: all files of a training run, from which it can be inspected, resumed and used.
 
 config.toml           the resolved configuration
-run.json              versions, seed, command, cases and what they lack
+run.json              versions, seed, command, cases and the modalities that they have
 metrics.jsonl         one line per step
-checkpoint.pt         state of the training, for --resume
+checkpoint.pt         state of the training, from which it can be resumed
 weights.safetensors   the model's weights
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +26,9 @@ from torch import nn
 
 from prism_meta.data.cases import Case
 from prism_meta.errors import PrismError
+from prism_meta.evaluation.predictor import Predictor
 from prism_meta.files import atomic, writable_folder
+from prism_meta.training.build import build_model, build_predictor
 from prism_meta.training.config import Config, load_config
 
 
@@ -35,8 +37,8 @@ class Run:
     """One training run on disk.
 
     Args:
-        folder: of the run.
-        config: what it was started with.
+        folder: the run folder.
+        config: the configuration that the run was started with.
         facts: the content of ``run.json``.
     """
 
@@ -61,7 +63,7 @@ class Run:
 
     @property
     def evaluation(self) -> Path:
-        """Where ``evaluate`` writes unless told otherwise."""
+        """The default folder of an evaluation's report."""
         return self.folder / "evaluation"
 
     @staticmethod
@@ -84,11 +86,20 @@ class Run:
         folder: Path | str,
         config: Config,
         *,
-        root: Path,
+        root: Path | None,
         train: Sequence[Case],
         test: Sequence[Case],
+        own: Mapping[str, str] | None = None,
     ) -> Run:
         """Start a run in an empty or new folder.
+
+        Args:
+            folder: the run folder.
+            config: the configuration of the run.
+            root: folder of the cases, if they come from one.
+            train: training cases.
+            test: cases that are held out.
+            own: class names of the objects that replace configured ones, e.g. ``{"model": "WrappedNet"}``.
 
         Raises:
             PrismError: the folder holds a run already, or cannot be written.
@@ -99,9 +110,10 @@ class Run:
             "command": command_line(),
             "seed": config.seed,
             "versions": _versions(),
-            "data": str(root.resolve()),
+            "data": None if root is None else str(root.resolve()),
             "train": {case.id: sorted(case.files) for case in train},
             "test": [case.id for case in test],
+            "own": dict(own or {}),
         }
         with atomic(folder / "config.toml") as partial:
             partial.write_text(config.to_toml(), encoding="utf-8")
@@ -126,19 +138,48 @@ class Run:
             ) from error
         return cls(folder, load_config(folder / "config.toml"), facts)
 
+    def check_cases(self, cases: Sequence[Case]) -> None:
+        """Check that the training cases are still those that the run was started with.
+
+        Raises:
+            PrismError: cases or files were added or removed.
+        """
+        if {case.id: sorted(case.files) for case in cases} != self.facts["train"]:
+            raise PrismError(
+                f"{self.facts['data'] or 'cases'}: the cases have changed since {self.folder} was "
+                "started; restore them or start a new run"
+            )
+
     def save_weights(self, model: nn.Module) -> None:
         """Write the model's weights."""
         state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         with atomic(self.weights) as partial:
             save_file(state, partial)
 
-    def load_model(self, device: torch.device | str = "cpu") -> nn.Module:
-        """The trained model, in evaluation mode.
+    def load_model(
+        self, device: torch.device | str = "cpu", *, model: nn.Module | None = None
+    ) -> nn.Module:
+        """Load the trained weights.
+
+        Args:
+            device: device of the model.
+            model: gets the weights; needed for a run that trained a model of your own. Defaults to the
+                configured network.
+
+        Returns:
+            The model, in evaluation mode.
 
         Raises:
-            PrismError: the training has not ended, or the weights do not fit the configuration.
+            PrismError: training has not ended, the run needs ``model``, or the weights do not fit.
         """
-        model = self.config.build_model()
+        if model is None:
+            name = self.facts.get("own", {}).get("model")
+            if name is not None:
+                raise PrismError(
+                    f"{self.folder}: this run trained a model of its own ({name}), which config.toml "
+                    "cannot build; load it in Python with Run.open(folder).predictor(model=...)"
+                )
+            model = build_model(self.config)
         try:
             model.load_state_dict(load_file(self.weights))
         except FileNotFoundError as error:
@@ -153,6 +194,22 @@ class Run:
             ) from error
         return model.to(device).eval()
 
+    def predictor(
+        self, device: torch.device | str | None = None, *, model: nn.Module | None = None
+    ) -> Predictor:
+        """The trained model with the run's preprocessing, labels and window.
+
+        Args:
+            device: device of the model. Defaults to the GPU if there is one.
+            model: see ``load_model``.
+
+        Raises:
+            PrismError: see ``load_model``.
+        """
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return build_predictor(self.config, self.load_model(device, model=model))
+
     def history(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``."""
         if not self.metrics.exists():
@@ -161,7 +218,7 @@ class Run:
 
 
 def command_line() -> list[str]:
-    """What this process was started with, the program without its folders."""
+    """The command line of this process, with the program's name instead of its path."""
     program = Path(sys.argv[0])
     if program.name == "__main__.py":
         return ["python", "-m", program.parent.name, *sys.argv[1:]]

@@ -1,91 +1,90 @@
-"""The training loop: where data and algorithms meet.
+"""The training loop.
 
 It runs on Lightning Fabric, which owns the device, the precision and the processes. A strategy
-calls the model functionally, so the model is not wrapped for several processes; the meta-gradient
-and the adapted parameters are averaged over them instead.
+calls the model functionally, so the model is not wrapped for several processes. The meta-gradient
+and the adapted parameters are averaged over the processes instead.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from lightning_fabric import Fabric
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
 from prism_meta.bilevel.functional.trees import Params
 from prism_meta.bilevel.learner import MetaLearner
-from prism_meta.bilevel.strategies import MetaGradient, Reptile
-from prism_meta.data.augmentation import Augmentation
-from prism_meta.data.cache import CachedCase
-from prism_meta.data.episodes import Episodes
+from prism_meta.bilevel.strategies import MetaGradient
 from prism_meta.errors import PrismError
 from prism_meta.files import atomic
 from prism_meta.modalities import Batch
-from prism_meta.training.config import Config
-from prism_meta.training.run import Run
 
-#: Losses stay on the device for so many steps, since reading them makes the device wait.
+if TYPE_CHECKING:  # it takes two seconds to import
+    from lightning_fabric import Fabric
+
+#: Losses are read every N steps; each read synchronises the device.
 _STEPS_PER_READING = 10
 
 
 @runtime_checkable
 class Adaptive(Protocol):
-    """An objective whose weights change over training, as ``PrismObjective`` with a weighting."""
+    """An objective whose weights change over training, e.g. ``PrismObjective`` with a weighting."""
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights in force, for the log."""
+        """The current weights, for the log."""
 
     def observe(self, terms: Mapping[str, Tensor]) -> None:
-        """Take note of the terms of one episode, in sums."""
+        """Add the terms of one episode to running sums."""
 
     def end_epoch(self) -> None:
-        """Use what was observed since the last epoch."""
+        """Update the weights from the sums and reset the sums."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint needs."""
+        """The state that a checkpoint keeps."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from ``state_dict``."""
+        """Restore ``state_dict``."""
 
 
 class Trainer:
-    """Runs a ``MetaLearner`` over episodes, with checkpoints that a later call continues.
+    """Runs a ``MetaLearner`` over episodes and writes checkpoints from which a run can resume.
+
+    Use ``fit`` unless you build the learner yourself.
 
     Args:
-        learner: its model must be on the device of ``fabric``, and so its objective if that is
-            ``Adaptive``: the state of such an objective is kept in the checkpoint.
-        episodes: item t is (D_train, D_meta) of episode t and depends on t alone.
-        scheduler: of the learner's optimizer, one step per episode.
-        fabric: launched.
-        checkpoint: file for the state.
-        metrics: JSON lines, one per step.
-        inner_lr: the tensor that is the inner optimizer's rate, if it shall decay with the outer rate.
-        episodes_per_step: an outer step averages over so many.
-        epoch: length of an epoch in steps; none ends unless given.
-        checkpoint_every: steps.
-        workers: processes that load data.
-        seed: of what is random in the model (dropout).
+        learner: its model is on the device of ``fabric``, and so is its objective if that is
+            ``Adaptive``; a checkpoint keeps the state of such an objective.
+        episodes: item t is (D_train, D_meta) of episode t and depends on t only.
+        fabric: devices and processes, launched.
+        scheduler: schedule of the learner's optimizer, one step per outer step. Defaults to a
+            constant rate.
+        checkpoint: file for the state. Defaults to no checkpoint.
+        metrics: file of JSON lines, one per step. Defaults to no file.
+        inner_lr: the tensor that is the inner optimizer's rate, if it is to decay with the outer
+            rate. Defaults to a constant inner rate.
+        episodes_per_step: number of episodes that an outer step averages over.
+        epoch: length of an epoch in outer steps. Defaults to no epochs.
+        checkpoint_every: number of outer steps between checkpoints.
+        workers: number of additional processes that load data.
+        seed: seed of the model's own randomness (dropout).
     """
 
     def __init__(
         self,
         learner: MetaLearner,
-        episodes: Dataset[tuple[Batch, Batch]],
+        episodes: Dataset[tuple[Batch, Batch]] | Sequence[tuple[Batch, Batch]],
         *,
-        scheduler: LRScheduler,
         fabric: Fabric,
-        checkpoint: Path,
-        metrics: Path,
+        scheduler: LRScheduler | None = None,
+        checkpoint: Path | None = None,
+        metrics: Path | None = None,
         inner_lr: Tensor | None = None,
         episodes_per_step: int = 1,
         epoch: int | None = None,
@@ -93,12 +92,8 @@ class Trainer:
         workers: int = 0,
         seed: int = 0,
     ) -> None:
-        self.learner, self.episodes, self.scheduler, self.fabric = (
-            learner,
-            episodes,
-            scheduler,
-            fabric,
-        )
+        self.learner, self.episodes, self.fabric = learner, episodes, fabric
+        self.scheduler = scheduler or LambdaLR(learner.optimizer, lambda step: 1.0)
         self.checkpoint, self.metrics = checkpoint, metrics
         self.epoch, self.checkpoint_every = epoch, checkpoint_every
         self.objective = learner.objective if isinstance(learner.objective, Adaptive) else None
@@ -108,13 +103,21 @@ class Trainer:
         self.workers, self.seed = workers, seed
 
     def fit(
-        self, *, resume: bool = False, on_step: Callable[[int, dict[str, Any]], None] | None = None
-    ) -> None:
-        """Train to the last episode; with ``resume``, from the checkpoint on.
+        self,
+        *,
+        steps: int | None = None,
+        resume: bool = False,
+        on_step: Callable[[int, dict[str, Any]], None] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Train to the last outer step.
 
         Args:
-            resume: continue; the result equals that of an uninterrupted run.
-            on_step: called every few steps with the step and the newest line of the metrics.
+            steps: number of outer steps. Defaults to as many as there are episodes for.
+            resume: resume from the checkpoint; the result equals that of an uninterrupted run.
+            on_step: called every few steps with the step and the newest line of the log.
+
+        Returns:
+            The lines of the log that this call produced, one per step.
 
         Raises:
             PrismError: there is no checkpoint to resume from, or a loss is not finite.
@@ -122,22 +125,24 @@ class Trainer:
         start = self._restore() if resume else 0
         self._truncate(start)
         count = self.episodes_per_step
-        total = len(self.episodes) // count  # type: ignore[arg-type]
+        total = len(self.episodes) // count if steps is None else steps  # type: ignore[arg-type]
         loader = DataLoader(
-            self.episodes,
+            self.episodes,  # type: ignore[arg-type]
             batch_size=None,
+            collate_fn=_unchanged,
             sampler=range(start * count, total * count),
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
         )
         self.learner.model.train()
+        history: list[dict[str, Any]] = []
         pending: list[tuple[int, float, MetaGradient, Tensor]] = []
         episodes = iter(loader)
         for step in range(start, total):
             group = list(islice(episodes, count))
             lr = float(self.scheduler.get_last_lr()[0])
             result, norm = self._step(step, group)
-            # Gradients would keep a model's worth of memory alive per pending step.
+            # Dropping the gradients frees a copy of the model per pending step.
             small = replace(result, gradient={}, adapted={}, buffers={}, inner_buffers={}, state={})
             pending.append((step, lr, small, norm))
             done = step + 1
@@ -146,38 +151,40 @@ class Trainer:
                 self.objective.end_epoch()
             save = done % self.checkpoint_every == 0 or done == total
             if save or done % _STEPS_PER_READING == 0:
-                last = self._log(pending)
+                history += self._log(pending)
                 pending.clear()
                 if on_step is not None:
-                    on_step(done, last)
+                    on_step(done, history[-1])
             if save:
                 self._save(done)
+        return history
 
     def _step(
         self, step: int, episodes: Sequence[tuple[Batch, Batch]]
     ) -> tuple[MetaGradient, Tensor]:
         torch.manual_seed(self.seed * 1_000_003 + step)
-        device = self.fabric.device
         if self.inner_lr is not None and self._first_inner_lr is not None:
             first, now = self.scheduler.base_lrs[0], self.scheduler.get_last_lr()[0]
             self.inner_lr.copy_(self._first_inner_lr * (now / first))
         with self.fabric.autocast():
             results = [
-                self.learner.meta_gradient(train.to(device), meta.to(device))
+                self.learner.meta_gradient(
+                    self.fabric.to_device(train), self.fabric.to_device(meta)
+                )
                 for train, meta in episodes
             ]
         result = self._averaged(MetaGradient.mean(results))
         if self.objective is not None:
             for each in results:
                 self.objective.observe(each.terms)
-            # Learned weights are no part of the terms, for the meta loss does not use them.
+            # Learned weights are not among the terms, because the meta loss does not use them.
             result = replace(result, terms={**self.objective.weights(), **result.terms})
         norm = self.learner.apply(result)
         self.scheduler.step()
         return result, norm
 
     def _averaged(self, result: MetaGradient) -> MetaGradient:
-        """Means over all processes, which keeps their models equal."""
+        """The mean over all processes, which keeps their models equal."""
         if self.fabric.world_size == 1:
             return result
 
@@ -187,7 +194,7 @@ class Trainer:
         def floating(buffers: Params) -> Params:
             return {n: b for n, b in buffers.items() if b.is_floating_point()}
 
-        # Unused is what no process used: else some would step where others do not.
+        # A parameter is unused only if no process used it; otherwise only some processes would step.
         names = list(result.gradient)
         flags = torch.tensor([float(n in result.unused) for n in names], device=self.fabric.device)
         everywhere = mean(flags).eq(1).tolist()
@@ -204,16 +211,18 @@ class Trainer:
         )
 
     def _gather(self, objective: Adaptive) -> None:
-        """The same state of the objective in all processes.
+        """Give all processes the same state of the objective.
 
-        Each adds what it observes to its own sums, and a mean of sums may be taken at any time.
+        Each process adds to its own sums, and their mean may be taken at any time.
         """
         if self.fabric.world_size > 1:
             objective.load_state_dict(
                 self.fabric.all_reduce(objective.state_dict(), reduce_op="mean")
             )
 
-    def _log(self, pending: Sequence[tuple[int, float, MetaGradient, Tensor]]) -> dict[str, Any]:
+    def _log(
+        self, pending: Sequence[tuple[int, float, MetaGradient, Tensor]]
+    ) -> list[dict[str, Any]]:
         lines = [
             {
                 "step": step + 1,
@@ -234,17 +243,17 @@ class Trainer:
             ):
                 raise PrismError(
                     f"training diverged at step {line['step']}: losses {line['train_loss']:g} and "
-                    f"{line['meta_loss']:g}, gradient norm {line['gradient_norm']:g}; lower "
-                    "meta.inner_lr or training.lr, and check the images"
+                    f"{line['meta_loss']:g}, gradient norm {line['gradient_norm']:g}; lower the inner or "
+                    "the outer learning rate (meta.inner_lr, training.lr), and check the images"
                 )
-        if self.fabric.is_global_zero:
+        if self.metrics is not None and self.fabric.is_global_zero:
             with self.metrics.open("a", encoding="utf-8") as handle:
                 handle.writelines(json.dumps(line) + "\n" for line in lines)
-        return lines[-1]
+        return lines
 
     def _truncate(self, start: int) -> None:
-        """Drop the lines of steps that will be made again."""
-        if not self.fabric.is_global_zero or not self.metrics.exists():
+        """Drop the lines of steps that will be repeated."""
+        if self.metrics is None or not self.fabric.is_global_zero or not self.metrics.exists():
             return
         lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         with atomic(self.metrics) as partial:
@@ -253,7 +262,7 @@ class Trainer:
     def _save(self, step: int) -> None:
         if self.objective is not None:
             self._gather(self.objective)
-        if not self.fabric.is_global_zero:
+        if self.checkpoint is None or not self.fabric.is_global_zero:
             return
         state = {
             "step": step,
@@ -267,11 +276,15 @@ class Trainer:
             torch.save(state, partial)
 
     def _restore(self) -> int:
+        if self.checkpoint is None:
+            raise PrismError(
+                "resume: there is no checkpoint file; give the folder of the first run"
+            )
         try:
             state = torch.load(self.checkpoint, map_location=self.fabric.device, weights_only=True)
         except FileNotFoundError as error:
             raise PrismError(
-                f"{self.checkpoint}: no checkpoint to resume from; start the run anew with another --out"
+                f"{self.checkpoint}: no checkpoint to resume from; start a new run in another folder"
             ) from error
         self.learner.model.load_state_dict(state["model"])
         self.learner.load_state_dict(state["learner"])
@@ -282,117 +295,6 @@ class Trainer:
         return int(state["step"])
 
 
-def missing_rates(cases: Sequence[CachedCase]) -> list[float]:
-    """FR^m of the cases; a modality that none has counts as 0.99."""
-    availability = torch.stack([case.availability for case in cases])
-    rates: list[float] = (1 - availability.double().mean(0)).clamp(max=0.99).tolist()
-    return rates
-
-
-def build_episodes(run: Run, cases: Sequence[CachedCase], *, rank: int = 0) -> Episodes:
-    """The episodes that a run's configuration asks for.
-
-    Raises:
-        ConfigError: the patch is larger than a volume, or no episode can be drawn.
-    """
-    config = run.config
-    train_mask, meta_mask = config.masks.build(missing_rates(cases))
-    return Episodes(
-        cases,
-        patch=config.data.patch,
-        batch_size=config.data.batch_size,
-        steps=config.training.steps * config.meta.episodes,
-        train_mask=train_mask,
-        meta_mask=meta_mask,
-        foreground=config.data.foreground,
-        augmentation=Augmentation(len(config.data.patch)) if config.training.augment else None,
-        seed=config.seed,
-        rank=rank,
-    )
-
-
-def train(
-    run: Run,
-    cases: Sequence[CachedCase],
-    *,
-    fabric: Fabric,
-    resume: bool = False,
-    on_step: Callable[[int, dict[str, Any]], None] | None = None,
-) -> torch.nn.Module:
-    """Train the model of a run on prepared cases, and write its weights.
-
-    Args:
-        run: an open run.
-        cases: its training cases.
-        fabric: launched.
-        resume: continue from the run's checkpoint.
-        on_step: see ``Trainer.fit``.
-
-    Returns:
-        The trained model, in evaluation mode.
-
-    Raises:
-        PrismError: see ``Trainer.fit`` and ``build_episodes``.
-    """
-    config = run.config
-    episodes = build_episodes(run, cases, rank=fabric.global_rank)
-    torch.manual_seed(config.seed)  # the same initial weights in every process
-    model = config.build_model()
-    fabric.to_device(model)
-    meta = config.meta
-    objective = config.objective.build(missing_rates(cases)).to(fabric.device)
-    optimizer, scheduler = _outer(config, model, list(objective.hyper_parameters().values()))
-    # So many cases are drawn in a step: both batches of its episodes, in every process.
-    drawn = 2 * config.data.batch_size * meta.episodes * fabric.world_size
-    inner_lr = torch.tensor(meta.inner_lr)
-    learner = MetaLearner(
-        model,
-        objective,
-        meta.build(inner_lr, weight_decay=config.training.weight_decay),
-        optimizer,
-        alpha=0.0 if meta.strategy == "reptile" else meta.alpha,
-        inner_state=meta.inner_state,
-        buffers="outer",
-        clip_norm=config.training.clip_norm,
-    )
-    trainer = Trainer(
-        learner,
-        episodes,
-        scheduler=scheduler,
-        fabric=fabric,
-        checkpoint=run.checkpoint,
-        metrics=run.metrics,
-        inner_lr=inner_lr if meta.inner_decay and meta.strategy != "reptile" else None,
-        episodes_per_step=meta.episodes,
-        epoch=math.ceil(len(cases) / drawn),
-        checkpoint_every=config.training.checkpoint_every,
-        workers=config.data.workers,
-        seed=config.seed,
-    )
-    trainer.fit(resume=resume, on_step=on_step)
-    if fabric.is_global_zero:
-        run.save_weights(model)
-    model.eval()
-    return model
-
-
-def _outer(
-    config: Config, model: torch.nn.Module, weights: Sequence[Tensor]
-) -> tuple[Optimizer, LRScheduler]:
-    """The outer optimizer and its schedule; ``weights`` are the objective's learned ones."""
-    training = config.training
-    if config.meta.strategy == "reptile":
-        optimizer: Optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        return optimizer, Reptile.schedule(optimizer, training.steps)
-    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
-    if weights:
-        # Decay would pull a free parameter to 0, which is a weight of log 2.
-        rate = config.objective.weights_lr
-        groups.append({"params": list(weights), "lr": rate, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(
-        groups, lr=training.lr, weight_decay=training.weight_decay, fused=True
-    )
-    scheduler = torch.optim.lr_scheduler.PolynomialLR(
-        optimizer, total_iters=training.steps, power=0.9
-    )
-    return optimizer, scheduler
+def _unchanged(episode: Any) -> Any:
+    """Keeps batches of any type as the dataset gives them; torch would turn tuples into lists."""
+    return episode

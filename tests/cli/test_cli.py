@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
 
 import nibabel as nib
 import numpy as np
@@ -19,15 +18,15 @@ import torch
 from commands import errors, run, settings
 from niftis import forbidden, write_case, write_cases
 
+from prism_meta.bilevel.strategies import ALL_STRATEGIES
 from prism_meta.data.cases import Case
 from prism_meta.training import trainer
-from prism_meta.training.config.schema import MetaConfig
 from prism_meta.training.run import command_line
 
 VOLUMES = ("data.patch=[16,16,8]",)
 
 
-@pytest.mark.parametrize("strategy", get_args(MetaConfig.model_fields["strategy"].annotation))
+@pytest.mark.parametrize("strategy", [kind.name for kind in ALL_STRATEGIES])
 def test_every_strategy_trains(cases: Path, tmp_path: Path, strategy: str) -> None:
     options = settings("training.steps=2", f"meta.strategy={strategy}", "meta.cg_steps=1")
     assert run("train", cases, "--out", tmp_path / "run", *options)[0] == 0
@@ -357,3 +356,9 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
         2,
         [f"{root / 'p0'}: cannot be read (permission denied); make the folder readable"],
     )
+
+
+def test_help_names_every_strategy_of_the_registry() -> None:
+    code, output = run("train", "--help")
+    plain = re.sub(r"\x1b\[[0-9;]*m|[│\s]+", " ", output)
+    assert code == 0 and all(re.search(rf"\b{kind.name}\b", plain) for kind in ALL_STRATEGIES)

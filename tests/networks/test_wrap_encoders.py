@@ -20,7 +20,7 @@ from prism_meta.bilevel.inner import SGD
 from prism_meta.bilevel.strategies import FirstOrder, SecondOrder
 from prism_meta.data.cases import load_cases
 from prism_meta.data.labels import LabelSet
-from prism_meta.evaluation.inference import Predictor
+from prism_meta.evaluation.predictor import Predictor
 from prism_meta.modalities import subsets
 from prism_meta.networks.wrapped import MultiEncoderNet, wrap
 from prism_meta.objective.prism import PrismObjective
@@ -147,12 +147,13 @@ def test_a_predictor_serves_all_subsets_of_a_window_at_once(
             return model.segment_subsets(image, chosen)
 
     class OneByOne(nn.Module):
-        def segment(self, image: Tensor, mask: Tensor) -> Tensor:
-            return model.segment(image, mask)
+        def segment_subsets(self, image: Tensor, chosen: Tensor) -> Tensor:
+            masks = [row.expand(len(image), -1) for row in chosen]
+            return torch.stack([model.segment(image, mask) for mask in masks])
 
     labels = LabelSet({"a": 1, "b": 2})
     found = [
-        Predictor(net, labels=labels, patch=(8, 8)).predict(case, every)
+        Predictor(net, labels=labels, patch=(8, 8)).predict_subsets(case, every)
         for net in (model, Counting(), OneByOne())
     ]
     assert set(counted) == {7}

@@ -17,6 +17,7 @@ from prism_meta.data.masking import DynamicMask, MaskPolicy, StaticMask
 from prism_meta.errors import ConfigError
 from prism_meta.networks.prism import PrismNet
 from prism_meta.networks.wrapped import WrappedNet
+from prism_meta.training.build import build_masks, build_model, build_objective, build_strategy
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.config.baselines import BASELINES, read_baseline
 
@@ -40,10 +41,10 @@ def test_every_file_of_the_package_is_a_baseline() -> None:
 def test_a_baseline_is_what_it_says(name: str) -> None:
     config = load_config(baseline=name)
     network, masks, unimodal, strategy = EXPECTED[name]
-    assert type(config.build_model()) is network
-    assert [type(policy) for policy in config.masks.build(RATES)] == [masks] * 2
-    assert config.objective.build(RATES).unimodal is unimodal
-    assert type(config.meta.build(torch.tensor(0.05), weight_decay=0.0)) is strategy
+    assert type(build_model(config)) is network
+    assert [type(policy) for policy in build_masks(config.masks, RATES)] == [masks] * 2
+    assert build_objective(config.objective, RATES).unimodal is unimodal
+    assert type(build_strategy(config.meta, torch.tensor(0.05), weight_decay=0.0)) is strategy
     assert load_config(baseline=name) == Config.model_validate(read_baseline(name))
 
 
@@ -60,7 +61,7 @@ def test_meta_drop_differs_in_the_strategy_alone() -> None:
 @pytest.mark.parametrize("patch", [(32, 32), (16, 16, 16)])
 def test_the_unet_has_the_size_and_the_norm_of_the_config(patch: tuple[int, ...]) -> None:
     sizes = [f"data.patch={list(patch)}", "model.width=2", "model.depth=3"]
-    model = load_config(overrides=sizes, baseline="zero_fill").build_model()
+    model = build_model(load_config(overrides=sizes, baseline="zero_fill"))
     assert isinstance(model, WrappedNet) and isinstance(model.net, UNet)
     assert model.modalities == ("flair", "t1ce", "t1", "t2")
     assert (model.net.channels, model.net.dimensions) == ([2, 4, 8], len(patch))
@@ -131,10 +132,7 @@ def test_a_resumed_run_keeps_its_own_baseline(tmp_path: Path) -> None:
     code, output = run("train", "--resume", tmp_path, "--baseline", "prism")
     assert (code, errors(output)) == (
         2,
-        [
-            "train --resume: goes on with the run's own config; leave --config, --baseline and "
-            "--set out"
-        ],
+        ["train --resume: uses the run's own config; leave --config, --baseline and --set out"],
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from prism_meta.errors import ConfigError
 from prism_meta.networks.fusion import AttentionFusion, Fusion, MeanFusion, RegionAwareFusion
 from prism_meta.networks.prism import PrismNet
+from prism_meta.training.build import build_model
 from prism_meta.training.config.schema import ModelConfig, load_config
 
 SMALL = ("model.width=2", "model.depth=2")
@@ -29,7 +30,7 @@ def test_every_fusion_is_tried() -> None:
 @pytest.mark.parametrize("name", FUSIONS)
 def test_fusion_is_that_of_the_network(name: str, patch: str) -> None:
     config = load_config(overrides=[*SMALL, f"model.fusion={name}", f"data.patch={patch}"])
-    model = config.build_model()
+    model = build_model(config)
     assert isinstance(model, PrismNet)
     assert [type(part) for part in model.fusions] == [FUSIONS[name]] * 2
     image, mask = (
@@ -40,14 +41,14 @@ def test_fusion_is_that_of_the_network(name: str, patch: str) -> None:
 
 
 def test_region_aware_is_the_default() -> None:
-    model = load_config(overrides=SMALL).build_model()
+    model = build_model(load_config(overrides=SMALL))
     assert {type(part) for part in model.fusions} == {RegionAwareFusion}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["mean", "attention"])
 def test_a_unet_has_no_fusion(name: str) -> None:
     expected = (
-        f"model: fusion: {name} needs network = prism, for a U-Net has no fusion; leave it out"
+        f"model: fusion: {name} needs network = prism, because a U-Net has no fusion; leave it out"
     )
     fusion = f"model.fusion={name}"
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):

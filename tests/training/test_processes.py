@@ -6,19 +6,28 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 from niftis import write_cases
 from safetensors.torch import load_file
 
-from prism_meta.cli.workflow import launch, load_from_config, split
 from prism_meta.data.cache import prepare
+from prism_meta.data.cases import load_cases
 from prism_meta.modalities import Batch
-from prism_meta.training import trainer
+from prism_meta.training.build import (
+    build_episodes,
+    build_fabric,
+    build_label_set,
+    build_model,
+    build_objective,
+    build_outer,
+    build_preprocessing,
+    build_strategy,
+    missing_rates,
+)
 from prism_meta.training.config import load_config
+from prism_meta.training.fit import fit
 from prism_meta.training.run import Run
 
 SETTINGS = (
@@ -54,21 +63,38 @@ def settings(*more: str) -> list[str]:
 def trained_alone(run: Run, folder: Path) -> dict[str, torch.Tensor]:
     """Weights after the same episodes in one process: those of both ranks at each outer step."""
     config = load_config(overrides=[*SETTINGS, "meta.episodes=2"])
-    alone = replace(run, folder=folder, config=config)
-    cases, _ = split(config, load_from_config(config, Path(run.facts["data"])))
+    cases = load_cases(run.facts["data"])
+    data = config.data
     cached = prepare(
         cases,
         folder / "cache",
-        preprocessing=config.data.preprocessing(),
-        labels=config.data.label_set(),
+        preprocessing=build_preprocessing(data),
+        labels=build_label_set(data),
     )
-    ranks = [trainer.build_episodes(run, cached, rank=rank) for rank in (0, 1)]
+    ranks = [build_episodes(run.config, cached, rank=rank) for rank in (0, 1)]
     episodes: Sequence[tuple[Batch, Batch]] = [of[step] for step in range(2) for of in ranks]
     assert not torch.equal(episodes[0][0].image, episodes[1][0].image)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "build_episodes", lambda *_, **__: episodes)
-        trainer.train(alone, cached, fabric=launch(config))
-    return load_file(alone.weights)
+    torch.manual_seed(config.seed)
+    model, inner_lr = build_model(config), torch.tensor(config.meta.inner_lr)
+    objective = build_objective(config.objective, missing_rates(cached))
+    strategy = build_strategy(config.meta, inner_lr, weight_decay=config.training.weight_decay)
+    outer = build_outer(config, model, objective, strategy, steps=2)
+    fit(
+        model,
+        objective,
+        strategy,
+        episodes,
+        optimizer=outer.optimizer,
+        scheduler=outer.scheduler,
+        alpha=outer.alpha,
+        inner_lr=inner_lr,
+        clip_norm=config.training.clip_norm,
+        episodes_per_step=2,
+        epoch=1,
+        fabric=build_fabric(config.fabric),
+        seed=config.seed,
+    )
+    return model.state_dict()
 
 
 def test_two_processes_take_the_mean_step_and_resume(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +17,19 @@ from torch.utils.data import Dataset
 
 from prism_meta.bilevel.inner import SGD
 from prism_meta.bilevel.learner import MetaLearner
-from prism_meta.bilevel.strategies import FirstOrder, MetaGradient, SecondOrder, SingleLevel
+from prism_meta.bilevel.strategies import (
+    ALL_STRATEGIES,
+    FirstOrder,
+    MetaGradient,
+    MetaStrategy,
+    SecondOrder,
+    SingleLevel,
+)
 from prism_meta.errors import ConfigError
 from prism_meta.modalities import Batch
 from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights, RelativePreference, Weighting
+from prism_meta.training.build import build_objective, build_strategy
 from prism_meta.training.config.schema import Config, MetaConfig, load_config
 from prism_meta.training.trainer import Trainer
 
@@ -231,13 +239,21 @@ def test_learned_weights_need_a_meta_gradient(strategy: str) -> None:
     )
 
 
-@pytest.mark.parametrize("strategy", get_args(MetaConfig.model_fields["strategy"].annotation))
-def test_the_config_refuses_what_the_strategy_refuses(strategy: str) -> None:
-    learns = (
-        MetaConfig(strategy=strategy).build(torch.tensor(0.1), weight_decay=0.0).learns_objective
+@pytest.mark.parametrize("kind", ALL_STRATEGIES, ids=lambda kind: kind.name)
+def test_the_config_refuses_learned_weights_exactly_if_they_would_not_learn(
+    kind: type[MetaStrategy],
+) -> None:
+    objective = PrismObjective(weighting=learned())
+    strategy = build_strategy(
+        MetaConfig(strategy=kind.name, cg_steps=1), torch.tensor(0.1), weight_decay=0.0
     )
     try:
-        load_config(overrides=["objective.weighting=learned", f"meta.strategy={strategy}"])
+        result = strategy.meta_gradient(prism_net(), objective, *Drawn(1)[0])
+        learns = bool(result.weight_gradient)
+    except ValueError:
+        learns = False
+    try:
+        load_config(overrides=["objective.weighting=learned", f"meta.strategy={kind.name}"])
     except ConfigError:
         assert not learns
     else:
@@ -253,7 +269,7 @@ def test_the_config_refuses_what_the_strategy_refuses(strategy: str) -> None:
         ),
         (
             ["objective.weighting=learned", "objective.beta=[0.1, 0.0, 0.1, 0.1]"],
-            "objective: beta, delta: learned weights start at numbers > 0, for softplus is never 0",
+            "objective: beta, delta: learned weights start at numbers > 0, because softplus is never 0",
         ),
     ],
 )
@@ -264,10 +280,10 @@ def test_weightings_that_cannot_be(overrides: list[str], fault: str) -> None:
 
 
 def test_the_config_builds_what_it_says() -> None:
-    objective = Config().objective.build(RATES)
+    objective = build_objective(Config().objective, RATES)
     assert objective.weighting is None and (objective.beta, objective.delta) == (0.02, 0.01)
     overrides = ["objective.weighting=preference", "objective.preference_rate=0.3"]
-    weighting = load_config(overrides=overrides).objective.build(RATES).weighting
+    weighting = build_objective(load_config(overrides=overrides).objective, RATES).weighting
     assert isinstance(weighting, RelativePreference) and weighting.gamma == 0.3
     torch.testing.assert_close(weighting.factor, torch.tensor([1.25, 2.0, 1.0]))
     overrides = [
@@ -275,7 +291,7 @@ def test_the_config_builds_what_it_says() -> None:
         "objective.beta=[0.1,0.2,0.3]",
         'data.modalities=["a","b","c"]',
     ]
-    objective = load_config(overrides=overrides).objective.build(RATES)
+    objective = build_objective(load_config(overrides=overrides).objective, RATES)
     assert isinstance(objective.weighting, LearnedWeights)
     assert objective.weights()["beta"].tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert (objective.meta_objective.beta, objective.meta_objective.weighting) == (
@@ -283,5 +299,5 @@ def test_the_config_builds_what_it_says() -> None:
         None,
     )
     overrides = ["objective.unimodal=false", "objective.scale_decay=true"]
-    objective = load_config(overrides=overrides).objective.build(RATES)
+    objective = build_objective(load_config(overrides=overrides).objective, RATES)
     assert (objective.unimodal, objective.scale_decay) == (False, True)

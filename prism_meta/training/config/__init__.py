@@ -1,4 +1,4 @@
-"""The settings of a run: their schema, the files that hold them, and known methods."""
+"""The configuration of a run: its schema, its file format, and the baselines."""
 
 from prism_meta.training.config.schema import Config, load_config
 

@@ -1,6 +1,6 @@
-"""Configurations as TOML files: reading, overrides, and what is said of each fault.
+"""Reading a configuration from a TOML file and overrides, with a message for each fault.
 
-No section and no key stands here; ``config`` has them.
+The module knows no section and no key; ``schema`` defines them.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def read_config(
     *,
     start: Mapping[str, Any],
 ) -> _Schema:
-    """What a TOML file says, and then the ``section.key=value`` overrides, checked by ``schema``.
+    """Read a TOML file, apply ``section.key=value`` overrides, and validate the result.
 
     Args:
-        schema: a pydantic model, whose fields may be models: the sections.
-        path: TOML file; None for no file.
+        schema: a pydantic model; its fields may be models, the sections.
+        path: TOML file. Defaults to no file.
         overrides: values are TOML (``[64, 64]``, ``true``, ``0.1``); a bare word is a string.
-        start: values, section by section, that the file and the overrides come after.
+        start: initial values by section. The file and then the overrides replace them.
 
     Raises:
-        ConfigError: the file or an override cannot be read; else all faults of the values together,
-            each with its key.
+        ConfigError: the file or an override cannot be read, or values are invalid. All invalid values
+            are reported together, each with its key.
 
     Example:
         >>> class Size(BaseModel, extra="forbid"):

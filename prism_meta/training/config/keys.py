@@ -12,6 +12,7 @@ ARGUMENT_KEYS: Mapping[str, str] = MappingProxyType(
         "spacing": "data.spacing",
         "labels": "data.labels",
         "table": "data.availability",
+        "missing_rates": "data.missing_rates",
         "rates": "data.missing_rates",
         "seed": "seed",
         "holdout": "data.holdout",

@@ -1,48 +1,31 @@
-"""The configuration: what a TOML file may say, and the objects that it stands for.
+"""What a configuration may say: sections and keys, their defaults, and what does not go together.
 
-Selector strings live here and nowhere else: ``build`` turns those of a section into objects.
+The classes hold data only. ``prism_meta.training.build`` turns them into objects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tomlkit
-import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from prism_meta.bilevel import strategies
-from prism_meta.bilevel.inner import SGD, AdamW, InnerOptimizer
+from prism_meta.bilevel.strategies import FirstOrder, MetaStrategy
+from prism_meta.bilevel.strategies.registry import ALL_STRATEGIES, strategy_named
+from prism_meta.data.episodes import DEFAULT_FOREGROUND
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
-from prism_meta.data.masking import (
-    BalancedMask,
-    DynamicMask,
-    FullMask,
-    MaskPolicy,
-    SingleModalityMask,
-    StaticMask,
-)
-from prism_meta.data.preprocessing import Preprocessing
+from prism_meta.data.preprocessing import DEFAULT_SPACING
 from prism_meta.errors import PrismError
-from prism_meta.evaluation.metrics import BratsEmpty, DiagonalEmpty, EmptyPolicy, NanEmpty
+from prism_meta.evaluation.windows import OVERLAP, PATCHES
 from prism_meta.modalities import BRATS
-from prism_meta.networks.fusion import AttentionFusion, Fusion, MeanFusion, RegionAwareFusion
-from prism_meta.networks.prism import PrismNet
-from prism_meta.networks.wrapped import wrap
 from prism_meta.objective import losses
-from prism_meta.objective.prism import PrismObjective
-from prism_meta.objective.weighting import (
-    BETA,
-    DELTA,
-    LearnedWeights,
-    RelativePreference,
-    Weighting,
-)
+from prism_meta.objective.weighting import BETA, DELTA
 from prism_meta.training.config.baselines import read_baseline
 from prism_meta.training.config.file import read_config
+from prism_meta.training.outer import ALPHA, HYPER_LR, LR, WEIGHT_DECAY
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -50,9 +33,6 @@ Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Mask = Literal["dynamic", "static", "full", "single", "balanced"]
-
-#: Strategies that look at the meta loss and do not differentiate it.
-_WITHOUT_META_GRADIENT = ("single_level", "reptile")
 
 
 class _Section(BaseModel):
@@ -65,25 +45,25 @@ class DataConfig(_Section):
     modalities: tuple[str, ...] = BRATS
     label: str = "seg"
     labels: dict[str, int] = dict(BRATS_LABELS.values)
-    #: Region -> classes. Unless given: WT, TC and ET for the BraTS labels, else one per class.
+    #: Region -> classes. Defaults to WT, TC and ET for the BraTS labels, otherwise to one per class.
     regions: dict[str, tuple[str, ...]] = {}
-    #: Of the model's grid, mm.
-    spacing: tuple[Positive, Positive, Positive] = (2.0, 2.0, 2.0)
-    #: Voxels; two numbers train on axial slices, three on volumes.
-    patch: Annotated[tuple[Count, ...], Field(min_length=2, max_length=3)] = (96, 96)
+    #: Voxel size of the model's grid in mm.
+    spacing: tuple[Positive, Positive, Positive] = DEFAULT_SPACING
+    #: Voxels; two numbers train on slices, three on volumes.
+    patch: Annotated[tuple[Count, ...], Field(min_length=2, max_length=3)] = PATCHES[2]
     batch_size: Count = 8
     #: Share of patches centred on a foreground class.
-    foreground: Share = 0.5
-    #: CSV of which modalities to use, see ``cases.read_availability``.
+    foreground: Share = DEFAULT_FOREGROUND
+    #: CSV that says which modalities to use, see ``read_availability``.
     availability: Path | None = None
-    #: Instead of a table: make modalities missing in the training cases at these rates.
+    #: Rates at which modalities are made missing in the training cases, instead of a table.
     missing_rates: tuple[Rate, ...] | None = None
-    #: Cases kept for ``evaluate``: by name, or so many drawn with the seed.
+    #: Cases that are held out for ``evaluate``, by name; or their number, drawn with the seed.
     test_cases: tuple[str, ...] = ()
     holdout: Annotated[int, Field(ge=0)] = 0
-    #: Folder of prepared volumes; beside the run folder unless given.
+    #: Folder of prepared volumes. Defaults to a folder beside the run folder.
     cache: Path | None = None
-    #: Processes that load data beside the training one.
+    #: Number of additional processes that load data.
     workers: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
@@ -96,44 +76,26 @@ class DataConfig(_Section):
             raise ValueError("missing_rates, availability: give one of the two")
         if self.test_cases and self.holdout:
             raise ValueError("test_cases, holdout: give one of the two")
+        try:
+            LabelSet(self.labels, self.regions)
+        except PrismError as error:
+            raise ValueError("; ".join(error.faults)) from error
         return self
-
-    def label_set(self) -> LabelSet:
-        """What the label files hold."""
-        regions = self.regions
-        if not regions and self.labels == dict(BRATS_LABELS.values):
-            regions = dict(BRATS_LABELS.regions)  # type: ignore[arg-type]
-        return LabelSet(self.labels, regions)
-
-    def preprocessing(self) -> Preprocessing:
-        """How cases come to the model's grid."""
-        return Preprocessing(self.spacing)
 
 
 class MaskConfig(_Section):
-    """What the model is shown of each batch of an episode."""
+    """The mask policies of the two batches of an episode."""
 
     train: Mask = "dynamic"
     meta: Mask = "dynamic"
-
-    def build(self, rates: Sequence[float]) -> tuple[MaskPolicy, MaskPolicy]:
-        """The policies of the train and the meta batch, for cases with these missing rates."""
-        policies: Mapping[str, Callable[[], MaskPolicy]] = {
-            "dynamic": DynamicMask,
-            "static": StaticMask,
-            "full": FullMask,
-            "single": SingleModalityMask,
-            "balanced": lambda: BalancedMask(rates),
-        }
-        return policies[self.train](), policies[self.meta]()
 
 
 class ModelConfig(_Section):
     """The network and its size."""
 
-    #: PRISM's own, or a U-Net (MONAI's, with residual units and InstanceNorm) behind ``wrap``.
+    #: PRISM's network, or MONAI's U-Net with residual units and InstanceNorm, wrapped by ``wrap``.
     network: Literal["prism", "unet"] = "prism"
-    #: Of PRISM's network alone: where the weights of the shown modalities come from.
+    #: How PRISM's network weights the shown modalities; a U-Net has no fusion.
     fusion: Literal["region_aware", "mean", "attention"] = "region_aware"
     #: Channels at full resolution; they double at each of the ``depth`` scales.
     width: Count = 8
@@ -143,57 +105,32 @@ class ModelConfig(_Section):
     def _consistent(self) -> ModelConfig:
         if self.network != "prism" and self.fusion != "region_aware":
             raise ValueError(
-                f"fusion: {self.fusion} needs network = prism, for a U-Net has no fusion; leave it out"
+                f"fusion: {self.fusion} needs network = prism, because a U-Net has no fusion; leave it out"
             )
         return self
 
-    def build(self, modalities: Sequence[str], *, num_classes: int, spatial_dims: int) -> nn.Module:
-        """The network, for images of these modalities in 2 or 3 dimensions."""
-        sizes = len(modalities), num_classes, spatial_dims
-        fusions: Mapping[str, type[Fusion]] = {
-            "region_aware": RegionAwareFusion,
-            "mean": MeanFusion,
-            "attention": AttentionFusion,
-        }
-        fusion = fusions[self.fusion]
-        networks: Mapping[str, Callable[[], nn.Module]] = {
-            "prism": lambda: PrismNet(*sizes, self.width, depth=self.depth, fusion=fusion),
-            "unet": lambda: wrap(self._unet(*sizes), modalities),
-        }
-        return networks[self.network]()
-
-    def _unet(self, ins: int, outs: int, spatial_dims: int) -> nn.Module:
-        from monai.networks.nets.unet import UNet
-
-        channels = [self.width * 2**scale for scale in range(self.depth)]
-        strides = [2] * (self.depth - 1)
-        net: nn.Module = UNet(
-            spatial_dims, ins, outs, channels, strides, num_res_units=2, norm="instance"
-        )
-        # torch's CPU conv3d takes a slow path for small batches in the default layout.
-        return net.to(memory_format=torch.channels_last_3d) if spatial_dims == 3 else net
-
 
 class ObjectiveConfig(_Section):
-    """Weights and options of E10."""
+    """Weights and options of the objective (E10)."""
 
     beta: NotNegative | tuple[NotNegative, ...] = BETA
     delta: NotNegative | tuple[NotNegative, ...] = DELTA
-    #: Fixed weights; times E and omega by relative preference (E11); or learned from these on (E12).
+    #: Fixed weights; weights scaled by relative preference (E11); or learned weights, which start at
+    #: these values (E12).
     weighting: Literal["fixed", "preference", "learned"] = "fixed"
-    #: Gamma of E11, per epoch.
+    #: Step size gamma of E11, one step per epoch.
     preference_rate: NotNegative = 0.01
-    #: Outer rate of learned weights, at first; it decays as training.lr does.
-    weights_lr: Positive = 1e-2
+    #: Initial outer learning rate of learned weights; it decays like training.lr.
+    weights_lr: Positive = HYPER_LR
     temperature: Positive = 4.0
     direction: losses.Direction = "student_teacher"
-    #: Prm scale s counts 2^-s in E8, as in the published code.
+    #: Weight prm maps (coarse-scale outputs of the fused decoder) by 2^-s in E8, as in the published code.
     scale_decay: bool = False
     prototype: Literal["l2", "similarity"] = "l2"
-    #: Class weights in the cross-entropy (E5). They are off here: a patch without foreground has the
-    #: weight 0 for its only class, and axial slices without tumour are most of a brain.
+    #: Class weights in the cross-entropy (E5). Off by default: a patch without foreground gives its
+    #: only class the weight 0, and most slices of a brain have no tumour.
     weighted: bool = False
-    #: False leaves L_fuse + L_prm: no unimodal branch, no distillation.
+    #: False trains on L_fuse + L_prm only: no unimodal branch, no distillation.
     unimodal: bool = True
 
     @model_validator(mode="after")
@@ -208,52 +145,52 @@ class ObjectiveConfig(_Section):
             for weight in (weights if isinstance(weights, tuple) else (weights,))
         ):
             raise ValueError(
-                "beta, delta: learned weights start at numbers > 0, for softplus is never 0"
+                "beta, delta: learned weights start at numbers > 0, because softplus is never 0"
             )
         return self
 
-    def build(self, rates: Sequence[float]) -> PrismObjective:
-        """The objective, for training cases with these missing rates, one per modality."""
-        prototypes = {"l2": losses.prototype_l2, "similarity": losses.prototype_similarity}
-        weightings: Mapping[str, Callable[[], Weighting | None]] = {
-            "fixed": lambda: None,
-            "preference": lambda: RelativePreference(rates, gamma=self.preference_rate),
-            "learned": lambda: LearnedWeights(len(rates), beta=self.beta, delta=self.delta),
-        }
-        return PrismObjective(
-            beta=self.beta,
-            delta=self.delta,
-            temperature=self.temperature,
-            direction=self.direction,
-            scale_decay=self.scale_decay,
-            prototype=prototypes[self.prototype],
-            weighted=self.weighted,
-            unimodal=self.unimodal,
-            weighting=weightings[self.weighting](),
-        )
-
 
 class MetaConfig(_Section):
-    """The two levels: strategy, inner steps, and the pull of E2."""
+    """The two levels: the strategy, its inner steps, and the pull of E2."""
 
-    strategy: Literal[
-        "single_level", "first_order", "second_order", "reptile", "finite_difference", "implicit"
-    ] = "first_order"
+    #: Name of a registered strategy, see ``register_strategy``.
+    strategy: str = FirstOrder.name
     inner: Literal["sgd", "adamw"] = "sgd"
     inner_lr: NotNegative = 0.05
     inner_momentum: Share = 0.0
-    #: The inner rate decays with the outer one.
+    #: Let the inner rate decay with the outer one.
     inner_decay: bool = True
     inner_steps: Count = 1
-    #: Of the inner optimizer between outer steps: fresh, carried, or shared with the outer AdamW.
+    #: State of the inner optimizer between outer steps: fresh, carried, or shared with the outer AdamW.
     inner_state: Literal["fresh", "carried", "shared"] = "fresh"
-    #: Weight of phi~ - phi in E2. Reptile has its own epsilon, from 0.1 to 1 over training.
-    alpha: Share = 0.5
+    #: Weight of phi~ - phi in E2; 0 for a strategy that prescribes its own outer step.
+    alpha: Share = ALPHA
     #: Episodes that an outer step averages over.
     episodes: Count = 1
-    #: Lambda and conjugate-gradient steps of ``implicit``.
+    #: Lambda and the number of conjugate-gradient steps of ``implicit``.
     proximal: Positive = 1.0
     cg_steps: Count = 5
+
+    @property
+    def kind(self) -> type[MetaStrategy]:
+        """The class that ``strategy`` names."""
+        return strategy_named(self.strategy)
+
+    @property
+    def prescribes_outer(self) -> bool:
+        """Whether the strategy brings an outer optimizer of its own."""
+        return self.kind.outer is not MetaStrategy.outer
+
+    @field_validator("strategy")
+    @classmethod
+    def _registered(cls, name: str) -> str:
+        known = [kind.name for kind in ALL_STRATEGIES]
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"got {name!r}, expected one of {', '.join(known)}; did you mean {nearest}?"
+            )
+        return name
 
     @model_validator(mode="after")
     def _consistent(self) -> MetaConfig:
@@ -261,46 +198,33 @@ class MetaConfig(_Section):
             raise ValueError(
                 "inner_state: shared needs inner = adamw, the optimizer of the outer step"
             )
-        if self.inner_state == "shared" and self.strategy in ("single_level", "reptile"):
+        if self.inner_state == "shared" and (not self.kind.adapts or self.prescribes_outer):
             raise ValueError(
                 f"inner_state: shared does not go with {self.strategy}; use fresh or carried"
             )
+        unknown = [name for name in self.kind.options if name not in type(self).model_fields]
+        if unknown:
+            raise ValueError(
+                f"strategy: {self.strategy} has the options {', '.join(unknown)}, which are no keys of "
+                "a configuration; pass the strategy as an object to prism_meta.train"
+            )
         return self
-
-    def build(self, inner_lr: Tensor, *, weight_decay: float) -> strategies.MetaStrategy:
-        """The strategy, with an inner rate that the trainer may change; decay is AdamW's alone."""
-        inner: InnerOptimizer
-        if self.inner == "adamw":
-            inner = AdamW(inner_lr, weight_decay=weight_decay)
-        else:
-            inner = SGD(inner_lr, momentum=self.inner_momentum)
-        choices: Mapping[str, Callable[[], strategies.MetaStrategy]] = {
-            "single_level": strategies.SingleLevel,
-            "first_order": lambda: strategies.FirstOrder(inner, self.inner_steps),
-            "second_order": lambda: strategies.SecondOrder(inner, self.inner_steps),
-            "reptile": lambda: strategies.Reptile(inner, self.inner_steps),
-            "finite_difference": lambda: strategies.FiniteDifference(inner, self.inner_steps),
-            "implicit": lambda: strategies.ImplicitMAML(
-                inner, self.inner_steps, proximal=self.proximal, cg_steps=self.cg_steps
-            ),
-        }
-        return choices[self.strategy]()
 
 
 class TrainingConfig(_Section):
     """The outer optimizer (AdamW with a polynomial decay to 0) and the length of training."""
 
     steps: Count = 1000
-    lr: Positive = 1e-2
-    weight_decay: NotNegative = 1e-4
-    #: The meta-gradient is scaled down to this norm.
+    lr: Positive = LR
+    weight_decay: NotNegative = WEIGHT_DECAY
+    #: Largest norm of the meta-gradient; a longer one is scaled down.
     clip_norm: Positive = 5.0
     augment: bool = True
     checkpoint_every: Count = 100
 
 
 class FabricConfig(_Section):
-    """Where training runs: passed to Lightning Fabric."""
+    """Devices and precision, as Lightning Fabric names them."""
 
     accelerator: str = "auto"
     devices: int | str = 1
@@ -309,19 +233,10 @@ class FabricConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    """Sliding windows and what an empty mask gives."""
+    """The sliding window, and what an empty mask gives."""
 
-    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    overlap: Annotated[float, Field(ge=0, lt=1)] = OVERLAP
     empty: Literal["brats", "nan", "diagonal"] = "brats"
-
-    def policy(self) -> EmptyPolicy:
-        """The policy for empty masks."""
-        policies: Mapping[str, Callable[[], EmptyPolicy]] = {
-            "brats": BratsEmpty,
-            "nan": NanEmpty,
-            "diagonal": DiagonalEmpty,
-        }
-        return policies[self.empty]()
 
 
 class Config(_Section):
@@ -353,7 +268,7 @@ class Config(_Section):
                 raise ValueError(
                     f"objective.{name}: give one weight, or {len(self.data.modalities)}, one per modality"
                 )
-        if self.objective.weighting == "learned" and self.meta.strategy in _WITHOUT_META_GRADIENT:
+        if self.objective.weighting == "learned" and not self.meta.kind.has_meta_gradient:
             raise ValueError(
                 f"objective.weighting: learned weights follow the gradient of the meta loss through "
                 f"the inner steps, and meta.strategy {self.meta.strategy} has none; use first_order or "
@@ -367,22 +282,10 @@ class Config(_Section):
                 f"data.patch: the U-Net halves it {self.model.depth - 1} times; give multiples of "
                 f"{factor}, one of them larger, or a smaller model.depth"
             )
-        try:
-            self.data.label_set()
-        except PrismError as error:
-            raise ValueError("; ".join(error.faults)) from error
         return self
 
-    def build_model(self) -> nn.Module:
-        """The network."""
-        return self.model.build(
-            self.data.modalities,
-            num_classes=len(self.data.labels) + 1,
-            spatial_dims=len(self.data.patch),
-        )
-
     def to_toml(self) -> str:
-        """The resolved configuration; ``load_config`` reads it back."""
+        """The configuration with all its keys as TOML; ``load_config`` reads it back."""
         return tomlkit.dumps(self.model_dump(mode="json", exclude_none=True))
 
 
@@ -392,10 +295,10 @@ def load_config(
     """Read a TOML file and apply ``section.key=value`` overrides to it.
 
     Args:
-        path: TOML file; None for the defaults.
+        path: TOML file. Defaults to no file.
         overrides: values are TOML (``[64, 64]``, ``true``, ``0.1``); a bare word is a string.
-        baseline: one of ``BASELINES`` to start from instead of the defaults; the file's keys and the
-            overrides come after it.
+        baseline: name of a baseline, see ``BASELINES``. Settings apply in order: baseline, file,
+            overrides.
 
     Raises:
         ConfigError: all faults together, each with its key.

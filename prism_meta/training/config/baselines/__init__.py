@@ -1,4 +1,4 @@
-"""The methods to compare with, each a small configuration that ``--baseline`` starts from."""
+"""Baseline methods, each a small configuration that ``--baseline`` starts from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tomlkit
 
 from prism_meta.errors import ConfigError
 
-#: From the simplest on; ``<name>.toml`` in this folder says what each is.
+#: Names of the baselines, the simplest first; ``<name>.toml`` in this folder describes each.
 BASELINES = (
     "zero_fill",
     "modality_dropout",
@@ -20,7 +20,7 @@ BASELINES = (
 
 
 def read_baseline(name: str) -> dict[str, Any]:
-    """The keys that the baseline ``name`` sets; all others keep their defaults.
+    """Read the keys that the baseline ``name`` sets; all other keys keep their defaults.
 
     Raises:
         ConfigError: there is no such baseline.

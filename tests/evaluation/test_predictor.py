@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nibabel as nib
@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from prism_meta.data.cases import Case, Volume, load_cases
 from prism_meta.data.labels import BRATS_LABELS
 from prism_meta.data.preprocessing import Preprocessing
-from prism_meta.evaluation import inference
-from prism_meta.evaluation.inference import Predictor, predict
+from prism_meta.evaluation import windows
 from prism_meta.evaluation.metrics import DiagonalEmpty, EmptyPolicy, NanEmpty, dice_hd95
-from prism_meta.evaluation.subsets import evaluate
+from prism_meta.evaluation.predictor import Predictor, evaluate, predict
 from prism_meta.modalities import subset_name, subsets
 from prism_meta.networks.prism import PrismNet
+from prism_meta.networks.wrapped import wrap
 from prism_meta.records import Record
 
 NAMES = ("flair", "t1", "t2")
@@ -41,7 +41,10 @@ PATCHES: list[Any] = [
 
 
 class Masked(nn.Module):
-    """Logits that depend on the shown modalities, on their places, and on where the window lies."""
+    """Logits that depend on the shown modalities, on their places, and on where the window lies.
+
+    It runs once per subset.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,6 +57,9 @@ class Masked(nn.Module):
         weights = torch.tensor([1.0, -0.7, 0.5])[: image.shape[1]]
         mixed = torch.tensordot(shown, weights, ([1], [0])) + 0.3 * ramp
         return torch.stack([0 * mixed, mixed - 0.4, 0.8 * mixed, -mixed - 0.3], 1)
+
+    def segment_subsets(self, image: Tensor, subsets: Tensor) -> Tensor:
+        return torch.stack([self.segment(image, row.expand(len(image), -1)) for row in subsets])
 
 
 class Stacked(Masked):
@@ -72,14 +78,7 @@ class OneByOne(Stacked):
         return iter(super().segment_subsets(image, subsets))
 
 
-class Fused(nn.Module):
-    """A model that has nothing but a forward pass."""
-
-    def forward(self, image: Tensor, mask: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(fused=Masked().segment(image, mask))
-
-
-MODELS: list[Any] = [Stacked, OneByOne, Masked, Fused]
+MODELS: list[Any] = [Stacked, OneByOne, Masked]
 
 
 def write(folder: Path, *, extents: bool = True, codes: str = "LPS") -> Case:
@@ -120,7 +119,7 @@ def test_a_subset_is_the_case_with_only_its_files(
     """Whatever the others show, and where: they change neither box nor windows nor intensities."""
     case = write(tmp_path)
     every = subsets(3)
-    predictions = Predictor(model(), **options(patch)).predict(case, every)
+    predictions = Predictor(model(), **options(patch)).predict_subsets(case, every)
     assert len(predictions) == 7
     for shown, prediction in zip(every, predictions, strict=True):
         np.testing.assert_array_equal(prediction, alone(Masked(), case, shown, patch))
@@ -142,7 +141,7 @@ def test_prism_net_serves_every_subset_with_the_same_numbers(tmp_path: Path) -> 
     net = PrismNet(3, 4, 2, 4, depth=2).eval()
     case, patch = write(tmp_path), (16, 16)
     every = subsets(3)
-    predictions = Predictor(net, **options(patch)).predict(case, every)
+    predictions = Predictor(net, **options(patch)).predict_subsets(case, every)
     for shown, prediction in zip(every, predictions, strict=True):
         expected = alone(net, case, shown, patch)
         assert (prediction != expected).mean() < 1e-3, "only ties may differ, by rounding"
@@ -153,9 +152,9 @@ def test_prism_net_serves_every_subset_with_the_same_numbers(tmp_path: Path) -> 
 def test_subsets_with_one_box_share_their_windows(tmp_path: Path, patch: tuple[int, ...]) -> None:
     case = write(tmp_path, extents=False)
     every, model = subsets(3), Stacked()
-    Predictor(model, **options(patch)).predict(case, every)
+    Predictor(model, **options(patch)).predict_subsets(case, every)
     single = Stacked()
-    Predictor(single, **options(patch)).predict(case, every[-1:])
+    Predictor(single, **options(patch)).predict_subsets(case, every[-1:])
     assert [call[1:] for call in model.calls] == [call[1:] for call in single.calls]
     assert {call[0] for call in model.calls} == {7} and {call[0] for call in single.calls} == {1}
 
@@ -172,7 +171,7 @@ def test_files_are_read_once_and_only_those_that_a_subset_shows(
         property(lambda self: read.append(Path(self.get_filename()).name) or data.fget(self)),
     )
     shown = torch.tensor([[True, False, False], [False, False, True], [True, False, True]])
-    Predictor(Stacked(), **options((9, 11))).predict(case, shown)
+    Predictor(Stacked(), **options((9, 11))).predict_subsets(case, shown)
     assert read == ["flair.nii.gz", "t2.nii.gz"]
 
 
@@ -181,16 +180,16 @@ def test_fewer_at_a_time_where_memory_is_short(
 ) -> None:
     case = write(tmp_path, extents=False)
     every = subsets(3)
-    expected = Predictor(Stacked(), **options((9, 11))).predict(case, every)
+    expected = Predictor(Stacked(), **options((9, 11))).predict_subsets(case, every)
     model = Stacked()
     each = 4 * (4 * 9 * 11 * 16 + 4 * 16 * 24 * 13)  # at most: K maps of 16 windows and of the box
-    monkeypatch.setattr(inference, "_LOGITS_BYTES", 3 * each)
-    predictions = Predictor(model, **options((9, 11))).predict(case, every)
+    monkeypatch.setattr(windows, "LOGITS_BYTES", 3 * each)
+    predictions = Predictor(model, **options((9, 11))).predict_subsets(case, every)
     assert {call[0] for call in model.calls} == {3, 1}
     for prediction, of_all in zip(predictions, expected, strict=True):
         np.testing.assert_array_equal(prediction, of_all)
-    monkeypatch.setattr(inference, "_LOGITS_BYTES", 1)
-    Predictor(model := Stacked(), **options((9, 11))).predict(case, every)
+    monkeypatch.setattr(windows, "LOGITS_BYTES", 1)
+    Predictor(model := Stacked(), **options((9, 11))).predict_subsets(case, every)
     assert {call[0] for call in model.calls} == {1}
 
 
@@ -200,7 +199,7 @@ def test_a_modality_of_zeros_alone(tmp_path: Path) -> None:
     empty = nib.Nifti1Image(np.zeros(SHAPE, np.float32), nib.load(case.files["t1"]).affine)
     nib.save(empty, case.files["t2"])
     every = subsets(3)
-    predictions = Predictor(Stacked(), **options((9, 11))).predict(case, every)
+    predictions = Predictor(Stacked(), **options((9, 11))).predict_subsets(case, every)
     for shown, prediction in zip(every, predictions, strict=True):
         np.testing.assert_array_equal(prediction, alone(Masked(), case, shown, (9, 11)))
 
@@ -209,16 +208,95 @@ def test_bad_subsets(tmp_path: Path) -> None:
     case = write(tmp_path).restrict([True, True, False])
     predictor = Predictor(Stacked(), **options((9, 11)))
     with pytest.raises(
-        ValueError, match=r"^subset: \[True, False, True\] has modalities that case p0 l"
+        ValueError, match=r"^subset: flair\+t2 has modalities that case p0 lacks; it has flair, t1$"
     ):
-        predictor.predict(case, torch.tensor([[True, False, False], [True, False, True]]))
+        predictor.predict_subsets(case, torch.tensor([[True, False, False], [True, False, True]]))
     with pytest.raises(ValueError, match=r"^subset: got no modality, expected at least one$"):
-        predictor.predict(case, torch.tensor([[True, False, False], [False, False, False]]))
+        predictor.predict_subsets(case, torch.tensor([[True, False, False], [False] * 3]))
     with pytest.raises(ValueError, match=r"^subset: got no modality, expected at least one$"):
-        predict(Stacked(), case, subset=[False, False, False])
+        predict(Stacked(), case, subset=[False] * 3, **options((9, 11)))
     message = r"^subsets: got \(3,\), expected \(S, 3\), a column for each of flair, t1, t2$"
     with pytest.raises(ValueError, match=message):
-        predictor.predict(case, torch.tensor([True, False, False]))
+        predictor.predict_subsets(case, torch.tensor([True, False, False]))
+    with pytest.raises(
+        ValueError, match=r"^subset: unknown modality pet; use some of flair, t1, t2$"
+    ):
+        predictor.predict(case, subset="flair+pet")
+
+
+def test_a_subset_has_a_name(tmp_path: Path) -> None:
+    case, predictor = write(tmp_path), Predictor(Stacked(), **options((9, 11)))
+    by_name = predictor.predict(case, subset="flair+t2")
+    np.testing.assert_array_equal(by_name, predictor.predict(case, subset=[True, False, True]))
+    (listed,) = predictor.predict_subsets(case, ["flair+t2"])
+    np.testing.assert_array_equal(by_name, listed)
+    assert not np.array_equal(by_name, predictor.predict(case))
+    np.testing.assert_array_equal(
+        predictor.predict(case), predictor.predict(case, subset="flair+t1+t2")
+    )
+    records = predictor.evaluate([case], ["t1", "flair+t2"])
+    assert [record.subset for record in records] == ["t1"] * 3 + ["flair+t2"] * 3
+
+
+def test_cases_with_other_modalities_are_refused(tmp_path: Path) -> None:
+    predictor = Predictor(Stacked(), modalities=("t1", "flair", "t2"), **options((9, 11)))
+    message = (
+        "case p0: has the modalities flair, t1, t2, but the model was trained on t1, flair, t2; "
+        "load it with these names in this order"
+    )
+    for use in (predictor.predict, lambda case: predictor.evaluate([case])):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            use(write(tmp_path))
+
+
+def test_a_bare_net_is_refused_with_the_fix() -> None:
+    message = (
+        r"^model: got Conv2d, which has no segment_subsets; give a PrismNet or pm.wrap\(net\)$"
+    )
+    with pytest.raises(TypeError, match=message):
+        Predictor(nn.Conv2d(3, 4, 1), patch=(8, 8))
+    Predictor(wrap(nn.Conv2d(3, 4, 1), NAMES), patch=(8, 8))
+
+
+@pytest.mark.parametrize(("dims", "patch"), [(2, (96, 96)), (3, (64, 64, 64))])
+def test_the_default_window_follows_the_model(dims: int, patch: tuple[int, ...]) -> None:
+    net = PrismNet(3, 4, spatial_dims=dims, width=1)
+    assert Predictor(net).windows.patch == patch
+    other = (8,) * (5 - dims)
+    message = rf"^patch: got {re.escape(str(other))}, expected {dims} numbers, e\.g\. "
+    with pytest.raises(ValueError, match=message):
+        Predictor(net, patch=other)
+
+
+def test_a_model_of_unknown_dimensions_needs_a_patch() -> None:
+    message = (
+        "patch: Stacked has no attribute spatial_dims that says whether it works on slices or volumes; "
+        "give e.g. patch=(96, 96) for 2-D or patch=(64, 64, 64) for 3-D"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Predictor(Stacked())
+
+
+def test_evaluate_feeds_volumes_to_a_volume_net(tmp_path: Path) -> None:
+    net = PrismNet(3, 4, width=1, depth=2)
+    (record, *_) = evaluate(net, [write(tmp_path)], ["flair"])
+    assert (record.case, record.subset) == ("p0", "flair") and 0 <= record.dice <= 1
+
+
+def test_the_model_is_in_evaluation_mode_and_gets_its_own_back(tmp_path: Path) -> None:
+    class Dropping(Stacked):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Dropout(0.5), nn.Dropout(0.5)
+
+        def segment_subsets(self, image: Tensor, subsets: Tensor) -> Tensor:
+            return super().segment_subsets(self.second(self.first(image)), subsets)
+
+    model, case = Dropping(), write(tmp_path)
+    model.second.eval()
+    predicted = predict(model, case, **options((9, 11)))
+    assert [module.training for module in model.modules()] == [True, True, False]
+    np.testing.assert_array_equal(predicted, predict(Stacked(), case, **options((9, 11))))
 
 
 # Evaluation

@@ -1,0 +1,325 @@
+"""A trained model with everything it needs to read cases, predict their labels and be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from prism_meta.data.cases import Case, Volume
+from prism_meta.data.labels import BRATS_LABELS, LabelSet
+from prism_meta.data.preprocessing import Prepared, Preprocessing
+from prism_meta.data.restore import restore_classes
+from prism_meta.errors import CaseError, raise_faults
+from prism_meta.evaluation.metrics import BratsEmpty, EmptyPolicy
+from prism_meta.evaluation.regions import measure, truth_of
+from prism_meta.evaluation.windows import OVERLAP, Windows, by_box, evaluation_mode, patch_of
+from prism_meta.modalities import subset_name
+from prism_meta.modalities import subsets as all_subsets
+from prism_meta.records import Record
+
+#: A subset of modalities: a name such as ``flair+t1``, or bool (M,).
+Subset = str | Sequence[bool] | Tensor
+#: Called with the case, its volume, the subset's name, and truth and prediction as class indices.
+OnPrediction = Callable[[Case, Volume, str, Tensor, Tensor], None]
+
+
+class Predictor:
+    """A model with its preprocessing, labels and window, so that a case is all it asks for.
+
+    ``train`` and ``Run.predictor`` return one that is set up as in training. A case is read and
+    preprocessed once for all its subsets. The model is used in evaluation mode and gets its own mode
+    back.
+
+    Args:
+        model: a ``PrismNet``, or ``wrap(net)``.
+        modalities: names of the M modalities in the model's order; cases with others are refused.
+            Defaults to no check.
+        preprocessing: as in training. Defaults to ``Preprocessing()``.
+        labels: classes and regions, as in training.
+        patch: window in voxels, as in training; two numbers for slices, three for volumes.
+            Defaults to (96, 96) or (64, 64, 64), whichever fits the model's ``spatial_dims``.
+        overlap: overlap of neighbouring windows, in [0, 1).
+        empty: what an empty mask gives in ``evaluate``. Defaults to ``BratsEmpty()``.
+        batch_size: windows per call of the model.
+
+    Raises:
+        TypeError: the model is a bare net; use ``wrap(net)``.
+        ValueError: the patch does not fit the model, or it is missing and the model does not say how
+            many spatial dimensions it has.
+
+    Example:
+        >>> import tempfile
+        >>> from prism_meta.data.cases import load_cases
+        >>> from prism_meta.data.phantom import write_phantoms
+        >>> from prism_meta.networks.prism import PrismNet
+        >>> folder = tempfile.mkdtemp()
+        >>> _ = write_phantoms(folder, [[True] * 4], shape=(40, 48, 36), spacing=4.0)
+        >>> net = PrismNet(spatial_dims=2, width=1)
+        >>> predictor = Predictor(net, preprocessing=Preprocessing((4.0, 4.0, 4.0)), patch=(32, 32))
+        >>> [case] = load_cases(folder)
+        >>> predictor.predict(case, subset="flair+t1").shape
+        (40, 48, 36)
+        >>> [record.subset for record in predictor.evaluate([case], ["flair+t1"])]
+        ['flair+t1', 'flair+t1', 'flair+t1']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        modalities: Sequence[str] | None = None,
+        preprocessing: Preprocessing | None = None,
+        labels: LabelSet = BRATS_LABELS,
+        patch: Sequence[int] | None = None,
+        overlap: float = OVERLAP,
+        empty: EmptyPolicy | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        self.model, self.labels = model, labels
+        self.modalities = None if modalities is None else tuple(modalities)
+        self.preprocessing = preprocessing or Preprocessing()
+        self.empty = empty or BratsEmpty()
+        self.windows = Windows(
+            model, patch=patch_of(model, patch), overlap=overlap, batch_size=batch_size
+        )
+
+    def predict(self, case: Case, *, subset: Subset | None = None) -> NDArray[np.int16]:
+        """Predict the labels of one case.
+
+        Args:
+            case: its label, if there is one, is not read.
+            subset: modalities to use: a name such as ``"flair+t1"``, or bool (M,). Defaults to all
+                modalities that the case has.
+
+        Returns:
+            Label volume (D, H, W), int16, in the values of the label files, on the case's own grid.
+
+        Raises:
+            CaseError: a file of the case cannot be read.
+            ValueError: the case lacks a modality of the subset, or the subset is empty.
+        """
+        shown = case.availability if subset is None else as_mask(subset, case.modalities)
+        return self.predict_subsets(case, shown[None])[0]
+
+    def predict_subsets(
+        self, case: Case, subsets: Tensor | Sequence[Subset]
+    ) -> list[NDArray[np.int16]]:
+        """Predict the labels of one case from each of several subsets of its modalities.
+
+        Args:
+            case: only the modalities that a subset shows are read.
+            subsets: bool (S, M), or a list of subsets; each has at least one modality.
+
+        Returns:
+            S label volumes, see ``predict``.
+
+        Raises:
+            CaseError: a file of the case cannot be read.
+            ValueError: the case lacks a modality of a subset, or a subset is empty.
+        """
+        rows = self._rows(case, subsets)
+        volume = case.restrict(rows.any(0)).read(with_label=False)
+        prepared = self.preprocessing(volume)
+        classes = self._classes(case, volume, prepared, rows)
+        return [self.labels.decode(prediction) for prediction in classes]
+
+    def evaluate(
+        self,
+        cases: Sequence[Case],
+        subsets: Tensor | Sequence[Subset] | None = None,
+        *,
+        on_prediction: OnPrediction | None = None,
+    ) -> list[Record]:
+        """Measure Dice and HD95 of every case, subset and region, on each case's own grid.
+
+        A subset is evaluated on the cases that have all its modalities.
+
+        Args:
+            cases: cases with labels.
+            subsets: bool (S, M), or a list of subsets. Defaults to all 2^M - 1.
+            on_prediction: called after each prediction, for pictures and progress.
+
+        Returns:
+            One record per case, subset and region; subset by subset in the order given.
+
+        Raises:
+            CaseError: there is no case, a case has no label, or files cannot be read; all faults
+                are reported together.
+        """
+        faults = [f"case {c.id}: no label file; evaluation needs one" for c in cases if not c.label]
+        nothing = "cases: got none, expected at least one; give a folder of cases"
+        raise_faults(CaseError, faults if cases else [nothing])
+        modalities = cases[0].modalities
+        chosen = all_subsets(len(modalities)) if subsets is None else as_masks(subsets, modalities)
+        by_subset: list[list[Record]] = [[] for _ in chosen]
+        for case in cases:
+            self._check(case, chosen)
+            volume = case.read()
+            truth = truth_of(case, volume, self.labels)
+            prepared = self.preprocessing(volume)
+            possible = (~(chosen & ~case.availability).any(1)).nonzero()[:, 0]
+            predictions = self._classes(case, volume, prepared, chosen[possible])
+            for row, prediction in zip(possible.tolist(), predictions, strict=True):
+                name = subset_name(chosen[row].tolist(), case.modalities)
+                measured = measure(prediction, truth, volume, labels=self.labels, empty=self.empty)
+                by_subset[row] += [Record(case.id, name, r, *both) for r, both in measured.items()]
+                if on_prediction is not None:
+                    on_prediction(case, volume, name, truth, prediction)
+        return [record for records in by_subset for record in records]
+
+    @torch.inference_mode()
+    def _classes(self, case: Case, volume: Volume, prepared: Prepared, subsets: Tensor) -> Tensor:
+        """Class indices, uint8 (S, D, H, W) on the case's own grid, for subsets, bool (S, M).
+
+        Each equals the prediction for a case that has only the modalities of that subset.
+        """
+        image = torch.zeros(subsets.shape[1], *prepared.brain.shape)
+        for name, channel in zip(prepared.names, prepared.image, strict=True):
+            image[case.modalities.index(name)] = channel
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        result = torch.zeros(len(subsets), *volume.shape, dtype=torch.uint8)
+        # The box is that of the shown modalities, so a hidden one cannot influence the result.
+        with evaluation_mode(self.model):
+            for box, rows in by_box(image != 0, subsets).items():
+                span = tuple(slice(*ends) for ends in box)
+                inputs = image[(slice(None), *span)].to(device)
+                count = self.windows.at_a_time(inputs, num_classes=len(self.labels.names))
+                for some in rows.split(count):
+                    logits = self.windows.logits(inputs, subsets[some].to(device))
+                    for row, maps in zip(some.tolist(), logits, strict=True):
+                        result[row] = restore_classes(maps, span, prepared=prepared, volume=volume)
+        return result
+
+    def _rows(self, case: Case, subsets: Tensor | Sequence[Subset]) -> Tensor:
+        """The subsets as bool (S, M), each of which the case can show."""
+        rows = as_masks(subsets, case.modalities)
+        self._check(case, rows)
+        for shown in rows:
+            if (shown & ~case.availability).any():
+                raise ValueError(
+                    f"subset: {subset_name(shown.tolist(), case.modalities)} has modalities that case "
+                    f"{case.id} lacks; it has {', '.join(case.files)}"
+                )
+        return rows
+
+    def _check(self, case: Case, subsets: Tensor) -> None:
+        if self.modalities not in (None, case.modalities):
+            raise ValueError(
+                f"case {case.id}: has the modalities {', '.join(case.modalities)}, but the model was "
+                f"trained on {', '.join(self.modalities or ())}; load it with these names in this order"
+            )
+        if subsets.ndim != 2 or subsets.shape[1] != len(case.modalities):
+            raise ValueError(
+                f"subsets: got {tuple(subsets.shape)}, expected (S, {len(case.modalities)}), a column "
+                f"for each of {', '.join(case.modalities)}"
+            )
+        if not subsets.any(1).all():
+            raise ValueError("subset: got no modality, expected at least one")
+
+
+def as_mask(subset: Subset, modalities: Sequence[str]) -> Tensor:
+    """A subset as bool (M,).
+
+    Raises:
+        ValueError: a name is not one of ``modalities``.
+
+    Example:
+        >>> as_mask("flair+t1", ("flair", "t1ce", "t1")).tolist()
+        [True, False, True]
+    """
+    if not isinstance(subset, str):
+        return torch.as_tensor(subset).bool()
+    names = subset.split("+") if subset else []
+    unknown = [name for name in names if name not in modalities]
+    if unknown:
+        raise ValueError(
+            f"subset: unknown modality {', '.join(unknown)}; use some of {', '.join(modalities)}"
+        )
+    return torch.tensor([name in names for name in modalities])
+
+
+def as_masks(subsets: Tensor | Sequence[Subset], modalities: Sequence[str]) -> Tensor:
+    """Several subsets as bool (S, M); see ``as_mask``."""
+    if isinstance(subsets, Tensor):
+        return subsets.bool()
+    return torch.stack([as_mask(subset, modalities) for subset in subsets])
+
+
+def predict(
+    model: nn.Module,
+    case: Case,
+    *,
+    subset: Subset | None = None,
+    preprocessing: Preprocessing | None = None,
+    labels: LabelSet = BRATS_LABELS,
+    patch: Sequence[int] | None = None,
+    overlap: float = OVERLAP,
+) -> NDArray[np.int16]:
+    """Predict the labels of one case from any subset of its modalities.
+
+    Args:
+        model: a trained ``PrismNet`` or wrapped net.
+        case: its label, if there is one, is not read.
+        subset: a name such as ``"flair+t1"``, or bool (M,). Defaults to all modalities of the case.
+        preprocessing: see ``Predictor``.
+        labels: see ``Predictor``.
+        patch: see ``Predictor``.
+        overlap: see ``Predictor``.
+
+    Returns:
+        Label volume (D, H, W), int16, in the values of the label files, on the case's own grid.
+
+    Raises:
+        CaseError: a file of the case cannot be read.
+        ValueError: the case lacks a modality of the subset, or the subset is empty.
+    """
+    predictor = Predictor(
+        model, preprocessing=preprocessing, labels=labels, patch=patch, overlap=overlap
+    )
+    return predictor.predict(case, subset=subset)
+
+
+def evaluate(
+    model: nn.Module,
+    cases: Sequence[Case],
+    subsets: Tensor | Sequence[Subset] | None = None,
+    *,
+    preprocessing: Preprocessing | None = None,
+    labels: LabelSet = BRATS_LABELS,
+    patch: Sequence[int] | None = None,
+    overlap: float = OVERLAP,
+    empty: EmptyPolicy | None = None,
+    on_prediction: OnPrediction | None = None,
+) -> list[Record]:
+    """Measure Dice and HD95 of every case, subset and region; see ``Predictor.evaluate``.
+
+    Args:
+        model: a trained ``PrismNet`` or wrapped net.
+        cases: cases with labels.
+        subsets: bool (S, M), or a list such as ``["flair", "flair+t1"]``. Defaults to all 2^M - 1.
+        preprocessing: see ``Predictor``.
+        labels: see ``Predictor``.
+        patch: see ``Predictor``.
+        overlap: see ``Predictor``.
+        empty: see ``Predictor``.
+        on_prediction: called after each prediction, for pictures and progress.
+
+    Returns:
+        One record per case, subset and region; subset by subset in the order given.
+
+    Raises:
+        CaseError: there is no case, a case has no label, or files cannot be read.
+    """
+    predictor = Predictor(
+        model,
+        preprocessing=preprocessing,
+        labels=labels,
+        patch=patch,
+        overlap=overlap,
+        empty=empty,
+    )
+    return predictor.evaluate(cases, subsets, on_prediction=on_prediction)

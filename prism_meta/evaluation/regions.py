@@ -1,0 +1,51 @@
+"""The regions of one prediction, measured against the labels of its case."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from prism_meta.data.cases import Case, Volume
+from prism_meta.data.labels import LabelSet
+from prism_meta.errors import CaseError
+from prism_meta.evaluation.metrics import EmptyPolicy, dice_hd95
+from prism_meta.evaluation.windows import box_or_whole
+
+
+def measure(
+    prediction: Tensor, truth: Tensor, volume: Volume, *, labels: LabelSet, empty: EmptyPolicy
+) -> dict[str, tuple[float, float]]:
+    """Region -> Dice and HD95 in mm.
+
+    Args:
+        prediction: class indices, uint8 (D, H, W).
+        truth: class indices, uint8 (D, H, W).
+        volume: gives the spacing in mm.
+        labels: which classes form a region.
+        empty: what an empty mask gives.
+    """
+    # No region has a voxel outside this box; cropping is faster than measuring whole volumes.
+    box = box_or_whole((prediction | truth) != 0)
+    return {
+        region: dice_hd95(
+            labels.region(prediction[box], region),
+            labels.region(truth[box], region),
+            spacing=volume.spacing,
+            empty=empty,
+            shape=volume.shape,
+        )
+        for region in labels.regions
+    }
+
+
+def truth_of(case: Case, volume: Volume, labels: LabelSet) -> Tensor:
+    """Class indices, uint8 (D, H, W), of a case's label file.
+
+    Raises:
+        CaseError: the case has no label, or its label has unknown values.
+    """
+    if volume.label is None:
+        raise CaseError(f"case {case.id}: no label file; evaluation needs one")
+    try:
+        return labels.encode(volume.label)
+    except CaseError as error:
+        raise CaseError([f"case {case.id}: {fault}" for fault in error.faults]) from error

@@ -1,0 +1,271 @@
+"""From a configuration to objects, one function per object.
+
+Selector strings such as ``"dynamic"`` end here: everything beyond takes objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from prism_meta.bilevel.inner import SGD, AdamW, InnerOptimizer
+from prism_meta.bilevel.strategies import MetaStrategy, Objective
+from prism_meta.data.augmentation import Augmentation
+from prism_meta.data.cache import CachedCase
+from prism_meta.data.episodes import Episodes
+from prism_meta.data.labels import BRATS_LABELS, LabelSet
+from prism_meta.data.masking import (
+    BalancedMask,
+    DynamicMask,
+    FullMask,
+    MaskPolicy,
+    SingleModalityMask,
+    StaticMask,
+)
+from prism_meta.data.preprocessing import Preprocessing
+from prism_meta.errors import PrismError
+from prism_meta.evaluation.metrics import BratsEmpty, DiagonalEmpty, EmptyPolicy, NanEmpty
+from prism_meta.evaluation.predictor import Predictor
+from prism_meta.networks.fusion import AttentionFusion, Fusion, MeanFusion, RegionAwareFusion
+from prism_meta.networks.prism import PrismNet
+from prism_meta.networks.wrapped import wrap
+from prism_meta.objective import losses
+from prism_meta.objective.prism import PrismObjective
+from prism_meta.objective.weighting import LearnedWeights, RelativePreference, Weighting
+from prism_meta.training.config import Config
+from prism_meta.training.config.keys import ARGUMENT_KEYS
+from prism_meta.training.config.schema import (
+    DataConfig,
+    EvaluationConfig,
+    FabricConfig,
+    MaskConfig,
+    MetaConfig,
+    ObjectiveConfig,
+)
+from prism_meta.training.outer import Outer, outer_step
+
+if TYPE_CHECKING:  # it takes two seconds to import
+    from lightning_fabric import Fabric
+
+
+@contextmanager
+def configuration_keys() -> Iterator[None]:
+    """Errors of the library that leave the context also name the configuration keys to change."""
+    try:
+        yield
+    except PrismError as error:
+        raise error.with_keys(ARGUMENT_KEYS) from error
+
+
+def build_label_set(data: DataConfig) -> LabelSet:
+    """The classes and regions of the label files."""
+    regions = data.regions
+    if not regions and data.labels == dict(BRATS_LABELS.values):
+        regions = dict(BRATS_LABELS.regions)  # type: ignore[arg-type]
+    return LabelSet(data.labels, regions)
+
+
+def build_preprocessing(data: DataConfig) -> Preprocessing:
+    """The preprocessing of all cases."""
+    return Preprocessing(data.spacing)
+
+
+def build_masks(masks: MaskConfig, rates: Sequence[float]) -> tuple[MaskPolicy, MaskPolicy]:
+    """The mask policies of the train and the meta batch.
+
+    Args:
+        masks: names of the policies.
+        rates: missing rates of the training cases, one per modality.
+    """
+    policies: Mapping[str, Callable[[], MaskPolicy]] = {
+        "dynamic": DynamicMask,
+        "static": StaticMask,
+        "full": FullMask,
+        "single": SingleModalityMask,
+        "balanced": lambda: BalancedMask(rates),
+    }
+    return policies[masks.train](), policies[masks.meta]()
+
+
+def build_model(config: Config) -> nn.Module:
+    """The network, with fresh weights."""
+    networks: Mapping[str, Callable[[Config], nn.Module]] = {"prism": _prism, "unet": _unet}
+    return networks[config.model.network](config)
+
+
+def build_objective(objective: ObjectiveConfig, rates: Sequence[float]) -> PrismObjective:
+    """The objective (E10).
+
+    Args:
+        objective: weights and options.
+        rates: missing rates of the training cases, one per modality.
+    """
+    prototypes = {"l2": losses.prototype_l2, "similarity": losses.prototype_similarity}
+    weightings: Mapping[str, Callable[[], Weighting | None]] = {
+        "fixed": lambda: None,
+        "preference": lambda: RelativePreference(rates, gamma=objective.preference_rate),
+        "learned": lambda: LearnedWeights(len(rates), beta=objective.beta, delta=objective.delta),
+    }
+    return PrismObjective(
+        beta=objective.beta,
+        delta=objective.delta,
+        temperature=objective.temperature,
+        direction=objective.direction,
+        scale_decay=objective.scale_decay,
+        prototype=prototypes[objective.prototype],
+        weighted=objective.weighted,
+        unimodal=objective.unimodal,
+        weighting=weightings[objective.weighting](),
+    )
+
+
+def build_inner(meta: MetaConfig, inner_lr: Tensor, *, weight_decay: float) -> InnerOptimizer:
+    """The inner optimizer.
+
+    Args:
+        meta: its name and options.
+        inner_lr: its rate, a tensor that the trainer may change.
+        weight_decay: used by AdamW only.
+    """
+    optimizers: Mapping[str, Callable[[], InnerOptimizer]] = {
+        "sgd": lambda: SGD(inner_lr, momentum=meta.inner_momentum),
+        "adamw": lambda: AdamW(inner_lr, weight_decay=weight_decay),
+    }
+    return optimizers[meta.inner]()
+
+
+def build_strategy(meta: MetaConfig, inner_lr: Tensor, *, weight_decay: float) -> MetaStrategy:
+    """The strategy that ``meta.strategy`` names in the registry; see ``build_inner``."""
+    kind = meta.kind
+    if not kind.adapts:
+        return kind()
+    inner = build_inner(meta, inner_lr, weight_decay=weight_decay)
+    options = {name: getattr(meta, name) for name in kind.options}
+    # The constructor of a class that adapts takes an inner optimizer and the number of inner steps.
+    return kind(inner, meta.inner_steps, **options)  # type: ignore[call-arg]
+
+
+def build_outer(
+    config: Config, model: nn.Module, objective: Objective, strategy: MetaStrategy, *, steps: int
+) -> Outer:
+    """The outer optimizer, its schedule and alpha, for a model that is on its device."""
+    return outer_step(
+        model,
+        objective,
+        strategy,
+        steps=steps,
+        alpha=config.meta.alpha,
+        lr=config.training.lr,
+        weight_decay=config.training.weight_decay,
+        hyper_lr=config.objective.weights_lr,
+    )
+
+
+def build_episodes(config: Config, cases: Sequence[CachedCase], *, rank: int = 0) -> Episodes:
+    """The episodes of a training run.
+
+    Args:
+        config: patch, masks, batch size and number of steps.
+        cases: prepared training cases.
+        rank: of this process; each process draws its own episodes.
+
+    Raises:
+        ConfigError: the patch is larger than a volume, or no episode can be drawn.
+    """
+    train_mask, meta_mask = build_masks(config.masks, missing_rates(cases))
+    patch = config.data.patch
+    with configuration_keys():
+        return Episodes(
+            cases,
+            patch=patch,
+            batch_size=config.data.batch_size,
+            steps=config.training.steps * config.meta.episodes,
+            train_mask=train_mask,
+            meta_mask=meta_mask,
+            foreground=config.data.foreground,
+            augmentation=Augmentation(len(patch)) if config.training.augment else None,
+            seed=config.seed,
+            rank=rank,
+        )
+
+
+def build_empty_policy(evaluation: EvaluationConfig) -> EmptyPolicy:
+    """What an empty mask gives."""
+    policies: Mapping[str, Callable[[], EmptyPolicy]] = {
+        "brats": BratsEmpty,
+        "nan": NanEmpty,
+        "diagonal": DiagonalEmpty,
+    }
+    return policies[evaluation.empty]()
+
+
+def build_predictor(config: Config, model: nn.Module) -> Predictor:
+    """A predictor that prepares cases as training does."""
+    return Predictor(
+        model,
+        modalities=config.data.modalities,
+        preprocessing=build_preprocessing(config.data),
+        labels=build_label_set(config.data),
+        patch=config.data.patch,
+        overlap=config.evaluation.overlap,
+        empty=build_empty_policy(config.evaluation),
+    )
+
+
+def build_fabric(fabric: FabricConfig) -> Fabric:
+    """The devices and processes, not launched yet."""
+    from lightning_fabric import Fabric
+
+    return Fabric(
+        accelerator=fabric.accelerator,
+        devices=fabric.devices,
+        num_nodes=fabric.nodes,
+        precision=fabric.precision,
+    )
+
+
+def missing_rates(cases: Sequence[CachedCase]) -> list[float]:
+    """The missing rate of each modality; one that no case has counts as 0.99."""
+    availability = torch.stack([case.availability for case in cases])
+    rates: list[float] = (1 - availability.double().mean(0)).clamp(max=0.99).tolist()
+    return rates
+
+
+def _prism(config: Config) -> nn.Module:
+    model, data = config.model, config.data
+    fusions: Mapping[str, type[Fusion]] = {
+        "region_aware": RegionAwareFusion,
+        "mean": MeanFusion,
+        "attention": AttentionFusion,
+    }
+    return PrismNet(
+        num_modalities=len(data.modalities),
+        num_classes=len(data.labels) + 1,
+        spatial_dims=len(data.patch),
+        width=model.width,
+        depth=model.depth,
+        fusion=fusions[model.fusion],
+    )
+
+
+def _unet(config: Config) -> nn.Module:
+    from monai.networks.nets.unet import UNet
+
+    data, model = config.data, config.model
+    net: nn.Module = UNet(
+        spatial_dims=len(data.patch),
+        in_channels=len(data.modalities),
+        out_channels=len(data.labels) + 1,
+        channels=[model.width * 2**scale for scale in range(model.depth)],
+        strides=[2] * (model.depth - 1),
+        num_res_units=2,
+        norm="instance",
+    )
+    if len(data.patch) == 3:
+        # torch's CPU conv3d takes a slow path for small batches in the default memory layout.
+        net = net.to(memory_format=torch.channels_last_3d)
+    return wrap(net, data.modalities)

@@ -1,0 +1,92 @@
+"""The cases of a run: loaded, split into training and test cases, and prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from prism_meta.data.availability import apply_availability, drop_modalities
+from prism_meta.data.cache import CachedCase, prepare
+from prism_meta.data.cases import Case, load_cases
+from prism_meta.errors import ConfigError
+from prism_meta.training.build import build_label_set, build_preprocessing, configuration_keys
+from prism_meta.training.config import Config
+
+if TYPE_CHECKING:  # it takes two seconds to import
+    from lightning_fabric import Fabric
+
+
+def load_configured(config: Config, root: Path | str) -> list[Case]:
+    """Load the cases of a folder with the modalities and the label that the configuration names."""
+    with configuration_keys():
+        return load_cases(Path(root), config.data.modalities, label=config.data.label)
+
+
+def split(config: Config, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
+    """Split cases into training and test cases.
+
+    The configuration can make modalities of the training cases missing.
+
+    Raises:
+        ConfigError: a test case does not exist, or no case is left to train on.
+        CaseError: the availability table does not fit the cases.
+    """
+    data = config.data
+    by_id = {case.id: case for case in cases}
+    unknown = [name for name in data.test_cases if name not in by_id]
+    if unknown:
+        raise ConfigError(
+            f"data.test_cases: no such case: {', '.join(unknown)}; name cases of the folder"
+        )
+    if max(data.holdout, len(data.test_cases)) >= len(cases):
+        raise ConfigError(
+            f"data.holdout: leaves none of {len(cases)} cases to train on; hold fewer out"
+        )
+    held = set(data.test_cases)
+    if data.holdout:
+        order = torch.randperm(len(cases), generator=torch.Generator().manual_seed(config.seed))
+        held = {cases[i].id for i in order[: data.holdout].tolist()}
+    training = [case for case in cases if case.id not in held]
+    with configuration_keys():
+        if data.availability is not None:
+            training = apply_availability(training, data.availability)
+        elif data.missing_rates is not None:
+            training = drop_modalities(training, data.missing_rates, seed=config.seed)
+    return training, [case for case in cases if case.id in held]
+
+
+def prepare_configured(
+    config: Config,
+    cases: Sequence[Case],
+    cache: Path,
+    *,
+    fabric: Fabric,
+    on_case: Callable[[int, int, str], None],
+) -> list[CachedCase]:
+    """Preprocess cases once; cases that are in the cache are not read again.
+
+    Args:
+        config: preprocessing and labels.
+        cases: with labels.
+        cache: folder of the prepared volumes.
+        fabric: the first process of a node prepares, and the others find the cases in the cache.
+        on_case: called with the number of prepared cases, the number of all cases, and a name.
+    """
+    done = 0
+
+    def prepared(name: str) -> None:
+        nonlocal done
+        done += 1
+        on_case(done, len(cases), name)
+
+    with fabric.rank_zero_first(local=True), configuration_keys():
+        return prepare(
+            cases,
+            cache,
+            preprocessing=build_preprocessing(config.data),
+            labels=build_label_set(config.data),
+            on_case=prepared,
+        )

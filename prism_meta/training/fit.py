@@ -1,0 +1,184 @@
+"""Training from objects: a model, an objective, a strategy and cases. No configuration is needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
+
+from prism_meta.bilevel.learner import Buffers, InnerState, MetaLearner
+from prism_meta.bilevel.strategies import MetaStrategy, Objective
+from prism_meta.data.cache import CachedCase
+from prism_meta.data.episodes import Episodes
+from prism_meta.evaluation.windows import patch_of
+from prism_meta.files import writable_folder
+from prism_meta.modalities import Batch
+from prism_meta.training.outer import ALPHA, outer_step
+from prism_meta.training.trainer import Trainer
+
+if TYPE_CHECKING:  # it takes two seconds to import
+    from lightning_fabric import Fabric
+
+#: Prepared cases, from which episodes are drawn, or episodes (D_train, D_meta).
+Source = Sequence[CachedCase] | Dataset[tuple[Batch, Batch]] | Sequence[tuple[Batch, Batch]]
+#: Called every few steps with the step and the newest line of the log.
+OnStep = Callable[[int, dict[str, Any]], None]
+
+
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    strategy: MetaStrategy,
+    cases: Source,
+    *,
+    steps: int | None = None,
+    patch: Sequence[int] | None = None,
+    batch_size: int = 8,
+    optimizer: Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    alpha: float | None = None,
+    inner_lr: Tensor | None = None,
+    inner_state: InnerState = "fresh",
+    buffers: Buffers = "outer",
+    clip_norm: float | None = 5.0,
+    episodes_per_step: int = 1,
+    epoch: int | None = None,
+    fabric: Fabric | None = None,
+    folder: Path | str | None = None,
+    checkpoint_every: int = 100,
+    resume: bool = False,
+    workers: int = 0,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> list[dict[str, Any]]:
+    """Train ``model`` in two levels, in place.
+
+    The model is in evaluation mode afterwards.
+
+    Args:
+        model: a ``PrismNet``, ``wrap(net)``, or any module that ``objective`` can call.
+        objective: ``objective(forward, batch)``, e.g. ``PrismObjective()``.
+        strategy: how the meta-gradient is computed, e.g. ``FirstOrder(SGD(0.05))``.
+        cases: prepared cases, see ``prepare``; or episodes: a dataset or list whose item t is
+            (D_train, D_meta). Build ``Episodes`` yourself to choose masks and augmentation.
+        steps: number of outer steps. Defaults to 1000 for cases, and to all episodes of a dataset.
+        patch: size in voxels of the patches drawn from cases. Defaults to (96, 96) or (64, 64, 64),
+            whichever fits the model's ``spatial_dims``.
+        batch_size: size of each of the two batches drawn from cases.
+        optimizer: the outer optimizer. Defaults to the one that the strategy prescribes, otherwise to
+            AdamW over the model's parameters and all learned hyper-parameters.
+        scheduler: schedule of ``optimizer``, one step per outer step. Defaults to a polynomial decay
+            for the default optimizer, and to a constant rate for an optimizer of yours.
+        alpha: weight of phi~ - phi in E2. Defaults to 0.5, or to 0 if the strategy prescribes its own
+            outer step.
+        inner_lr: the tensor that is the inner optimizer's rate, if it is to decay with the outer rate.
+        inner_state: see ``MetaLearner``.
+        buffers: see ``MetaLearner``.
+        clip_norm: largest norm of the meta-gradient; None for no limit.
+        episodes_per_step: number of episodes that an outer step averages over.
+        epoch: outer steps per epoch, for objectives that change once per epoch. Defaults to one pass
+            over the cases.
+        fabric: devices and processes, launched. Defaults to one device.
+        folder: folder for ``checkpoint.pt`` and ``metrics.jsonl``. Defaults to no files.
+        checkpoint_every: number of outer steps between checkpoints.
+        resume: resume from the checkpoint in ``folder``.
+        workers: number of additional processes that load data.
+        seed: seed of episodes and dropout.
+        on_step: called every few steps with the step and the newest line of the log.
+
+    Returns:
+        The log, one dictionary per step: losses, terms, gradient norm and learning rate.
+
+    Raises:
+        PrismError: a loss is not finite, no episode can be drawn, or there is nothing to resume from.
+        ValueError: an argument is out of range; see ``MetaLearner``.
+
+    Example:
+        >>> import torch
+        >>> from prism_meta.bilevel.inner import SGD
+        >>> from prism_meta.bilevel.strategies import FirstOrder
+        >>> from prism_meta.networks.wrapped import wrap
+        >>> from prism_meta.objective.prism import PrismObjective
+        >>> model = wrap(nn.Conv2d(2, 3, 1), modalities=("t1", "t2"))
+        >>> batch = Batch(torch.randn(2, 2, 8, 8), torch.ones(2, 2).bool(), torch.ones(2, 8, 8).long())
+        >>> log = fit(model, PrismObjective(), FirstOrder(SGD(0.05)), [(batch, batch)] * 2)
+        >>> [line["step"] for line in log]
+        [1, 2]
+    """
+    if fabric is None:
+        from lightning_fabric import Fabric
+
+        fabric = Fabric(devices=1)
+        fabric.launch()
+    episodes = cases
+    if _are_cases(cases):
+        episodes = Episodes(
+            cases,  # type: ignore[arg-type]
+            patch=patch_of(model, patch),
+            batch_size=batch_size,
+            steps=(steps or 1000) * episodes_per_step,
+            seed=seed,
+            rank=fabric.global_rank,
+        )
+    available = len(episodes) // episodes_per_step  # type: ignore[arg-type]
+    steps = available if steps is None else steps
+    if not 1 <= steps <= available:
+        raise ValueError(
+            f"steps: got {steps}, expected 1 to {available}: {len(episodes)} episodes, "  # type: ignore[arg-type]
+            f"{episodes_per_step} per step; give more episodes or fewer steps"
+        )
+    fabric.to_device(model)
+    if isinstance(objective, nn.Module):
+        objective.to(fabric.device)
+    if optimizer is None:
+        outer = outer_step(model, objective, strategy, steps=steps, alpha=_given(alpha))
+        optimizer, alpha = outer.optimizer, outer.alpha if alpha is None else alpha
+        scheduler = scheduler or outer.scheduler
+    folder = None if folder is None else writable_folder(folder)
+    trainer = Trainer(
+        MetaLearner(
+            model,
+            objective,
+            strategy,
+            optimizer,
+            alpha=_given(alpha),
+            inner_state=inner_state,
+            buffers=buffers,
+            clip_norm=clip_norm,
+        ),
+        episodes,  # type: ignore[arg-type]
+        fabric=fabric,
+        scheduler=scheduler,
+        checkpoint=None if folder is None else folder / "checkpoint.pt",
+        metrics=None if folder is None else folder / "metrics.jsonl",
+        inner_lr=inner_lr,
+        episodes_per_step=episodes_per_step,
+        epoch=epoch or _epoch(episodes, episodes_per_step * fabric.world_size),
+        checkpoint_every=checkpoint_every,
+        workers=workers,
+        seed=seed,
+    )
+    history = trainer.fit(steps=steps, resume=resume, on_step=on_step)
+    model.eval()
+    return history
+
+
+def _given(alpha: float | None) -> float:
+    return ALPHA if alpha is None else alpha
+
+
+def _are_cases(cases: Source) -> bool:
+    return isinstance(cases, Sequence) and all(isinstance(case, CachedCase) for case in cases)
+
+
+def _epoch(episodes: object, episodes_per_step: int) -> int | None:
+    """Outer steps in which as many cases are drawn as there are."""
+    if not isinstance(episodes, Episodes):
+        return None
+    return math.ceil(len(episodes.cases) / (2 * episodes.batch_size * episodes_per_step))
