@@ -22,9 +22,10 @@ from prism_meta.bilevel.strategies import (
     register_strategy,
 )
 from prism_meta.data.availability import draw_availability
-from prism_meta.data.cases import Case, load_cases
+from prism_meta.data.cases import Case
 from prism_meta.data.episodes import Episodes
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
+from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.masking import (
     BalancedMask,
     DynamicMask,

@@ -53,7 +53,7 @@ class Predictor:
 
     Example:
         >>> import tempfile
-        >>> from prism_meta.data.cases import load_cases
+        >>> from prism_meta.data.layouts.folders import load_cases
         >>> from prism_meta.data.phantom import write_phantoms
         >>> from prism_meta.networks.prism import PrismNet
         >>> folder = tempfile.mkdtemp()

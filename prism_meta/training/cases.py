@@ -10,7 +10,8 @@ import torch
 
 from prism_meta.data.availability import apply_availability, drop_modalities
 from prism_meta.data.cache import CachedCase, prepare
-from prism_meta.data.cases import Case, load_cases
+from prism_meta.data.cases import Case
+from prism_meta.data.layouts.folders import load_cases
 from prism_meta.errors import ConfigError
 from prism_meta.training.build import build_label_set, build_preprocessing, configuration_keys
 from prism_meta.training.config import Config

@@ -74,7 +74,7 @@ def outer_step(
         ('AdamW', 0.5)
     """
     params = list(model.parameters())
-    prescribed = strategy.outer(params, steps)
+    prescribed = strategy.outer_optimizer(params, steps)
     if prescribed is not None:
         return Outer(*prescribed, alpha=0.0, prescribed=True)
     groups: list[dict[str, Any]] = [{"params": params}]

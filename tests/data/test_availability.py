@@ -17,7 +17,7 @@ from prism_meta.data.availability import (
     drop_modalities,
     read_availability,
 )
-from prism_meta.data.cases import load_cases
+from prism_meta.data.layouts.folders import load_cases
 from prism_meta.errors import CaseError
 from prism_meta.modalities import BRATS
 

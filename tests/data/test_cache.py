@@ -12,8 +12,9 @@ import torch
 from niftis import SHAPE, write_case, write_cases
 
 from prism_meta.data.cache import prepare
-from prism_meta.data.cases import Case, load_cases
+from prism_meta.data.cases import Case
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
+from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.errors import CaseError, OutputError
 

@@ -12,7 +12,7 @@ import pytest
 from helpers import faults_of
 from niftis import SHAPE, cut, save, write_case
 
-from prism_meta.data.cases import load_cases
+from prism_meta.data.layouts.folders import load_cases
 from prism_meta.modalities import BRATS
 
 KEEP = "restore it or remove it (a missing modality is allowed)"

@@ -13,8 +13,9 @@ import pytest
 import torch
 from niftis import cut, save, write_case
 
-from prism_meta.data.cases import Case, load_cases
+from prism_meta.data.cases import Case
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
+from prism_meta.data.layouts.folders import load_cases
 from prism_meta.errors import CaseError, PrismError
 from prism_meta.modalities import BRATS
 

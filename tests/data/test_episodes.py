@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from prism_meta.data.augmentation import Augmentation
 from prism_meta.data.cache import CachedCase, prepare
-from prism_meta.data.cases import load_cases
 from prism_meta.data.episodes import Episodes
 from prism_meta.data.labels import BRATS_LABELS
+from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.masking import DynamicMask, FullMask, SingleModalityMask, StaticMask
 from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.errors import ConfigError

@@ -12,8 +12,9 @@ import torch
 from niftis import SHAPE, write_case
 from torch import Tensor
 
-from prism_meta.data.cases import Volume, load_cases
+from prism_meta.data.cases import Volume
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
+from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.errors import CaseError
 from prism_meta.modalities import BRATS

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from prism_meta.data import restore as restoring
-from prism_meta.data.cases import Volume, load_cases
+from prism_meta.data.cases import Volume
 from prism_meta.data.labels import BRATS_LABELS
+from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.preprocessing import Prepared, Preprocessing
 from prism_meta.data.restore import restore_classes, restore_maps
 

@@ -15,8 +15,9 @@ import torch
 from niftis import SHAPE
 from torch import Tensor, nn
 
-from prism_meta.data.cases import Case, Volume, load_cases
+from prism_meta.data.cases import Case, Volume
 from prism_meta.data.labels import BRATS_LABELS
+from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.evaluation import windows
 from prism_meta.evaluation.metrics import DiagonalEmpty, EmptyPolicy, NanEmpty, dice_hd95

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from prism_meta.bilevel.inner import SGD
 from prism_meta.bilevel.strategies import FirstOrder, SecondOrder
-from prism_meta.data.cases import load_cases
 from prism_meta.data.labels import LabelSet
+from prism_meta.data.layouts.folders import load_cases
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.modalities import subsets
 from prism_meta.networks.wrapped import MultiEncoderNet, wrap

@@ -16,8 +16,8 @@ from prism_meta.bilevel.inner import SGD
 from prism_meta.bilevel.learner import MetaLearner
 from prism_meta.bilevel.strategies import FirstOrder, Reptile
 from prism_meta.data.cache import prepare
-from prism_meta.data.cases import load_cases
 from prism_meta.data.labels import BRATS_LABELS
+from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.errors import PrismError
 from prism_meta.networks.wrapped import wrap

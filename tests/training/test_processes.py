@@ -13,7 +13,7 @@ from niftis import write_cases
 from safetensors.torch import load_file
 
 from prism_meta.data.cache import prepare
-from prism_meta.data.cases import load_cases
+from prism_meta.data.layouts.folders import load_cases
 from prism_meta.modalities import Batch
 from prism_meta.training.build import (
     build_episodes,

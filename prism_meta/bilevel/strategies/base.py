@@ -176,7 +176,7 @@ class MetaStrategy(ABC):
         """Estimated bytes beyond the model at K = ``steps``, for each way to use this class."""
         return {}
 
-    def outer(
+    def outer_optimizer(
         self, params: Sequence[nn.Parameter], total_steps: int
     ) -> tuple[Optimizer, LRScheduler] | None:
         """The outer optimizer and its schedule if the method prescribes them; alpha is 0 then."""

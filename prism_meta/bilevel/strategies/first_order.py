@@ -175,7 +175,7 @@ class Reptile(AdaptingStrategy):
         moved = {n: model.trainable[n] - inner.params[n] for n in inner.used}
         return pack(model, inner, measured, moved)
 
-    def outer(
+    def outer_optimizer(
         self, params: Sequence[nn.Parameter], total_steps: int
     ) -> tuple[Optimizer, LRScheduler]:
         optimizer = torch.optim.SGD(params, lr=1.0)

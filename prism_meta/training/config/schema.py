@@ -179,7 +179,7 @@ class MetaConfig(_Section):
     @property
     def prescribes_outer(self) -> bool:
         """Whether the strategy brings an outer optimizer of its own."""
-        return self.kind.outer is not MetaStrategy.outer
+        return self.kind.outer_optimizer is not MetaStrategy.outer_optimizer
 
     @field_validator("strategy")
     @classmethod
