@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from prism_meta.bilevel.functional.checks import loss_fault, parameters_with_hooks
+from prism_meta.bilevel.functional.checks import (
+    loss_fault,
+    not_finite,
+    parameters_with_hooks,
+)
 from prism_meta.bilevel.functional.errors import HiddenParameterError, NonFiniteError
 from prism_meta.bilevel.functional.model import FunctionalModel
 from prism_meta.bilevel.functional.protocols import LearnedObjective, Objective
@@ -197,7 +201,7 @@ class MetaLearner:
         kept = {"outer": result.buffers, "inner": result.inner_buffers, "isolated": Params()}
         buffers = kept[self.buffers]
         if self.scaler is None:
-            self._refuse_non_finite(result, norm, buffers)
+            self._refuse_non_finite(result, buffers)
         elif not norm.isfinite():
             self._skip(targets)
             return norm
@@ -251,29 +255,22 @@ class MetaLearner:
             raise HiddenParameterError(str(fault))
         self._checked = True
 
-    def _refuse_non_finite(
-        self, result: MetaGradient, norm: Tensor, buffers: Mapping[str, Tensor]
-    ) -> None:
+    def _refuse_non_finite(self, result: MetaGradient, buffers: Params) -> None:
         """Raise if anything that the step would write is not finite: its one device synchronisation."""
         scalars = {"train loss": result.train_loss, "meta loss": result.meta_loss}
-        floating = {n: b for n, b in buffers.items() if b.is_floating_point()}
-        pulled = result.adapted if self.alpha > 0 else {}
-        every = [*scalars.values(), norm]
-        for values in (floating, pulled):
-            if values:
-                every.append(torch.nn.utils.get_total_norm(values.values()))
-        if torch.stack([v.to(norm.device, norm.dtype).isfinite() for v in every]).all():
-            return
-        named = {**scalars, **{f"term {n}": t for n, t in result.terms.items()}}
-        wrong = [n for n, t in named.items() if not t.isfinite().all()]
-        for kind, group in (("gradient", result.gradient), ("buffer", floating), ("phi~", pulled)):
-            wrong += [f"{kind} of {n}" for n, t in group.items() if not t.isfinite().all()][:1]
-        cases = f" on cases {', '.join(result.case_ids)}" if result.case_ids else ""
-        raise NonFiniteError(
-            f"outer step: not finite{cases}: {', '.join(wrong) or 'the norm of the gradient'}; the "
-            "parameters were left as they are; check the images and targets, or lower the inner or "
-            "outer rate"
-        )
+        groups = {
+            "gradient of": result.gradient,
+            "hyper-gradient of": {**result.hyper_gradient, **result.weight_gradient},
+            "phi~ of": result.adapted if self.alpha > 0 else {},
+            "buffer": {n: b for n, b in buffers.items() if b.is_floating_point()},
+        }
+        wrong = not_finite(scalars, result.terms, groups)
+        if wrong:
+            cases = f" on cases {', '.join(result.case_ids)}" if result.case_ids else ""
+            raise NonFiniteError(
+                f"outer step: not finite{cases}: {', '.join(wrong)}; the parameters were left as they "
+                "are; check the images and targets, or lower the inner or outer rate"
+            )
 
     def _optimize(self, targets: Sequence[Tensor]) -> None:
         """The optimizer's step on ``targets``, those of its parameters that have a gradient."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from prism_meta.bilevel.functional.trees import Params
+
 
 def check_model(
     model: nn.Module, modules: Sequence[nn.Module], params: Mapping[str, Tensor]
@@ -100,6 +102,24 @@ def foreign_leaves(
     """Leaves that require a gradient and are neither ``params`` nor ``known``: they are never trained."""
     given = {id(t) for t in (*params.values(), *known)}
     return [leaf for leaf in graph_leaves(loss) if id(leaf) not in given]
+
+
+def not_finite(
+    scalars: Mapping[str, Tensor], terms: Mapping[str, Tensor], groups: Mapping[str, Params]
+) -> list[str]:
+    """What is not finite, by name: all scalars and terms, and the first tensor of each group.
+
+    It synchronises the device once if everything is finite. A norm that overflows counts as not finite.
+    """
+    norms = {kind: torch.nn.utils.get_total_norm(g.values()) for kind, g in groups.items() if g}
+    every = [*scalars.values(), *norms.values()]
+    if torch.stack([v.isfinite().to(every[0].device) for v in every]).all():
+        return []
+    named = {**scalars, **{f"term {n}": t for n, t in terms.items()}}
+    wrong = [n for n, t in named.items() if not t.isfinite().all()]
+    for kind, group in groups.items():
+        wrong += [f"{kind} {n}" for n, t in group.items() if not t.isfinite().all()][:1]
+    return wrong or [f"the norm of the {kind.split()[0]}" for kind in norms]
 
 
 def graph_nodes(tensor: Tensor) -> Iterator[Any]:
