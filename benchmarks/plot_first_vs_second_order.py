@@ -3,8 +3,9 @@
     python benchmarks/plot_first_vs_second_order.py     # the picture in the README
     python benchmarks/plot_first_vs_second_order.py benchmarks/results/first_vs_second_order_segresnet_24.json
 
-Points are the median over the rounds, bars the fastest and slowest round. The peers (higher,
-learn2learn and TorchOpt) are drawn in grey under one label. Nothing is measured here.
+Times are relative to first order with the same K in the same round. Points are the median over the
+rounds, bars the smallest and largest ratio. The peers (higher, learn2learn and TorchOpt) are drawn in
+grey under one label. Nothing is measured here.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from measuring import in_each_round
 from rich.console import Console
 
 HERE = Path(__file__).parent
@@ -52,12 +54,12 @@ LINES = (
 
 
 def draw(axes: Axes, results: list[dict[str, Any]], quantity: str) -> None:
-    """One panel: ``quantity`` (``seconds`` or ``peak_mib``) of every method against K."""
+    """One panel: ``quantity`` (``ratio`` or ``peak_mib``) of every method against K."""
     steps = [r["setting"]["steps"] for r in results]
     for line in LINES:
         # The label belongs to the first of several methods: one legend entry for all of them.
         for number, name in enumerate(n for n in line.methods if n in results[0]["methods"]):
-            every = [_several(r["methods"][name][quantity]) for r in results]
+            every = [_rounds(r["methods"], name, quantity) for r in results]
             middle = [statistics.median(values) for values in every]
             spread = [
                 [m - min(values) for m, values in zip(middle, every, strict=True)],
@@ -78,9 +80,9 @@ def plot(path: Path, out: Path) -> None:
     """Two panels beside each other: time and memory."""
     results = json.loads(path.read_text())["results"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.9), layout="constrained")
-    draw(left, results, "seconds")
+    draw(left, results, "ratio")
     draw(right, results, "peak_mib")
-    left.set_title("time of one meta-gradient, s", loc="left", fontsize=11)
+    left.set_title("time of one meta-gradient / first order", loc="left", fontsize=11)
     right.set_title("peak memory above the net's, MiB", loc="left", fontsize=11)
     setting = results[0]["setting"]
     net = NETS.get(setting["net"], setting["net"])
@@ -96,9 +98,11 @@ def plot(path: Path, out: Path) -> None:
     figure.savefig(out, dpi=130)
 
 
-def _several(value: float | list[float]) -> list[float]:
+def _rounds(methods: dict[str, Any], name: str, quantity: str) -> list[float]:
     """The rounds of a quantity; memory is measured once."""
-    return value if isinstance(value, list) else [value]
+    if quantity == "ratio":
+        return in_each_round(methods[name]["seconds"], methods["FirstOrder"]["seconds"])
+    return [methods[name][quantity]]
 
 
 def main() -> None:
