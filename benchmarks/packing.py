@@ -36,7 +36,7 @@ from torch.nn import functional as F  # noqa: N812, torch's own convention
 from torch.utils.flop_counter import FlopCounterMode
 
 import prism_meta as pm
-from prism_meta.networks.prism import Branch, Pairs, Prediction
+from prism_meta.networks.prediction import DecoderOutput, Prediction, ShownPairs
 
 #: Number of shown modalities -> target for the time of a step, relative to all four shown.
 TARGETS = {4: 1.0, 2: 0.6, 1: 0.4}
@@ -76,12 +76,12 @@ class Loop(nn.Module):
         unimodal = [
             net.unimodal_decoder(lambda s, guide, m=m: scales[m][s]).logits for m in modalities
         ]
-        pairs = Pairs.of(mask)
+        pairs = ShownPairs.from_mask(mask)
         return Prediction(
             fused, _pick(alone, pairs), torch.stack(unimodal)[pairs.modality, pairs.sample], pairs
         )
 
-    def _fused(self, scales: list[list[Tensor]], mask: Tensor) -> Branch:
+    def _fused(self, scales: list[list[Tensor]], mask: Tensor) -> DecoderOutput:
         """Fuse all modalities; those that ``mask`` hides get the weight 0."""
 
         def fuse(scale: int, guide: Tensor | None) -> Tensor:
@@ -112,12 +112,12 @@ class Loop(nn.Module):
         return self.net.decoder(fuse)
 
 
-def _pick(branches: list[Branch], pairs: Pairs) -> Branch:
+def _pick(branches: list[DecoderOutput], pairs: ShownPairs) -> DecoderOutput:
     def pick(maps: list[Tensor]) -> Tensor:
         return torch.stack(maps)[pairs.modality, pairs.sample]
 
     prm = zip(*(b.prm for b in branches), strict=True)
-    return Branch(
+    return DecoderOutput(
         pick([b.logits for b in branches]),
         pick([b.features for b in branches]),
         tuple(pick(list(maps)) for maps in prm),

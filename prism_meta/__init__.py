@@ -36,10 +36,12 @@ from prism_meta.data.masking import (
 from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.errors import CaseError, ConfigError, PrismError
 from prism_meta.evaluation.predictor import Predictor, evaluate, predict
-from prism_meta.modalities import BRATS, Batch, subset_name, subsets
+from prism_meta.modalities import BRATS, Batch, subset, subset_name, subsets
 from prism_meta.networks.fusion import AttentionFusion, Fusion, MeanFusion, RegionAwareFusion
-from prism_meta.networks.prism import Prediction, PrismNet
-from prism_meta.networks.wrapped import wrap
+from prism_meta.networks.multi_encoder import MultiEncoderNet
+from prism_meta.networks.prediction import Prediction, SegmentationModel
+from prism_meta.networks.prism import PrismNet
+from prism_meta.networks.wrapped import WrappedNet, wrap
 from prism_meta.objective import losses
 from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights, RelativePreference
@@ -87,6 +89,7 @@ __all__ = [
     "MetaLearner",
     "MetaSGD",
     "MetaStrategy",
+    "MultiEncoderNet",
     "Prediction",
     "Predictor",
     "Preflight",
@@ -100,12 +103,14 @@ __all__ = [
     "Reptile",
     "Run",
     "SecondOrder",
+    "SegmentationModel",
     "SingleLevel",
     "SingleModalityMask",
     "StaticMask",
     "StepBatches",
     "Trained",
     "Trainer",
+    "WrappedNet",
     "compare",
     "draw_availability",
     "evaluate",
@@ -117,6 +122,7 @@ __all__ = [
     "preflight",
     "read_records",
     "register_strategy",
+    "subset",
     "subset_name",
     "subsets",
     "summarize",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -90,3 +91,34 @@ def subset_name(subset: Tensor | Sequence[bool], modalities: Sequence[str]) -> s
         'flair+t1'
     """
     return "+".join(name for name, shown in zip(modalities, subset, strict=True) if shown)
+
+
+def subset(names: str | Iterable[str], modalities: Sequence[str] = BRATS) -> Tensor:
+    """The subset with these modalities, the inverse of ``subset_name``.
+
+    Args:
+        names: names joined by ``+``, or a sequence of names.
+        modalities: all M modalities, in the model's order.
+
+    Returns:
+        bool (M,).
+
+    Raises:
+        ValueError: a name is unknown or given twice, or there is none.
+
+    Example:
+        >>> subset("t1+flair", ("flair", "t1ce", "t1"))
+        tensor([ True, False,  True])
+    """
+    chosen = names.split("+") if isinstance(names, str) else list(names)
+    unknown = [name for name in chosen if name not in modalities]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], modalities, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"subset: unknown modality {', '.join(map(repr, unknown))}, expected some of "
+            f"{', '.join(modalities)}{hint}"
+        )
+    if not chosen or len(set(chosen)) != len(chosen):
+        raise ValueError(f"subset: got {names!r}, expected different names, at least one")
+    return torch.tensor([name in chosen for name in modalities])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
 
-from prism_meta.modalities import BRATS, Batch, subset_name, subsets
+from prism_meta.modalities import BRATS, Batch, subset, subset_name, subsets
 
 
 def test_the_fifteen_subsets_of_four_by_size_then_order() -> None:
@@ -81,3 +84,26 @@ def test_a_target_that_does_not_fit_is_refused(size: tuple[int, ...]) -> None:
         match=rf"target: got {got}, expected \(B, \*S\) = \(2, 4, 5\) for image \(2, 3, 4, 5\)",
     ):
         Batch(torch.zeros(2, 3, 4, 5), torch.ones(2, 3).bool(), torch.zeros(size).long())
+
+
+def test_a_subset_by_name_is_the_inverse_of_its_name() -> None:
+    for row in subsets(4):
+        assert torch.equal(subset(subset_name(row, BRATS)), row)
+    assert torch.equal(subset(["t2", "t1"]), torch.tensor([False, False, True, True]))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (
+            "flair+t1c",
+            "subset: unknown modality 't1c', expected some of flair, t1ce, t1, t2; did you mean t1ce?",
+        ),
+        ("t1+t1", "subset: got 't1+t1', expected different names, at least one"),
+        ([], "subset: got [], expected different names, at least one"),
+        ("", "subset: unknown modality '', expected some of flair, t1ce, t1, t2"),
+    ],
+)
+def test_names_that_are_no_subset_are_refused(names: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        subset(names)

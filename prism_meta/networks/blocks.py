@@ -1,4 +1,4 @@
-"""What PrismNet's encoders and decoders are made of, in 2-D and 3-D."""
+"""Convolutions, blocks and the encoder of PrismNet, in 2-D and 3-D."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
-#: Below so many values in (C, D, H) of a batch of one, torch's CPU convolution leaves oneDNN.
+#: With at most this many values in (C, D, H) and a batch of one, torch's CPU convolution does not use oneDNN.
 _SLOW_BELOW = 20_480
 
 
 class Conv3d(nn.Conv3d):
     """A 3 x 3 x 3 convolution, padded by 1, that stays fast on a CPU for a batch of one.
 
-    torch gives a batch of one with few channels to a kernel that is up to 15 times slower than
-    oneDNN's. Two slabs that share the voxels around the cut are a batch of two, with the same numbers
-    to rounding, and cost half of a real batch of two.
+    For a batch of one with few channels, torch selects a kernel that is up to 15 times slower than
+    oneDNN's. This layer cuts the volume into two overlapping slabs and runs them as a batch of two. The
+    result is the same up to rounding, at half the cost of a real batch of two.
 
     Args:
         ins: C of the input.
         outs: C of the output.
-        stride: 1, or 2 to halve the grid.
-        bias: add a learned constant per channel.
+        stride: 1, or 2 to halve the grid. Defaults to 1.
+        bias: True adds a learned constant per channel. Defaults to True.
 
     Example:
         >>> conv = Conv3d(2, 3)
@@ -41,11 +41,13 @@ class Conv3d(nn.Conv3d):
         slow = len(x) == 1 and x.device.type == "cpu" and x[..., 0].numel() <= _SLOW_BELOW
         if not slow or planes < 2:
             return super().forward(x)
-        half = (planes + 1) // 2  # an odd number of planes: the middle one is in both slabs
-        taken = (half - 1) * self.stride[0] + 3
+        half = (
+            planes + 1
+        ) // 2  # if the number of planes is odd, both slabs compute the middle one
+        slab = (half - 1) * self.stride[0] + 3
         second = (planes - half) * self.stride[0]
         padded = F.pad(x, (0, 0, 0, 0, 1, 1))
-        slabs = torch.cat((padded[:, :, :taken], padded[:, :, second : second + taken]))
+        slabs = torch.cat((padded[:, :, :slab], padded[:, :, second : second + slab]))
         out = F.conv3d(slabs, self.weight, self.bias, self.stride, padding=(0, 1, 1))
         return torch.cat((out[:1, :, : planes - half], out[1:]), 2)
 
@@ -65,7 +67,7 @@ class Conv2d(nn.Conv2d):
 def conv(
     ins: int, outs: int, spatial_dims: int, *, stride: int = 1, bias: bool = True
 ) -> nn.Module:
-    """A convolution over the neighbours of each voxel."""
+    """A convolution over the 3 x 3 (x 3) neighbourhood of each voxel."""
     kind = Conv3d if spatial_dims == 3 else Conv2d
     return kind(ins, outs, stride=stride, bias=bias)
 
@@ -79,7 +81,7 @@ def pointwise(
 
 
 def block(ins: int, outs: int, spatial_dims: int, *, stride: int = 1) -> nn.Sequential:
-    """Twice: convolution, instance normalisation, LeakyReLU."""
+    """Two times (convolution, instance normalisation, LeakyReLU)."""
     return nn.Sequential(
         conv(ins, outs, spatial_dims, stride=stride, bias=False),
         _norm(outs),
@@ -91,10 +93,10 @@ def block(ins: int, outs: int, spatial_dims: int, *, stride: int = 1) -> nn.Sequ
 
 
 class Encoder(nn.Module):
-    """(N, 1, *S) to features at every scale, the finest first.
+    """Maps images (N, 1, *S) to features at every scale, finest first.
 
     Args:
-        channels: C at each scale.
+        channels: C at each scale, finest first.
         spatial_dims: 2 or 3.
 
     Example:
@@ -119,5 +121,5 @@ class Encoder(nn.Module):
 
 
 def _norm(channels: int) -> nn.Module:
-    """Instance normalisation; as a GroupNorm it costs a third of torch's InstanceNorm on a CPU."""
+    """Instance normalisation. On a CPU, GroupNorm takes a third of the time of torch's InstanceNorm."""
     return nn.GroupNorm(channels, channels)

@@ -1,8 +1,9 @@
 """PrismNet: one encoder per modality, fusion at every scale, a fused and a unimodal decoder.
 
-All work is done on *pairs*, the (sample, modality) combinations that are shown, packed into one
-batch of P. What is not shown is never computed, so it can change neither an output nor a gradient.
-Each encoder runs once on its pairs, and each decoder once on everything there is to decode.
+The network works on the *shown pairs*, the sample-modality combinations that the mask shows, packed
+into one batch of P rows. Hidden modalities are never computed, so they can change neither an output
+nor a gradient. Each encoder runs once, and each decoder runs once for all rows that it has to decode.
+Prm maps are coarse-scale outputs of the fused decoder.
 """
 
 from __future__ import annotations
@@ -17,126 +18,29 @@ from torch.nn import functional as F  # noqa: N812, torch's own convention
 
 from prism_meta.networks.blocks import Encoder, block, conv, pointwise
 from prism_meta.networks.fusion import Fusion, Groups, RegionAwareFusion
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The shown (sample, modality) pairs of a batch, modality by modality.
-
-    Args:
-        sample: (P,) long, index of the sample.
-        modality: (P,) long, index of the modality.
-        mask: bool (B, M), what they were made from.
-
-    Example:
-        >>> Pairs.of(torch.tensor([[True, False], [True, True]])).sample
-        tensor([0, 1, 1])
-    """
-
-    sample: Tensor
-    modality: Tensor
-    mask: Tensor
-
-    @classmethod
-    def of(cls, mask: Tensor) -> Pairs:
-        """The pairs of ``mask``, bool (B, M).
-
-        Raises:
-            ValueError: a sample is shown no modality.
-        """
-        modality, sample = mask.T.nonzero(as_tuple=True)
-        if not mask.any(1).all():
-            raise ValueError(
-                "mask: a sample is shown no modality; each row needs at least one True"
-            )
-        return cls(sample, modality, mask)
-
-    def none(self) -> Pairs:
-        """No pair of the same batch, for a prediction without unimodal outputs."""
-        return Pairs(self.sample[:0], self.modality[:0], self.mask)
-
-    def scatter(self, packed: Tensor) -> Tensor:
-        """(P, ...) to (B, M, ...), zero where a pair is not shown."""
-        shape = (*self.mask.shape, *packed.shape[1:])
-        return packed.new_zeros(shape).index_put((self.sample, self.modality), packed)
-
-
-@dataclass(frozen=True)
-class Branch:
-    """What one pass of a decoder gives.
-
-    Args:
-        logits: (N, K, *S).
-        features: (N, C, *S), what the logits are a linear map of.
-        prm: logits at coarser scales, the finest first: (N, K, *S / 2), (N, K, *S / 4), ...
-    """
-
-    logits: Tensor
-    features: Tensor
-    prm: tuple[Tensor, ...] = ()
-
-    def take(self, rows: Tensor | slice) -> Branch:
-        """The branch of some of the N."""
-        return Branch(self.logits[rows], self.features[rows], tuple(p[rows] for p in self.prm))
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model gives for a batch of B samples with P shown pairs.
-
-    Args:
-        branch: the fused branch: all shown modalities (N = B).
-        alone: the same decoder shown one modality at a time (N = P): the students of E8 and E9.
-        unimodal_packed: (P, K, *S) logits of the shared unimodal decoder.
-        pairs: which sample and modality each of the P belongs to.
-    """
-
-    branch: Branch
-    alone: Branch
-    unimodal_packed: Tensor
-    pairs: Pairs
-
-    @property
-    def fused(self) -> Tensor:
-        """(B, K, *S) logits from all shown modalities."""
-        return self.branch.logits
-
-    @property
-    def prm(self) -> tuple[Tensor, ...]:
-        """Coarse logits of the fused branch, the finest first."""
-        return self.branch.prm
-
-    @property
-    def features(self) -> Tensor:
-        """(B, C, *S) features of the fused branch."""
-        return self.branch.features
-
-    @property
-    def unimodal(self) -> Tensor:
-        """(B, M, K, *S) logits of each modality alone; 0 where it is not shown."""
-        return self.pairs.scatter(self.unimodal_packed)
+from prism_meta.networks.prediction import DecoderOutput, Prediction, ShownPairs
 
 
 class PrismNet(nn.Module):
     """One segmentation network for every subset of modalities.
 
     Args:
-        num_modalities: M.
-        num_classes: K, background included.
-        spatial_dims: 2 or 3.
-        width: channels at full resolution; they double at each of the ``depth`` scales.
-        depth: number of scales, at least 2.
-        fusion: class of the fusions: ``RegionAwareFusion``, ``MeanFusion``, ``AttentionFusion``, or
-            another ``Fusion``.
+        num_modalities: M. Defaults to 4.
+        num_classes: K, including the background. Defaults to 4.
+        spatial_dims: 2 or 3. Defaults to 3.
+        width: number of channels at full resolution; it doubles at each coarser scale. Defaults to 8.
+        depth: number of scales, at least 2. Defaults to 4.
+        fusion: class that fuses the modalities at each scale: ``RegionAwareFusion`` (the default),
+            ``MeanFusion``, ``AttentionFusion`` or another subclass of ``Fusion``.
 
-    Shapes: ``model(image, mask)`` with image (B, M, *S) and mask bool (B, M) gives a ``Prediction``;
-    with ``unimodal=False`` one without pairs, for which the fused branch alone is computed.
-    ``model.segment(image, mask)`` gives its logits (B, K, *S).
+    Shapes: ``model(image, mask)`` takes image (B, M, *S) and mask bool (B, M) and returns a
+    ``Prediction``. With ``unimodal=False`` it computes only the fused branch, and the prediction has no
+    pairs. ``model.segment(image, mask)`` returns the fused logits (B, K, *S).
 
     Raises:
-        ValueError: an argument is out of range, or the image has another number of modalities.
+        ValueError: an argument is out of range; later, the image has another number of modalities.
 
-    Source: PRISM; RFNet (Ding et al., ICCV 2021) for the two decoders, and for prm maps that guide the
+    Source: PRISM; RFNet (Ding et al., ICCV 2021) for the two decoders and for prm maps that guide the
     fusion at the next finer scale.
 
     Example:
@@ -164,7 +68,7 @@ class PrismNet(nn.Module):
                 raise ValueError(f"{name}: got {value}, expected at least {minimum}")
         if spatial_dims not in (2, 3):
             raise ValueError(f"spatial_dims: got {spatial_dims}, expected 2 or 3")
-        self.num_classes, self.spatial_dims = num_classes, spatial_dims
+        self.spatial_dims, self.num_classes = spatial_dims, num_classes
         channels = [width * 2**scale for scale in range(depth)]
         self.encoders = nn.ModuleList(
             Encoder(channels, spatial_dims) for _ in range(num_modalities)
@@ -187,36 +91,36 @@ class PrismNet(nn.Module):
     def forward(self, image: Tensor, mask: Tensor, *, unimodal: bool = True) -> Prediction:
         pairs = self._pairs(image, mask)
         scales = self._encode(image, pairs)
-        work = _Work.of(pairs, unimodal=unimodal)
-        both = self._decode(scales, work)
+        plan = _DecodingPlan.of(pairs, unimodal=unimodal)
+        both = self._decode(scales, plan)
         if not unimodal:
-            branch = both.take(work.row)
-            return Prediction(branch, branch.take(slice(0)), branch.logits[:0], pairs.none())
+            branch = both.select(plan.sample_row)
+            return Prediction(branch, branch.select(slice(0)), branch.logits[:0], pairs.empty())
         return Prediction(
-            branch=both.take(work.row),
-            alone=both.take(slice(work.groups.size, None)),
+            fused_output=both.select(plan.sample_row),
+            single_modality=both.select(slice(plan.groups.size, None)),
             unimodal_packed=self.unimodal_decoder(lambda scale, guide: scales[scale]).logits,
             pairs=pairs,
         )
 
     def segment(self, image: Tensor, mask: Tensor) -> Tensor:
-        """The fused logits (B, K, *S) alone, for inference."""
+        """The fused logits (B, K, *S) only, for inference."""
         pairs = self._pairs(image, mask)
-        work = _Work.of(pairs, unimodal=False)
-        return self._decode(self._encode(image, pairs), work).logits[work.row]
+        plan = _DecodingPlan.of(pairs, unimodal=False)
+        return self._decode(self._encode(image, pairs), plan).logits[plan.sample_row]
 
     def segment_subsets(self, image: Tensor, subsets: Tensor) -> Tensor:
-        """The fused logits of many subsets of one batch, for inference: encoders run once.
+        """The fused logits for several subsets of one batch; each encoder runs once.
 
         Args:
-            image: (B, M, *S); a modality that no subset shows is not used.
-            subsets: bool (S, M), each with a modality.
+            image: (B, M, *S); a modality that is in no subset is not used.
+            subsets: bool (S, M); each row has at least one True.
 
         Returns:
-            (S, B, K, *S), those of ``segment`` with each subset for the whole batch.
+            (S, B, K, *S). Row s equals ``segment`` with subset s for the whole batch.
 
         Raises:
-            ValueError: as ``segment``.
+            ValueError: a subset is empty, or a shape does not fit.
 
         Example:
             >>> net = PrismNet(num_modalities=2, num_classes=3, spatial_dims=2, width=4)
@@ -229,11 +133,13 @@ class PrismNet(nn.Module):
         results = []
         for subset in subsets:
             shown = subset[pairs.modality].nonzero()[:, 0]
-            work = _Work.of(Pairs.of(subset.expand(len(image), -1)), unimodal=False)
-            results.append(self._decode([s[shown] for s in scales], work).logits[work.row])
+            plan = _DecodingPlan.of(
+                ShownPairs.from_mask(subset.expand(len(image), -1)), unimodal=False
+            )
+            results.append(self._decode([s[shown] for s in scales], plan).logits[plan.sample_row])
         return torch.stack(results)
 
-    def _pairs(self, image: Tensor, mask: Tensor) -> Pairs:
+    def _pairs(self, image: Tensor, mask: Tensor) -> ShownPairs:
         expected = (image.shape[0], len(self.encoders))
         if image.shape[1] != expected[1] or tuple(mask.shape) != expected:
             raise ValueError(
@@ -243,12 +149,12 @@ class PrismNet(nn.Module):
         coarsest = 2 ** (len(self.fusions) - 1)
         if max(image.shape[2:]) <= coarsest:
             raise ValueError(
-                f"image: {tuple(image.shape[2:])} voxels leave a single one at the coarsest of "
+                f"image: {tuple(image.shape[2:])} voxels leave one voxel at the coarsest of "
                 f"{len(self.fusions)} scales; use more than {coarsest}, or a smaller depth"
             )
-        return Pairs.of(mask)
+        return ShownPairs.from_mask(mask)
 
-    def _encode(self, image: Tensor, pairs: Pairs) -> list[Tensor]:
+    def _encode(self, image: Tensor, pairs: ShownPairs) -> list[Tensor]:
         """Features of the shown pairs at every scale, (P, C, *s) each, modality by modality."""
         per_modality = [
             encoder(image[pairs.sample[pairs.modality == m], m, None])
@@ -257,51 +163,53 @@ class PrismNet(nn.Module):
         ]
         return [torch.cat(scale) for scale in zip(*per_modality, strict=True)]
 
-    def _decode(self, scales: Sequence[Tensor], work: _Work) -> Branch:
-        """One pass of the fusion decoder for all of ``work``."""
+    def _decode(self, scales: Sequence[Tensor], plan: _DecodingPlan) -> DecoderOutput:
+        """Run the fused decoder once for all rows of ``plan``."""
 
         def regions(features: Tensor, guide: Tensor | None) -> Tensor:
             size = features.shape[2:]
             if guide is None:
-                shape = (work.groups.size, self.num_classes, *size)
+                shape = (plan.groups.size, self.num_classes, *size)
                 return features.new_full(shape, 1 / self.num_classes)
-            # The map guides the fusion and is not taught by it.
-            return _resize(guide[: work.groups.size].detach(), size).softmax(1)
+            # The prm map guides the fusion; the fusion does not train the map.
+            return _resize(guide[: plan.groups.size].detach(), size).softmax(1)
 
         def fuse(scale: int, guide: Tensor | None) -> Tensor:
             fusion, features = self.fusions[scale], scales[scale]
             parts = []
-            if work.groups.size:
-                parts.append(fusion(features[work.fused], work.groups, regions(features, guide)))
-            if len(work.alone):
-                parts.append(fusion.alone(features[work.alone]))  # type: ignore[operator]
+            if plan.groups.size:
+                parts.append(
+                    fusion(features[plan.fused_pairs], plan.groups, regions(features, guide))
+                )
+            if len(plan.single_pairs):
+                parts.append(fusion.fuse_single(features[plan.single_pairs]))  # type: ignore[operator]
             return torch.cat(parts)
 
-        branch: Branch = self.decoder(fuse)
+        branch: DecoderOutput = self.decoder(fuse)
         return branch
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What the fusion decoder has to do: groups of pairs to fuse, then pairs to decode alone.
+class _DecodingPlan:
+    """The rows that the fused decoder computes: G fused groups of pairs, then A single pairs.
 
     Args:
-        fused: (Q,) long, the pairs of samples that are shown several modalities.
-        groups: of these.
-        alone: (A,) long, the pairs to decode alone.
-        row: (B,) long, where each sample is among the G + A rows that are decoded.
+        fused_pairs: (Q,) long, the pairs of all samples that are shown several modalities.
+        groups: groups of ``fused_pairs``, one per sample.
+        single_pairs: (A,) long, the pairs that are decoded as a single modality.
+        sample_row: (B,) long, the row of each sample among the G + A rows.
     """
 
-    fused: Tensor
+    fused_pairs: Tensor
     groups: Groups
-    alone: Tensor
-    row: Tensor
+    single_pairs: Tensor
+    sample_row: Tensor
 
     @classmethod
-    def of(cls, pairs: Pairs, *, unimodal: bool) -> _Work:
-        """For all samples, and with ``unimodal`` for all pairs alone.
+    def of(cls, pairs: ShownPairs, *, unimodal: bool) -> _DecodingPlan:
+        """Decode every sample, and with ``unimodal`` also every pair as a single modality.
 
-        A sample that is shown one modality is that pair alone, which is decoded once.
+        A sample that is shown one modality is the same row as its only pair; it is decoded once.
         """
         several = pairs.mask.sum(1) > 1
         is_fused = several[pairs.sample]
@@ -316,24 +224,28 @@ class _Work:
 
 
 class _Decoder(nn.Module):
-    """Features at every scale to logits, with a prm head at each coarser scale if asked for."""
+    """Features at every scale to logits, with a head for prm maps at each coarser scale if ``with_prm``."""
 
     def __init__(
         self, channels: Sequence[int], num_classes: int, spatial_dims: int, *, with_prm: bool
     ) -> None:
         super().__init__()
-        pairs = list(pairwise(channels))
-        # Channels are halved before upsampling, where a voxel costs an eighth (a quarter in 2-D).
-        self.narrow = nn.ModuleList(pointwise(coarse, fine, spatial_dims) for fine, coarse in pairs)
-        self.blocks = nn.ModuleList(block(2 * fine, fine, spatial_dims) for fine, _ in pairs)
+        steps = list(pairwise(channels))
+        # Halving the channels before upsampling costs an eighth (2-D: a quarter) of doing it after.
+        self.narrow = nn.ModuleList(pointwise(coarse, fine, spatial_dims) for fine, coarse in steps)
+        self.blocks = nn.ModuleList(block(2 * fine, fine, spatial_dims) for fine, _ in steps)
         self.head = conv(channels[0], num_classes, spatial_dims)
         self.prm_heads = nn.ModuleList(
             conv(c, num_classes, spatial_dims) for c in (channels[1:] if with_prm else ())
         )
 
-    def forward(self, skip: Callable[[int, Tensor | None], Tensor]) -> Branch:
-        """``skip(scale, guide)`` gives the features at a scale, coarsest first; ``guide`` is the prm
-        map of the next coarser one, if there is any."""
+    def forward(self, skip: Callable[[int, Tensor | None], Tensor]) -> DecoderOutput:
+        """Decode from coarse to fine.
+
+        Args:
+            skip: ``skip(scale, guide)`` returns the features of a scale; ``guide`` is the prm map of
+                the next coarser scale, or None at the coarsest.
+        """
         x = skip(len(self.blocks), None)
         prm: list[Tensor] = []
         for scale in reversed(range(len(self.blocks))):
@@ -342,7 +254,7 @@ class _Decoder(nn.Module):
             fine = skip(scale, prm[0] if prm else None)
             x = _resize(self.narrow[scale](x), fine.shape[2:])
             x = self.blocks[scale](torch.cat((x, fine), 1))
-        return Branch(self.head(x), x, tuple(prm))
+        return DecoderOutput(self.head(x), x, tuple(prm))
 
 
 def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:

@@ -3,65 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
+from prism_meta.errors import PrismError, raise_faults
 from prism_meta.modalities import BRATS
-from prism_meta.networks.prism import Branch, Pairs, Prediction
-
-#: Linear interpolation, by the number of spatial dimensions.
-_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
-
-
-@runtime_checkable
-class MultiEncoderNet(Protocol):
-    """What a net with an encoder per modality declares, so that each is run once per batch.
-
-    ``wrap`` calls ``encode`` once, then both decoders on what it gave. Rows are what PrismNet's fused
-    branch is run on too: the batch, and behind it each modality that a sample is shown beside others,
-    alone; in ``segment_subsets`` the batch, once per subset. So a row may be shown less than was
-    encoded, and what it is not shown must not reach its logits.
-
-    Example:
-        >>> class Two(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.encoders = nn.ModuleList(nn.Conv2d(1, 4, 3, padding=1) for _ in range(2))
-        ...         self.fused, self.alone = nn.Conv2d(4, 3, 1), nn.Conv2d(4, 3, 1)
-        ...
-        ...     def encode(self, image, mask):
-        ...         scans = image.split(1, dim=1)
-        ...         return torch.stack([e(x) for e, x in zip(self.encoders, scans)], 1)  # (B, M, C, *S)
-        ...
-        ...     def decode_fused(self, encoded, sample, mask):
-        ...         shown = mask[:, :, None, None, None]
-        ...         return self.fused((shown * encoded[sample]).sum(1) / shown.sum(1))
-        ...
-        ...     def decode_unimodal(self, encoded, sample, modality):
-        ...         return self.alone(encoded[sample, modality])
-        >>> model = wrap(Two(), modalities=("t1", "t2"))
-        >>> model(torch.randn(1, 2, 8, 8), torch.ones(1, 2).bool()).unimodal.shape
-        torch.Size([1, 2, 3, 8, 8])
-    """
-
-    def encode(self, image: Tensor, mask: Tensor) -> Any:
-        """Anything that the decoders need, from image (B, M, *S), 0 where mask (B, M) hides it."""
-
-    def decode_fused(self, encoded: Any, sample: Tensor, mask: Tensor) -> Any:
-        """Logits (N, K, *S) of N rows: row n is sample ``sample[n]`` shown ``mask[n]``, bool (N, M)."""
-
-    def decode_unimodal(self, encoded: Any, sample: Tensor, modality: Tensor) -> Tensor:
-        """Logits (P, K, *S) of E6: row p is modality ``modality[p]`` of sample ``sample[p]``."""
+from prism_meta.networks.multi_encoder import MultiEncoderNet, declaration_fault
+from prism_meta.networks.outputs import check_shape, logit_maps, resampled
+from prism_meta.networks.prediction import DecoderOutput, Prediction, ShownPairs
 
 
 class WrappedNet(nn.Module):
-    """A net of image -> logits behind PrismNet's signature; see ``wrap``."""
+    """A net that maps images to logits, with PrismNet's signature; see ``wrap``."""
 
     def __init__(
         self, net: nn.Module, modalities: Sequence[str], features: str | None = None
@@ -70,46 +30,48 @@ class WrappedNet(nn.Module):
         self.net = net
         self.modalities = tuple(modalities)
         self.features = features
-        # The wrapper's state is the net's own, also where the wrapper is part of another module.
+        #: Number of spatial dimensions of the image, from the net's first convolution; None if unknown.
+        self.spatial_dims = _spatial_dims(net)
+        # The wrapper's state is the net's own, also if the wrapper is part of another module.
         self.register_state_dict_post_hook(_without_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
 
     def forward(self, image: Tensor, mask: Tensor, *, unimodal: bool = True) -> Prediction:
         pairs = self._pairs(image, mask)
         if not unimodal:
-            pairs = pairs.none()
+            pairs = pairs.empty()
         rows = _Rows.of(pairs)
         encoded = self._encode(image, mask)
         with self._features() as seen:
             logits, *prm = self._decode(encoded, rows.sample, rows.mask, size=image.shape[2:])
-        features = logits if self.features is None else _resampled(self.features, seen, logits)
-        branch = Branch(logits, features, tuple(prm))
-        alone = branch.take(rows.alone)
-        single = alone.logits
+        features = logits if self.features is None else resampled(self.features, seen, logits)
+        branch = DecoderOutput(logits, features, tuple(prm))
+        single = branch.select(rows.pair_row)
+        packed = single.logits
         if unimodal and isinstance(self.net, MultiEncoderNet):
-            single = self.net.decode_unimodal(encoded, pairs.sample, pairs.modality)
-            _same_shape("decode_unimodal", single, alone.logits)
-        return Prediction(branch.take(slice(len(mask))), alone, single, pairs)
+            packed = self.net.decode_unimodal(encoded, pairs.sample, pairs.modality)
+            check_shape("decode_unimodal", packed, single.logits)
+        return Prediction(branch.select(slice(len(mask))), single, packed, pairs)
 
     def segment(self, image: Tensor, mask: Tensor) -> Tensor:
-        """The fused logits (B, K, *S) alone, for inference."""
+        """The fused logits (B, K, *S) only, for inference."""
         self._pairs(image, mask)
         return self._fused(self._encode(image, mask), mask, size=image.shape[2:])
 
     def segment_subsets(self, image: Tensor, subsets: Tensor) -> Tensor:
-        """The fused logits of many subsets of one batch, for inference.
+        """The fused logits for several subsets of one batch, for inference.
 
-        A net with several encoders runs ``encode`` once; a plain one is run subset by subset.
+        A net with several encoders runs ``encode`` once; any other net runs once per subset.
 
         Args:
-            image: (B, M, *S); a modality that no subset shows is not used.
-            subsets: bool (S, M), each with a modality.
+            image: (B, M, *S); a modality that is in no subset is not used.
+            subsets: bool (S, M); each row has at least one True.
 
         Returns:
-            (S, B, K, *S), those of ``segment`` with each subset for the whole batch.
+            (S, B, K, *S). Row s equals ``segment`` with subset s for the whole batch.
 
         Raises:
-            ValueError: as ``segment``.
+            ValueError: a subset is empty, or a shape does not fit.
 
         Example:
             >>> model = wrap(nn.Conv2d(2, 3, 1), modalities=("t1", "t2"))
@@ -123,7 +85,7 @@ class WrappedNet(nn.Module):
         encoded = self._encode(image, union)
         return torch.stack([self._fused(encoded, mask, size=image.shape[2:]) for mask in masks])
 
-    def _pairs(self, image: Tensor, mask: Tensor) -> Pairs:
+    def _pairs(self, image: Tensor, mask: Tensor) -> ShownPairs:
         if image.shape[1] != len(self.modalities):
             raise ValueError(
                 f"image: got {image.shape[1]} channels, expected {len(self.modalities)} "
@@ -133,10 +95,10 @@ class WrappedNet(nn.Module):
             raise ValueError(
                 f"mask: got {tuple(mask.shape)}, expected (B, M) = {tuple(image.shape[:2])}"
             )
-        return Pairs.of(mask)
+        return ShownPairs.from_mask(mask)
 
     def _encode(self, image: Tensor, mask: Tensor) -> Any:
-        """What ``_decode`` works on; a plain net's is the masked image itself."""
+        """The input of ``_decode``; without several encoders it is the masked image itself."""
         image = _hide(image, mask)
         return self.net.encode(image, mask) if isinstance(self.net, MultiEncoderNet) else image
 
@@ -148,23 +110,23 @@ class WrappedNet(nn.Module):
     def _decode(
         self, encoded: Any, sample: Tensor, mask: Tensor, *, size: torch.Size
     ) -> tuple[Tensor, ...]:
-        """Logits of ``sample[n]`` shown ``mask[n]``: the output, then the coarser maps if there are."""
+        """Logits of ``sample[n]`` shown ``mask[n]``, then the coarser maps if there are any."""
         if isinstance(self.net, MultiEncoderNet):
             output = self.net.decode_fused(encoded, sample, mask)
         else:
             output = self.net(_hide(encoded[sample], mask))
-        return _maps(output, len(sample), size)
+        return logit_maps(output, len(sample), size)
 
     @contextmanager
     def _features(self) -> Iterator[list[Any]]:
-        """What the layer ``features`` gives within the context; its hook is gone afterwards."""
+        """Collect the outputs of the layer ``features`` within the context."""
         seen: list[Any] = []
         if self.features is None:
             yield seen
             return
 
         def keep(layer: nn.Module, inputs: Any, output: Any) -> None:
-            # A copy, for the next layer may be an activation that works in place.
+            # A copy, because the next layer may be an activation that works in place.
             seen.append(output.clone() if isinstance(output, Tensor) else output)
 
         handle = self.net.get_submodule(self.features).register_forward_hook(keep)
@@ -176,20 +138,20 @@ class WrappedNet(nn.Module):
 
 @dataclass(frozen=True)
 class _Rows:
-    """What the fused branch is run on: the batch, and behind it the pairs that it has not yet.
+    """The rows that the net runs on: the samples, then the shown pairs that are not samples already.
 
     Args:
-        sample: (N,) long.
-        mask: bool (N, M), what a row is shown.
-        alone: (P,) long, the row of each pair. A sample that is shown one modality is its own pair.
+        sample: (N,) long, the sample of each row.
+        mask: bool (N, M), the modalities that a row shows.
+        pair_row: (P,) long, the row of each pair. A sample that is shown one modality is its only pair.
     """
 
     sample: Tensor
     mask: Tensor
-    alone: Tensor
+    pair_row: Tensor
 
     @classmethod
-    def of(cls, pairs: Pairs) -> _Rows:
+    def of(cls, pairs: ShownPairs) -> _Rows:
         batch, modalities = pairs.mask.shape
         every = torch.arange(batch, device=pairs.mask.device)
         several = (pairs.mask.sum(1) > 1)[pairs.sample]
@@ -206,150 +168,89 @@ class _Rows:
 def wrap(
     net: nn.Module, modalities: Sequence[str] = BRATS, *, features: str | None = None
 ) -> WrappedNet:
-    """Let ``net`` be trained by ``MetaLearner`` and ``PrismObjective`` with missing modalities.
+    """Let ``MetaLearner`` and ``PrismObjective`` train ``net`` with missing modalities.
 
-    Modalities that are not shown reach the net as zeros, whatever the image holds there (NaN
-    included). Its unimodal outputs are the net on one modality at a time; distillation (E8) works on
-    its logits, prototypes (E9) on its logits or on a layer's features. A net that gives several maps
-    (deep supervision) trains on the coarser ones as prm maps (E7).
+    The net receives zeros for modalities that are not shown, whatever the image holds there (NaN
+    included). Its unimodal outputs are the net on one modality at a time. Distillation (E8) works on its
+    logits, prototypes (E9) on its logits or on a layer's features. If the net returns several maps (deep
+    supervision), the coarser ones are trained as prm maps (coarse-scale outputs, E7).
 
-    One call of the net has all of them, each different input once. BatchNorm in training mode thus
-    takes its statistics over samples and their single modalities together; InstanceNorm and GroupNorm
-    know no such thing.
+    The net runs once on all distinct inputs: the samples and their single modalities. BatchNorm in
+    training mode therefore takes its statistics over both together, and ``wrap`` warns of it. InstanceNorm
+    and GroupNorm are unaffected.
 
     Args:
-        net: maps an image (N, M, *S) to logits (N, K, *S), or to a tuple, list or stack (N, H, K, *S)
-            of logits, the output first and then coarser maps; any ``nn.Module``. A net with several
-            encoders declares the methods of ``MultiEncoderNet`` instead.
+        net: maps an image (N, M, *S) to logits (N, K, *S), or to a tuple, list or stack (N, H, K, *S) of
+            logits with the output first. A net with several encoders implements ``MultiEncoderNet``
+            instead.
         modalities: names of the M channels, in order.
-        features: name of the layer, as in ``net.named_modules()``, whose output (N, C, *s) the
-            prototypes are taken from, resampled linearly to the grid of the logits; the logits unless
-            given.
+        features: name of the layer, as in ``net.named_modules()``, from whose output (N, C, *s) the
+            prototypes are computed, after linear resampling to the grid of the logits. Defaults to the
+            logits.
 
     Returns:
-        A module with PrismNet's signature, ``model(image, mask) -> Prediction``; its ``state_dict`` is
+        A module with PrismNet's signature, ``model(image, mask) -> Prediction``. Its ``state_dict`` is
         that of ``net``.
 
     Raises:
-        ValueError: no modality or a name twice, no such layer, or a declaration of ``MultiEncoderNet``
-            that lacks a method; later, outputs of a wrong shape.
+        PrismError: all faults together: no modality or a name twice, no such layer, or an incomplete
+            ``MultiEncoderNet``. Later: outputs of a wrong shape (ValueError).
 
     Example:
         >>> model = wrap(nn.Conv2d(2, 3, 1), modalities=("t1", "t2"))
         >>> model(torch.randn(1, 2, 8, 8), torch.tensor([[True, False]])).fused.shape
         torch.Size([1, 3, 8, 8])
-        >>> sorted(model.state_dict())
-        ['bias', 'weight']
+        >>> sorted(model.state_dict()), model.spatial_dims
+        (['bias', 'weight'], 2)
         >>> net = nn.Sequential(nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 3, 1))
         >>> model = wrap(net, modalities=("t1", "t2"), features="1")
         >>> model(torch.randn(1, 2, 8, 8), torch.tensor([[True, True]])).features.shape
         torch.Size([1, 8, 8, 8])
     """
-    if not modalities or len(set(modalities)) != len(modalities):
-        raise ValueError(
-            f"modalities: got {tuple(modalities)}, expected different names, at least one"
+    faults = [_names_fault(modalities), _layer_fault(net, features), declaration_fault(net)]
+    raise_faults(PrismError, [fault for fault in faults if fault is not None])
+    batch_norms = [
+        name or "net"
+        for name, module in net.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
+    if batch_norms:
+        listed = ", ".join(batch_norms[:3]) + (", ..." if len(batch_norms) > 3 else "")
+        warnings.warn(
+            f"net: BatchNorm in {listed} takes its statistics over samples and their single modalities "
+            "together, and MetaLearner keeps those of the meta batch (buffers='outer'); InstanceNorm or "
+            'GroupNorm depend on no other sample (in MONAI\'s nets norm="instance")',
+            stacklevel=2,
         )
-    _check_layer(net, features)
-    _check_declaration(net)
     return WrappedNet(net, modalities, features)
 
 
-def _check_layer(net: nn.Module, features: str | None) -> None:
+def _names_fault(modalities: Sequence[str]) -> str | None:
+    if modalities and len(set(modalities)) == len(modalities):
+        return None
+    return f"modalities: got {tuple(modalities)}, expected different names, at least one"
+
+
+def _layer_fault(net: nn.Module, features: str | None) -> str | None:
     known = [name for name, _ in net.named_modules(remove_duplicate=False) if name]
     if features is None or features in known:
-        return
+        return None
     near = difflib.get_close_matches(features, known, n=3, cutoff=0.4) or known[:3]
-    raise ValueError(
+    return (
         f"features: got {features!r}, which is no layer of {type(net).__name__}; expected a name of "
         f"net.named_modules(), e.g. {', '.join(near) or 'none: it has no layers'}"
     )
 
 
-def _check_declaration(net: nn.Module) -> None:
-    # Not by ``encode``, a name that ordinary nets have too.
-    methods = ("encode", "decode_fused", "decode_unimodal")
-    missing = [name for name in methods if not callable(getattr(net, name, None))]
-    if missing and any(name not in missing for name in methods[1:]):
-        raise ValueError(
-            f"net: {type(net).__name__} has no {', '.join(missing)}; a net with several encoders "
-            f"declares {', '.join(methods)}, see MultiEncoderNet"
-        )
-
-
-def _maps(output: Any, rows: int, size: torch.Size) -> tuple[Tensor, ...]:
-    """The output's logits, then the coarser ones if the net gives any."""
-    wanted = f"({', '.join(map(str, (rows, 'K', *size)))})"
-    if (
-        isinstance(output, Tensor) and output.ndim == len(size) + 3
-    ):  # as MONAI's DynUNet stacks them
-        output = output.unbind(1)
-    maps = (output,) if isinstance(output, Tensor) else output
-    if (
-        not isinstance(maps, (tuple, list))
-        or not all(isinstance(m, Tensor) for m in maps)
-        or not maps
-    ):
-        raise ValueError(
-            f"net: gave {_kind(output)}, expected logits (N, K, *S) = {wanted}, or a tuple or list of "
-            "maps with the output first; wrap a module that returns these alone"
-        )
-    first = maps[0]
-    if first.ndim != len(size) + 2 or len(first) != rows or first.shape[2:] != size:
-        raise ValueError(
-            f"net: gave logits {tuple(first.shape)}, expected (N, K, *S) = {wanted} for its input; "
-            "bring them to the input's grid, the finest first where there are several"
-        )
-    for number, coarse in enumerate(maps[1:], start=2):
-        if coarse.ndim != first.ndim or coarse.shape[:2] != first.shape[:2]:
-            raise ValueError(
-                f"net: gave {tuple(coarse.shape)} as map {number} of {len(maps)}, expected logits "
-                f"(N, K, *s) with N, K = {first.shape[0]}, {first.shape[1]}; switch off outputs that "
-                "are no logits, or wrap a module that leaves them out"
-            )
-    return tuple(maps)
-
-
-def _resampled(layer: str, seen: Sequence[Any], logits: Tensor) -> Tensor:
-    """The features that the layer gave, on the grid of the logits."""
-    if len(seen) != 1:
-        raise ValueError(
-            f"features: {layer} ran {len(seen)} times in one pass of the net; name a layer that runs once"
-        )
-    (features,) = seen
-    if (
-        not isinstance(features, Tensor)
-        or features.ndim != logits.ndim
-        or len(features) != len(logits)
-    ):
-        shape = tuple(features.shape) if isinstance(features, Tensor) else _kind(features)
-        raise ValueError(
-            f"features: {layer} gave {shape}, expected (N, C, *s) with N = {len(logits)} and "
-            f"{logits.ndim - 2} spatial dimensions; name a layer that gives feature maps"
-        )
-    size = logits.shape[2:]
-    if features.shape[2:] == size:
-        return features
-    return F.interpolate(features, size=size, mode=_LINEAR[len(size)])
-
-
-def _same_shape(method: str, logits: Tensor, expected: Tensor) -> None:
-    if logits.shape != expected.shape:
-        raise ValueError(
-            f"net: {method} gave {tuple(logits.shape)}, expected (P, K, *S) = {tuple(expected.shape)}"
-        )
-
-
-def _kind(value: Any) -> str:
-    """A value's type, and those of its parts."""
-    if isinstance(value, (tuple, list)):
-        return (
-            f"a {type(value).__name__} of {', '.join(type(v).__name__ for v in value) or 'nothing'}"
-        )
-    return f"a {type(value).__name__}"
+def _spatial_dims(net: nn.Module) -> int | None:
+    """Of the net's first convolution."""
+    dims = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+    found = (dims[kind] for m in net.modules() for kind in dims if isinstance(m, kind))
+    return next(found, None)
 
 
 def _hide(image: Tensor, mask: Tensor) -> Tensor:
-    """``where``, not a product: NaN * 0 is NaN."""
+    """Set hidden channels to 0; with ``where``, because NaN * 0 is NaN."""
     shown = mask.view(*mask.shape, *[1] * (image.ndim - 2))
     return torch.where(shown, image, image.new_zeros(()))
 

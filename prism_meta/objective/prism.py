@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
 from prism_meta.modalities import Batch
-from prism_meta.networks.prism import Pairs, Prediction
+from prism_meta.networks.prediction import Prediction, ShownPairs
 from prism_meta.objective import losses
 from prism_meta.objective.weighting import (
     BETA,
@@ -176,7 +176,7 @@ class PrismObjective:
         """L_uni + beta L_pixel + delta L_proto of each pair, (P,), and their terms."""
         pairs, classes = prediction.pairs, prediction.fused.shape[1]
         pair_target = target[pairs.sample]
-        students = _full(prediction.alone.features)
+        students = _full(prediction.single_modality.features)
         teachers = _full(prediction.features[pairs.sample])
         uni = self._segmentation(prediction.unimodal_packed, pair_target)
         pixel = self._pixel(prediction)
@@ -194,7 +194,9 @@ class PrismObjective:
         }
         return uni + weights.beta * pixel + weights.delta * proto, terms
 
-    def _weigh(self, pairs: Pairs, distance: Callable[[], Tensor], *, like: Tensor) -> PairWeights:
+    def _weigh(
+        self, pairs: ShownPairs, distance: Callable[[], Tensor], *, like: Tensor
+    ) -> PairWeights:
         count = pairs.mask.shape[1]
         beta, delta = self._fixed(count, like)
         if self.weighting is None:
@@ -214,7 +216,7 @@ class PrismObjective:
 
     def _pixel(self, prediction: Prediction) -> Tensor:
         """E8: the output and every prm scale, (P,)."""
-        students = (prediction.alone.logits, *prediction.alone.prm)
+        students = (prediction.single_modality.logits, *prediction.single_modality.prm)
         teachers = (prediction.fused, *prediction.prm)
         total = torch.zeros((), device=prediction.fused.device)
         for scale, (student, teacher) in enumerate(zip(students, teachers, strict=True)):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
-from prism_meta.networks.prism import Pairs
+from prism_meta.networks.prediction import ShownPairs
 
 #: One number for all modalities, or one per modality.
 Weight = float | Sequence[float]
@@ -60,7 +60,7 @@ class Weighting(nn.Module, ABC):
 
     @abstractmethod
     def weigh(
-        self, beta: Tensor, delta: Tensor, pairs: Pairs, distance: Callable[[], Tensor]
+        self, beta: Tensor, delta: Tensor, pairs: ShownPairs, distance: Callable[[], Tensor]
     ) -> PairWeights:
         """The weights of the pairs of a batch.
 
@@ -143,7 +143,7 @@ class RelativePreference(Weighting):
         return beta * self.factor.to(beta), delta
 
     def weigh(
-        self, beta: Tensor, delta: Tensor, pairs: Pairs, distance: Callable[[], Tensor]
+        self, beta: Tensor, delta: Tensor, pairs: ShownPairs, distance: Callable[[], Tensor]
     ) -> PairWeights:
         beta, delta = self.weights(beta, delta)
         preference = relative_preference(distance().detach(), pairs)
@@ -210,14 +210,14 @@ class LearnedWeights(Weighting):
         return F.softplus(self.free_beta).to(beta), F.softplus(self.free_delta).to(delta)
 
     def weigh(
-        self, beta: Tensor, delta: Tensor, pairs: Pairs, distance: Callable[[], Tensor]
+        self, beta: Tensor, delta: Tensor, pairs: ShownPairs, distance: Callable[[], Tensor]
     ) -> PairWeights:
         beta, delta = self.weights(beta, delta)
         terms = {"beta": beta.detach(), "delta": delta.detach()}
         return PairWeights(beta[pairs.modality], delta[pairs.modality], terms)
 
 
-def relative_preference(distance: Tensor, pairs: Pairs) -> Tensor:
+def relative_preference(distance: Tensor, pairs: ShownPairs) -> Tensor:
     """RP of E11: 1 - distance / (its mean over the sample); 0 where that mean is 0.
 
     Args:
@@ -230,7 +230,7 @@ def relative_preference(distance: Tensor, pairs: Pairs) -> Tensor:
     Source: PASSION (Shi et al., ACM MM 2024).
 
     Example:
-        >>> pairs = Pairs.of(torch.tensor([[True, True], [True, False]]))
+        >>> pairs = ShownPairs.from_mask(torch.tensor([[True, True], [True, False]]))
         >>> relative_preference(torch.tensor([1.0, 0.0, 3.0]), pairs)  # t1 of both samples, then t2
         tensor([ 0.5000,  0.0000, -0.5000])
     """
@@ -285,7 +285,7 @@ def project_to_sphere(point: Tensor, *, radius: float, lowest: float) -> Tensor:
     return torch.empty_like(nearest).scatter(0, order, nearest)
 
 
-def modality_means(values: Tensor, pairs: Pairs) -> Tensor:
+def modality_means(values: Tensor, pairs: ShownPairs) -> Tensor:
     """(P,) to (M,): the mean over the samples that show the modality, 0 where none does; detached."""
     shown = pairs.mask.sum(0)
     sums = values.new_zeros(len(shown)).index_add(0, pairs.modality, values.detach())

@@ -93,12 +93,13 @@ def test_equal_weights_are_hemis() -> None:
 
 @every_size
 @every_fusion
-def test_alone_is_a_group_of_one(kind: type[Fusion], size: tuple[int, ...]) -> None:
+def test_a_single_row_is_a_group_of_one(kind: type[Fusion], size: tuple[int, ...]) -> None:
     fusion = make(kind, len(size))
     features, regions = inputs(size)
     one = Groups(torch.arange(6), GROUPS.modality, 6)
     torch.testing.assert_close(
-        fusion.alone(features), fusion(features, one, regions.repeat(2, *[1] * (1 + len(size))))
+        fusion.fuse_single(features),
+        fusion(features, one, regions.repeat(2, *[1] * (1 + len(size)))),
     )
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from prism_meta.bilevel.inner import SGD
 from prism_meta.bilevel.strategies import FirstOrder, SecondOrder
 from prism_meta.modalities import Batch, subsets
-from prism_meta.networks.prism import Pairs, Prediction, PrismNet
+from prism_meta.networks.prediction import Prediction, ShownPairs
+from prism_meta.networks.prism import PrismNet
 from prism_meta.objective.prism import PrismObjective
 
 MASK = torch.tensor(
@@ -29,15 +30,15 @@ SIZES = {
 
 def outputs(prediction: Prediction) -> dict[str, Tensor]:
     prm = {f"prm{i}": p for i, p in enumerate(prediction.prm)}
-    alone_prm = {f"alone prm{i}": p for i, p in enumerate(prediction.alone.prm)}
+    alone_prm = {f"alone prm{i}": p for i, p in enumerate(prediction.single_modality.prm)}
     return {
         "fused": prediction.fused,
         "features": prediction.features,
         **prm,
         **alone_prm,
         "unimodal": prediction.unimodal,
-        "alone": prediction.alone.logits,
-        "alone features": prediction.alone.features,
+        "alone": prediction.single_modality.logits,
+        "alone features": prediction.single_modality.features,
     }
 
 
@@ -57,10 +58,10 @@ def test_shapes(size: tuple[int, ...]) -> None:
     assert out.fused.shape == (4, 4, *size)
     assert out.features.shape == (4, 2, *size)
     assert out.unimodal.shape == (4, 3, 4, *size)
-    assert out.unimodal_packed.shape == out.alone.logits.shape == (pairs, 4, *size)
+    assert out.unimodal_packed.shape == out.single_modality.logits.shape == (pairs, 4, *size)
     halved = [tuple(-(-n // 2**scale) for n in size) for scale in (1, 2, 3)]
     assert [p.shape for p in out.prm] == [(4, 4, *s) for s in halved]
-    assert [p.shape for p in out.alone.prm] == [(pairs, 4, *s) for s in halved]
+    assert [p.shape for p in out.single_modality.prm] == [(pairs, 4, *s) for s in halved]
     assert all(bool(t.isfinite().all()) for t in outputs(out).values())
 
 
@@ -82,7 +83,7 @@ def test_every_subset_runs() -> None:
 
 def test_one_modality_only() -> None:
     out = prism_net(num_modalities=1)(randn(2, 1, 6, 6, seed=5), torch.ones(2, 1).bool())
-    close(out.alone.logits, out.fused)
+    close(out.single_modality.logits, out.fused)
 
 
 # ---------------------------------------------------------------- what is hidden
@@ -136,10 +137,10 @@ def test_alone_and_unimodal_equal_a_separate_forward(dims: int) -> None:
         zip(out.pairs.sample.tolist(), out.pairs.modality.tolist(), strict=True)
     ):
         one = net(image[n : n + 1], torch.eye(3).bool()[m : m + 1])
-        close(out.alone.logits[p], one.fused[0])
-        close(out.alone.features[p], one.features[0])
+        close(out.single_modality.logits[p], one.fused[0])
+        close(out.single_modality.features[p], one.features[0])
         close(out.unimodal[n, m], one.unimodal[0, m])
-        for coarse, expected in zip(out.alone.prm, one.prm, strict=True):
+        for coarse, expected in zip(out.single_modality.prm, one.prm, strict=True):
             close(coarse[p], expected[0])
 
 
@@ -187,7 +188,12 @@ def test_a_modality_of_no_subset_is_not_encoded() -> None:
 def test_without_unimodal_outputs_there_is_no_pair() -> None:
     net, image = prism_net(), randn(4, 3, 6, 7, seed=24)
     fused, full = net(image, MASK, unimodal=False), net(image, MASK)
-    assert len(fused.pairs.sample) == len(fused.unimodal_packed) == len(fused.alone.logits) == 0
+    assert (
+        len(fused.pairs.sample)
+        == len(fused.unimodal_packed)
+        == len(fused.single_modality.logits)
+        == 0
+    )
     assert fused.unimodal.shape == full.unimodal.shape
     close(fused.fused, full.fused)
     for mine, other in zip(fused.prm, full.prm, strict=True):
@@ -211,10 +217,10 @@ def test_second_order_equals_the_oracle(size: tuple[int, ...]) -> None:
 
 
 def test_pairs_run_modality_by_modality() -> None:
-    pairs = Pairs.of(torch.tensor([[True, False, True], [True, True, False]]))
+    pairs = ShownPairs.from_mask(torch.tensor([[True, False, True], [True, True, False]]))
     assert pairs.modality.tolist() == [0, 0, 1, 2]
     assert pairs.sample.tolist() == [0, 1, 1, 0]
-    dense = pairs.scatter(torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
+    dense = pairs.unpack(torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
     assert dense[..., 0].tolist() == [[1.0, 0.0, 4.0], [2.0, 3.0, 0.0]]
 
 

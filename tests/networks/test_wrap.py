@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import oracles
 import pytest
 import torch
-from helpers import F64, Problem, prism_batch, randn, relative_error, trainable
+from helpers import F64, Problem, faults_of, prism_batch, randn, relative_error, trainable
 from nets import MASK, NAMES, STRATEGIES, Giving, Spy, unet
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
@@ -17,7 +18,9 @@ from torch.nn import functional as F  # noqa: N812, torch's own convention
 from prism_meta.bilevel.inner import SGD
 from prism_meta.bilevel.learner import MetaLearner
 from prism_meta.bilevel.strategies import FirstOrder, MetaStrategy, SecondOrder
+from prism_meta.errors import PrismError
 from prism_meta.modalities import BRATS
+from prism_meta.networks.prediction import SegmentationModel
 from prism_meta.networks.wrapped import WrappedNet, wrap
 from prism_meta.objective.prism import PrismObjective
 
@@ -37,8 +40,8 @@ def test_hidden_modalities_reach_the_net_as_zeros(hidden: float) -> None:
     assert torch.equal(spy.seen[0], expected)
     assert torch.equal(out.fused, spy.head(expected)[:2])
     # The pairs go modality by modality: flair of 0, t1ce of 1, t1 of 0.
-    assert torch.equal(out.alone.logits, spy.head(expected)[[2, 1, 3]])
-    assert torch.equal(out.unimodal_packed, out.alone.logits)
+    assert torch.equal(out.single_modality.logits, spy.head(expected)[[2, 1, 3]])
+    assert torch.equal(out.unimodal_packed, out.single_modality.logits)
     model.segment(image, MASK)
     assert torch.equal(spy.seen[1], expected[:2])
 
@@ -51,7 +54,7 @@ def test_without_the_unimodal_outputs_the_net_sees_the_batch_alone() -> None:
     (seen,) = spy.seen
     assert torch.equal(seen, torch.where(MASK[:, :, None, None], image, 0.0))
     assert torch.equal(out.fused, spy.head(seen))
-    assert out.alone.logits.shape == out.unimodal_packed.shape == (0, 2, 4, 4)
+    assert out.single_modality.logits.shape == out.unimodal_packed.shape == (0, 2, 4, 4)
     assert out.pairs.sample.shape == out.pairs.modality.shape == (0,)
     assert not out.pairs.sample.is_floating_point() and torch.equal(out.pairs.mask, MASK)
     assert torch.equal(out.unimodal, torch.zeros(2, 3, 2, 4, 4, dtype=F64))
@@ -62,7 +65,7 @@ def test_samples_of_one_modality_cost_nothing_more() -> None:
     image = randn(2, 3, 4, 4, seed=1)
     out = wrap(spy, NAMES)(image, torch.tensor([[False, True, False], [True, False, False]]))
     assert len(spy.seen[0]) == 2
-    assert torch.equal(out.alone.logits, out.fused[[1, 0]])
+    assert torch.equal(out.single_modality.logits, out.fused[[1, 0]])
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -175,7 +178,7 @@ def test_coarser_maps_are_prm_maps(form: Callable[..., Any]) -> None:
         expected = list(stacked(*expected).unbind(1))
     for got, want in zip((out.fused, *out.prm), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    assert [p.shape for p in out.alone.prm] == [(3, *p.shape[1:]) for p in out.prm]
+    assert [p.shape for p in out.single_modality.prm] == [(3, *p.shape[1:]) for p in out.prm]
     batch = prism_batch(MASK.tolist(), 8, 8, seed=51, classes=2)
     assert PrismObjective()(wrap(net, NAMES), batch).terms["prm"] > 0
     torch.testing.assert_close(wrap(net, NAMES).segment(image, MASK), out.fused)
@@ -186,30 +189,71 @@ def test_coarser_maps_are_prm_maps(form: Callable[..., Any]) -> None:
     [
         (
             lambda a, b, c: {"out": a},
-            "net: gave a dict, expected logits (N, K, *S) = (4, K, 8, 8), or a tuple or list of maps "
-            "with the output first; wrap a module that returns these alone",
+            "net: returned a dict, expected logits (N, K, *S) = (4, K, 8, 8), or a tuple or list of maps "
+            "with the output first; wrap a module that returns only these",
         ),
-        (lambda a, b, c: (a, None), "net: gave a tuple of Tensor, NoneType, expected logits "),
-        (lambda a, b, c: [], "net: gave a list of nothing, expected logits "),
+        (lambda a, b, c: (a, None), "net: returned a tuple of Tensor, NoneType, expected logits "),
+        (lambda a, b, c: [], "net: returned a list of nothing, expected logits "),
         (
             lambda a, b, c: b,
-            "net: gave logits (4, 2, 4, 4), expected (N, K, *S) = (4, K, 8, 8) for its input; bring "
+            "net: returned logits (4, 2, 4, 4), expected (N, K, *S) = (4, K, 8, 8) for its input; bring "
             "them to the input's grid, the finest first where there are several",
         ),
-        (lambda a, b, c: (c, b, a), "net: gave logits (4, 2, 2, 2), expected "),
-        (lambda a, b, c: a[:1], "net: gave logits (1, 2, 8, 8), expected "),
-        (lambda a, b, c: a.mean((2, 3)), "net: gave logits (4, 2), expected "),
+        (lambda a, b, c: (c, b, a), "net: returned logits (4, 2, 2, 2), expected "),
+        (lambda a, b, c: a[:1], "net: returned logits (1, 2, 8, 8), expected "),
+        (lambda a, b, c: a.mean((2, 3)), "net: returned logits (4, 2), expected "),
         (
             lambda a, b, c: (a, b.mean()),
-            "net: gave () as map 2 of 2, expected logits (N, K, *s) with N, K = 4, 2; switch off "
-            "outputs that are no logits, or wrap a module that leaves them out",
+            "net: returned () as map 2 of 2, expected logits (N, K, *s) with N, K = 4, 2; switch off "
+            "outputs that are not logits, or wrap a module that leaves them out",
         ),
         (
             lambda a, b, c: (a, b, c[:, :1]),
-            "net: gave (4, 1, 2, 2) as map 3 of 3, expected logits ",
+            "net: returned (4, 1, 2, 2) as map 3 of 3, expected logits ",
         ),
     ],
 )
 def test_outputs_that_are_no_logits_are_refused(form: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         wrap(Giving(form), NAMES)(randn(2, 3, 8, 8, seed=52), MASK)
+
+
+def test_all_faults_of_a_net_at_once() -> None:
+    class Half(nn.Module):
+        def decode_fused(self) -> None:
+            pass
+
+    assert faults_of(
+        lambda: wrap(Half(), modalities=("t1", "t1"), features="layer"), PrismError
+    ) == (
+        "modalities: got ('t1', 't1'), expected different names, at least one",
+        "features: got 'layer', which is no layer of Half; expected a name of net.named_modules(), e.g. "
+        "none: it has no layers",
+        "net: Half has no encode, decode_unimodal; a net with several encoders implements encode, "
+        "decode_fused, decode_unimodal, see MultiEncoderNet",
+    )
+
+
+def test_batch_norm_is_warned_of_once() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    message = (
+        r"^net: BatchNorm in 1 takes its statistics over samples and their single modalities together, and "
+        r"MetaLearner keeps those of the meta batch \(buffers='outer'\); InstanceNorm or GroupNorm depend on "
+        r'no other sample \(in MONAI\'s nets norm="instance"\)$'
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        model = wrap(net, NAMES)
+    assert len(caught) == 1 and caught[0].filename == __file__
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    learner = MetaLearner(model, PrismObjective(), FirstOrder(SGD(0.05)), optimizer)
+    data = prism_batch(MASK.tolist(), 8, 8, seed=5, classes=2)
+    learner.step(replace(data, image=data.image.float()), replace(data, image=data.image.float()))
+    assert int(net[1].num_batches_tracked) == 1
+
+
+def test_models_fulfil_one_protocol() -> None:
+    nets = [nn.Conv1d(3, 2, 1), nn.Conv2d(3, 2, 1), nn.Conv3d(3, 2, 1), nn.Linear(3, 2)]
+    models = [wrap(net, NAMES) for net in nets]
+    assert [model.spatial_dims for model in models] == [1, 2, 3, None]
+    assert all(isinstance(model, SegmentationModel) for model in models)
+    assert not isinstance(nets[0], SegmentationModel)

@@ -22,7 +22,8 @@ from prism_meta.data.labels import LabelSet
 from prism_meta.data.layouts.folders import load_cases
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.modalities import subsets
-from prism_meta.networks.wrapped import MultiEncoderNet, wrap
+from prism_meta.networks.multi_encoder import MultiEncoderNet
+from prism_meta.networks.wrapped import wrap
 from prism_meta.objective.prism import PrismObjective
 
 
@@ -41,8 +42,8 @@ def test_a_net_with_several_encoders_runs_each_part_once() -> None:
     for p, (m, n) in enumerate([(0, 0), (1, 1), (2, 0)]):
         one = torch.arange(3)[None] == m
         logits, coarse = net.decode_fused(encoded, torch.tensor([n]), one)
-        torch.testing.assert_close(out.alone.logits[p], logits[0], **close)
-        torch.testing.assert_close(out.alone.prm[0][p], coarse[0], **close)
+        torch.testing.assert_close(out.single_modality.logits[p], logits[0], **close)
+        torch.testing.assert_close(out.single_modality.prm[0][p], coarse[0], **close)
         torch.testing.assert_close(out.unimodal[n, m], net.single(encoded[n, m]), **close)
     assert out.features.shape == (2, 4, 8, 8)
     net.calls.clear()
@@ -78,12 +79,12 @@ def test_a_wrong_declaration_is_refused() -> None:
             return encoded[sample, modality]
 
     expected = (
-        "net: Half has no decode_unimodal; a net with several encoders declares encode, "
+        "net: Half has no decode_unimodal; a net with several encoders implements encode, "
         "decode_fused, decode_unimodal, see MultiEncoderNet"
     )
     with pytest.raises(ValueError, match=re.escape(expected)):
         wrap(Half(), NAMES)
-    message = "net: decode_unimodal gave (3, 4, 8, 8), expected (P, K, *S) = (3, 3, 8, 8)"
+    message = "net: decode_unimodal returned (3, 4, 8, 8), expected (P, K, *S) = (3, 3, 8, 8)"
     with pytest.raises(ValueError, match=re.escape(message)):
         wrap(Wrong(), NAMES)(randn(2, 3, 8, 8, seed=64), MASK)
 

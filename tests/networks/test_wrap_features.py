@@ -26,7 +26,7 @@ def test_features_are_those_of_the_named_layer() -> None:
     out = wrap(net, NAMES, features="4")(image, MASK)
     plain = wrap(net, NAMES)(image, MASK)
     assert torch.equal(out.fused, plain.fused) and out.features.shape == (2, 5, 8, 6)
-    for branch in (out.branch, out.alone):
+    for branch in (out.fused_output, out.single_modality):
         assert torch.equal(net[6](net[5](branch.features)), branch.logits)
 
 
@@ -37,7 +37,7 @@ def test_coarse_features_are_resampled_as_they_were_before_a_change_in_place() -
     assert coarse.shape == (2, 4, 4, 3) and (coarse < 0).any()
     expected = F.interpolate(coarse, size=(8, 6), mode="bilinear")
     torch.testing.assert_close(out.features, expected, rtol=1e-12, atol=1e-12)
-    assert out.alone.features.shape == (3, 4, 8, 6)
+    assert out.single_modality.features.shape == (3, 4, 8, 6)
 
 
 @pytest.mark.parametrize("dims", [1, 3])
@@ -109,15 +109,15 @@ class Awkward(nn.Module):
     [
         (
             "tokens",
-            "features: tokens gave (4, 3, 16), expected (N, C, *s) with N = 4 and 2 spatial ",
+            "features: tokens returned (4, 3, 16), expected (N, C, *s) with N = 4 and 2 spatial ",
         ),
         (
             "pooled",
-            "features: pooled gave (12, 4, 4), expected (N, C, *s) with N = 4 and 2 spatial ",
+            "features: pooled returned (12, 4, 4), expected (N, C, *s) with N = 4 and 2 spatial ",
         ),
         (
             "pair",
-            "features: pair gave a tuple of Tensor, tuple, expected (N, C, *s) with N = 4 and ",
+            "features: pair returned a tuple of Tensor, tuple, expected (N, C, *s) with N = 4 and ",
         ),
         (
             "twice",

@@ -139,7 +139,9 @@ def test_deep_supervision_gives_prm_maps_in_training(name: str, scales: list[int
 
 def test_a_layer_of_tokens_is_refused() -> None:
     model = wrap(UNETR(**UNETR_SIZE), NAMES, features="vit.norm")
-    message = "features: vit.norm gave (3, 1, 16), expected (N, C, *s) with N = 3 and 3 spatial "
+    message = (
+        "features: vit.norm returned (3, 1, 16), expected (N, C, *s) with N = 3 and 3 spatial "
+    )
     data = batch("UNETR", [[True, True, False]], seed=6)
     with pytest.raises(ValueError, match=re.escape(message)):
         model(data.image, data.mask)

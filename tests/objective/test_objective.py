@@ -189,7 +189,9 @@ def test_one_branch_is_the_fused_and_the_prm_loss(mask: list[list[bool]]) -> Non
     net, batch = net_for(mask), prism_batch(mask, 9, 8, seed=61)
     # What the objective reads of a prediction that has the fused branch alone.
     value = PrismObjective(unimodal=False)(
-        lambda image, shown, unimodal: replace(net(image, shown), alone=None, unimodal_packed=None),
+        lambda image, shown, unimodal: replace(
+            net(image, shown), single_modality=None, unimodal_packed=None
+        ),
         batch,
     )
     found = terms_by_loops(net, batch, PrismObjective())

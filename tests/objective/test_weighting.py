@@ -13,7 +13,7 @@ from helpers import F64, randn
 from scipy.optimize import minimize
 from torch import Tensor
 
-from prism_meta.networks.prism import Pairs
+from prism_meta.networks.prediction import ShownPairs
 from prism_meta.objective.weighting import (
     LOWEST,
     LearnedWeights,
@@ -142,10 +142,10 @@ MASKS: list[list[list[bool]]] = [
 
 @pytest.mark.parametrize("mask", MASKS, ids=lambda m: f"M={len(m[0])}, B={len(m)}")
 def test_preference_equals_loops(mask: list[list[bool]]) -> None:
-    pairs = Pairs.of(torch.tensor(mask))
+    pairs = ShownPairs.from_mask(torch.tensor(mask))
     distance = randn(len(pairs.sample), seed=3).abs()
     by_pair = dict(zip(zip(pairs.sample.tolist(), pairs.modality.tolist()), distance.tolist()))  # noqa: B905
-    actual = pairs.scatter(relative_preference(distance, pairs))
+    actual = pairs.unpack(relative_preference(distance, pairs))
     for n, row in enumerate(mask):
         own = [by_pair[n, m] for m, shown in enumerate(row) if shown]
         for m, shown in enumerate(row):
@@ -155,7 +155,7 @@ def test_preference_equals_loops(mask: list[list[bool]]) -> None:
 
 
 def test_one_modality_has_no_preference() -> None:
-    pairs = Pairs.of(torch.tensor([[False, True, False], [True, True, False]]))
+    pairs = ShownPairs.from_mask(torch.tensor([[False, True, False], [True, True, False]]))
     # D is 0 for a sample's only modality, or next to it where two passes round differently; in the
     # second sample both modalities are as good as the fused branch.
     for alone in (0.0, 1e-12):
@@ -164,7 +164,7 @@ def test_one_modality_has_no_preference() -> None:
 
 
 def test_means_over_the_samples_that_show_a_modality() -> None:
-    pairs = Pairs.of(torch.tensor([[True, False, True], [True, False, False]]))
+    pairs = ShownPairs.from_mask(torch.tensor([[True, False, True], [True, False, False]]))
     values = torch.tensor([1.0, 3.0, 5.0], requires_grad=True)
     means = modality_means(values, pairs)
     assert means.tolist() == [2.0, 0.0, 5.0]
@@ -172,13 +172,13 @@ def test_means_over_the_samples_that_show_a_modality() -> None:
 
 
 def weigh(weighting: Any, mask: list[list[bool]], distance: list[float]) -> PairWeights:
-    pairs = Pairs.of(torch.tensor(mask))
+    pairs = ShownPairs.from_mask(torch.tensor(mask))
     beta, delta = torch.full((2, len(mask[0])), 2.0, dtype=F64)
     return weighting.weigh(beta, delta, pairs, lambda: torch.tensor(distance, dtype=F64))
 
 
 def test_weights_of_preference_by_hand() -> None:
-    # Pairs go modality by modality: m0 of samples 0 and 1, m1 of 0 and 1, m2 of 2 alone.
+    # ShownPairs go modality by modality: m0 of samples 0 and 1, m1 of 0 and 1, m2 of 2 alone.
     mask = [[True, True, False], [True, True, False], [False, False, True]]
     weighting = RelativePreference((0.0, 0.5, 0.75)).double()
     actual = weigh(weighting, mask, [1.0, 3.0, 3.0, 1.0, 0.0])
@@ -193,7 +193,7 @@ def test_weights_of_preference_by_hand() -> None:
 
 
 def test_no_gradient_goes_through_preference() -> None:
-    pairs = Pairs.of(torch.tensor([[True, True]]))
+    pairs = ShownPairs.from_mask(torch.tensor([[True, True]]))
     distance = torch.tensor([1.0, 2.0], requires_grad=True)
     found = RelativePreference((0.0, 0.0)).weigh(
         torch.ones(2), torch.ones(2), pairs, lambda: distance
