@@ -1,7 +1,7 @@
 """PRISM's losses E5-E9 and the distance of E11 as pure functions, one number per sample.
 
-All take logits or features with channels second, in any number of spatial dimensions ``*S``, and
-labels as class indices. The batch is never reduced here: E10 weighs samples first.
+All of them take logits or features with channels second, any number of spatial dimensions ``*S``, and
+labels as class indices. They do not average over the batch, because E10 weights the samples first.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ Direction = Literal["student_teacher", "teacher_student"]
 
 
 def weighted_cross_entropy(logits: Tensor, target: Tensor, *, weighted: bool = True) -> Tensor:
-    """Cross-entropy in which a frequent class counts less, per sample.
+    """Cross-entropy with smaller weights for frequent classes, per sample.
 
-    mean over voxels v of -w_{y_v} log softmax(logits)_{y_v}, with w_k = 1 - (voxels of class k) /
-    (voxels) of that sample. The mean is over voxels; it is not divided by the sum of the weights.
+        mean over v of -w_{y_v} log p_{y_v}(v),    w_k = 1 - |V_k| / |V|
+
+    where v runs over the voxels V of the sample, V_k are those of class k, and p = softmax(logits). The
+    sum is divided by the number of voxels, not by the sum of the weights. A sample with
+    only one class has loss 0.
 
     Args:
         logits: (B, K, *S).
         target: (B, *S) long.
-        weighted: False gives plain cross-entropy.
+        weighted: False for plain cross-entropy. Defaults to True.
 
     Returns:
         (B,).
@@ -55,13 +58,15 @@ def weighted_cross_entropy(logits: Tensor, target: Tensor, *, weighted: bool = T
 def soft_dice(logits: Tensor, target: Tensor, *, eps: float = 1e-7) -> Tensor:
     """Soft Dice loss over all classes, background included, per sample.
 
-    1 - mean_k 2 sum_v p_k y_k / (sum_v p_k + sum_v y_k + eps), p = softmax(logits). A class that is
-    neither predicted nor present has a Dice of 0, so it adds 1/K to the loss.
+        1 - mean over k of 2 sum_v p_k y_k / (sum_v p_k + sum_v y_k + eps)
+
+    where p = softmax(logits), y is the one-hot target, and sums run over the voxels v of the sample. A
+    class that is neither predicted nor present has a Dice of 0, so it adds 1/K to the loss.
 
     Args:
         logits: (B, K, *S).
         target: (B, *S) long.
-        eps: keeps 0/0 away.
+        eps: prevents 0/0. Defaults to 1e-7.
 
     Returns:
         (B,), in [0, 1].
@@ -69,7 +74,7 @@ def soft_dice(logits: Tensor, target: Tensor, *, eps: float = 1e-7) -> Tensor:
     Raises:
         ValueError: the shapes do not fit.
 
-    Source: V-Net (Milletari et al., 3DV 2016), in the form of DESIGN's E5.
+    Source: V-Net (Milletari et al., 3DV 2016), in the form of E5.
 
     Example:
         >>> soft_dice(torch.tensor([[[30.0, -30.0], [-30.0, 30.0]]]), torch.tensor([[0, 1]])).item() < 1e-6
@@ -88,7 +93,7 @@ def segmentation(logits: Tensor, target: Tensor, *, weighted: bool = True) -> Te
     Args:
         logits: (B, K, *S).
         target: (B, *S) long.
-        weighted: class weights in the cross-entropy.
+        weighted: class weights in the cross-entropy. Defaults to True.
 
     Returns:
         (B,).
@@ -106,15 +111,18 @@ def pixel_distillation(
     temperature: float = 4.0,
     direction: Direction = "student_teacher",
 ) -> Tensor:
-    """E8 for one map: T^2 KL(softmax(student/T) || softmax(teacher/T)), per sample.
+    """Pixel distillation (E8) for one map, per sample.
 
-    Summed over classes, mean over voxels. The teacher is detached.
+        mean over v of T^2 KL(softmax(z^s / T) || softmax(z^t / T))
+
+    where v runs over the voxels, the divergence sums over classes, and z^s and z^t are the logits of student
+    and teacher. The teacher is detached.
 
     Args:
-        student: (B, K, *S) logits of one modality alone.
+        student: (B, K, *S) logits from a single modality.
         teacher: (B, K, *S) logits of the fused branch.
-        temperature: T > 0.
-        direction: ``teacher_student`` gives KL(teacher || student), as the published code has it.
+        temperature: T > 0. Defaults to 4.
+        direction: ``teacher_student`` for KL(teacher || student), as in the published code.
 
     Returns:
         (B,), at least 0.
@@ -151,11 +159,11 @@ def pixel_distillation(
 def prototype_l2(student: Tensor, teacher: Tensor, target: Tensor, num_classes: int) -> Tensor:
     """E9: sum over present classes k of ||c_k^student - c_k^teacher||^2, per sample.
 
-    c_k is the mean feature over the voxels of class k in that sample. A class that the sample lacks
-    adds 0. The teacher is detached.
+    c_k is the mean feature over the voxels of class k in that sample. An absent class adds 0. The
+    teacher is detached.
 
     Args:
-        student: (B, C, *S) features of one modality alone.
+        student: (B, C, *S) features from a single modality.
         teacher: (B, C, *S) features of the fused branch.
         target: (B, *S) long.
         num_classes: K.
@@ -187,7 +195,7 @@ def prototype_similarity(
     c_k^teacher))^2. The teacher is detached.
 
     Args:
-        student: (B, C, *S) features of one modality alone.
+        student: (B, C, *S) features from a single modality.
         teacher: (B, C, *S) features of the fused branch.
         target: (B, *S) long.
         num_classes: K.
@@ -211,13 +219,13 @@ def prototype_similarity(
 def prototype_distance(
     student: Tensor, teacher: Tensor, target: Tensor, num_classes: int
 ) -> Tensor:
-    """D of E11: ``prototype_similarity`` with absolute values in place of squares, per sample.
+    """D of E11: ``prototype_similarity`` with absolute values instead of squares, per sample.
 
     Mean over voxels and present classes of |cos(z^student, c_k^student) - cos(z^teacher,
     c_k^teacher)|. The teacher is detached.
 
     Args:
-        student: (B, C, *S) features of one modality alone.
+        student: (B, C, *S) features from a single modality.
         teacher: (B, C, *S) features of the fused branch.
         target: (B, *S) long.
         num_classes: K.
@@ -246,7 +254,7 @@ def _mean_over_present(
     target: Tensor,
     num_classes: int,
 ) -> Tensor:
-    """``size`` of what the similarities differ by, mean over voxels and present classes: (B,)."""
+    """Mean over voxels and present classes of ``size`` of the difference of similarities: (B,)."""
     one_hot = _prototype_targets(student, teacher, target, num_classes)
     present = one_hot.any(2)
     difference = _similarity(student, one_hot) - _similarity(teacher.detach(), one_hot)
@@ -255,14 +263,14 @@ def _mean_over_present(
 
 
 def _similarity(features: Tensor, one_hot: Tensor) -> Tensor:
-    """cos(z_v, c_k): (B, K, V). An absent class's zero prototype is replaced, for 0/0 has no gradient."""
+    """cos(z_v, c_k): (B, K, V). Zero prototypes of absent classes are replaced, as 0/0 has no gradient."""
     prototypes = _prototypes(features, one_hot)
     prototypes = torch.where(one_hot.any(2, keepdim=True), prototypes, torch.ones_like(prototypes))
     return torch.einsum("bkc,bcv->bkv", _unit(prototypes, 2), _unit(features.flatten(2), 1))
 
 
 def _unit(x: Tensor, dim: int) -> Tensor:
-    """Length 1 along ``dim``; unlike F.normalize, with both derivatives at 0."""
+    """Scale to length 1 along ``dim``; unlike F.normalize, it has two derivatives at 0."""
     return x / (x.square().sum(dim, keepdim=True) + 1e-12).sqrt()
 
 
@@ -284,7 +292,7 @@ def _prototype_targets(
 
 
 def _one_hot(target: Tensor, num_classes: int, like: Tensor) -> Tensor:
-    """(B, K, V) in the dtype of ``like``; scatter, for F.one_hot makes int64 with the classes last."""
+    """(B, K, V) in the dtype of ``like``; F.one_hot would return int64 with the classes last."""
     labels = target.flatten(1)[:, None]
     shape = (target.shape[0], num_classes, labels.shape[2])
     return torch.zeros(shape, dtype=like.dtype, device=like.device).scatter_(1, labels, 1)

@@ -32,9 +32,9 @@ class Loss:
 
     Args:
         loss: scalar to minimise.
-        terms: its components before weighting, detached: ``fuse`` and ``prm`` scalars; ``uni``,
-            ``pixel`` and ``proto`` (M,), the mean over the samples that show the modality; with a
-            weighting also ``beta`` and ``delta`` (M,), the weights in force, and its own.
+        terms: its components before weighting, detached. ``fuse`` and ``prm`` are scalars. ``uni``,
+            ``pixel`` and ``proto`` are (M,), means over the samples that show the modality. A weighting
+            adds its current weights ``beta`` and ``delta`` (M,), and terms of its own.
     """
 
     loss: Tensor
@@ -44,25 +44,26 @@ class Loss:
 class PrismObjective:
     """L = L_fuse + sum_m (beta_m L_pixel^m + delta_m L_proto^m) + L_uni + L_prm (E10).
 
-    Sums run over the modalities that a sample is shown; the batch is averaged. It is a pure function
-    of ``forward`` and ``batch``; what a weighting keeps changes in ``observe`` and ``end_epoch`` alone.
+    Sums run over the modalities that a sample shows, and the batch is averaged. L_prm is the loss of the
+    prm maps (coarse-scale outputs of the fused decoder). The objective is a pure function of ``forward``
+    and ``batch``; only ``observe`` and ``end_epoch`` change the state of a weighting.
 
     Args:
-        beta: weight of pixel distillation (E8), one number or one per modality. ``LearnedWeights``
-            have their own: with them, these are the weights of the meta level, where they start
-            unless given.
-        delta: weight of prototype alignment (E9), likewise.
+        beta: weight of pixel distillation (E8), one number or one per modality. With
+            ``LearnedWeights`` it is the fixed weight in L_meta and defaults to their initial value.
+        delta: weight of prototype alignment (E9), in the same form.
         temperature: T of E8.
         direction: of the divergence in E8.
-        scale_decay: prm scale s counts 2^-s in E8, as in the published code, instead of 1.
+        scale_decay: weight 2^-s for prm scale s in E8, as in the published code, instead of 1.
         prototype: ``losses.prototype_l2`` or ``losses.prototype_similarity``.
-        weighted: class weights in the cross-entropy of E5-E7.
-        unimodal: False leaves L_fuse + L_prm, for nets with one branch; ``forward`` is then called
-            with ``unimodal=False`` and spends nothing on modalities alone.
-        weighting: ``RelativePreference`` (E11) or ``LearnedWeights`` (E12); fixed weights unless given.
+        weighted: class weights in the cross-entropy of E5-E7. Defaults to False, because a patch without
+            foreground would give its only class the weight 0.
+        unimodal: False computes only L_fuse + L_prm, for nets with one branch. ``forward`` is then called
+            with ``unimodal=False`` and computes no single modalities.
+        weighting: ``RelativePreference`` (E11) or ``LearnedWeights`` (E12). Defaults to fixed weights.
 
     Raises:
-        ValueError: ``weighting`` is given where ``unimodal`` leaves it nothing to weigh; later, the
+        ValueError: a ``weighting`` with ``unimodal=False``, which leaves it nothing to weight; later, the
             number of weights is not that of the modalities.
 
     Source: PRISM's total loss; PASSION (Shi et al., ACM MM 2024).
@@ -84,14 +85,14 @@ class PrismObjective:
         direction: losses.Direction = "student_teacher",
         scale_decay: bool = False,
         prototype: PrototypeLoss = losses.prototype_l2,
-        weighted: bool = True,
+        weighted: bool = False,
         unimodal: bool = True,
         weighting: Weighting | None = None,
     ) -> None:
         if weighting is not None and not unimodal:
             raise ValueError(
                 f"weighting: got {type(weighting).__name__} with unimodal=False, which leaves nothing "
-                "to weigh; leave out one of the two"
+                "to weight; leave out one of the two"
             )
         first = (BETA, DELTA) if weighting is None else weighting.start
         self.beta, self.delta = (
@@ -104,8 +105,8 @@ class PrismObjective:
         self.unimodal, self.weighting = unimodal, weighting
 
     def __call__(self, forward: Callable[..., Any], batch: Batch) -> Loss:
-        """Evaluate on ``batch``; ``forward`` has the signature of ``PrismNet``."""
-        # A plain callable that takes an image and a mask needs no such keyword.
+        """Evaluate ``batch``; ``forward`` has the signature of ``PrismNet``."""
+        # A callable that takes only an image and a mask works too.
         options = {} if self.unimodal else {"unimodal": False}
         prediction: Prediction = forward(batch.image, batch.mask, **options)
         # Autocast would compute prototypes and their similarities in half precision.
@@ -113,20 +114,21 @@ class PrismObjective:
             return self._loss(prediction, batch)
 
     def weights(self) -> dict[str, Tensor]:
-        """The weighting's ``beta`` and ``delta`` as they are now, (M,) and detached; {} without one."""
+        """The current ``beta`` and ``delta`` of the weighting, (M,) and detached; {} without one."""
         if self.weighting is None:
             return {}
-        like = next(iter(self.weighting.state_dict().values()))  # where its state is, nobody waits
+        # A tensor of its state, whose device needs no synchronisation.
+        like = next(iter(self.weighting.state_dict().values()))
         beta, delta = self.weighting.weights(*self._fixed(self.weighting.num_modalities, like))
         return {"beta": beta.detach(), "delta": delta.detach()}
 
     def hyper_parameters(self) -> dict[str, Tensor]:
-        """The free parameters of E12 by name; {} where nothing is learned."""
+        """The free parameters of E12 by name; {} if nothing is learned."""
         return {} if self.weighting is None else self.weighting.hyper_parameters()
 
     @property
     def meta_objective(self) -> PrismObjective:
-        """The objective of L_meta: this one, or where weights are learned, with fixed ones."""
+        """The objective of L_meta: this one, with fixed instead of learned weights."""
         if not self.hyper_parameters():
             return self
         outer = copy(self)
@@ -134,12 +136,12 @@ class PrismObjective:
         return outer
 
     def observe(self, terms: Mapping[str, Tensor]) -> None:
-        """Take note of the terms of one step, for E11."""
+        """Record the terms of one step, for E11."""
         if self.weighting is not None:
             self.weighting.observe(terms)
 
     def end_epoch(self) -> None:
-        """E11's step of E, from what was observed since the last."""
+        """Update E of E11 from what was observed since the last epoch."""
         if self.weighting is not None:
             self.weighting.end_epoch()
 
@@ -203,8 +205,8 @@ class PrismObjective:
             return PairWeights(beta[pairs.modality], delta[pairs.modality])
         if self.weighting.num_modalities != count:
             raise ValueError(
-                f"weighting: is made for {self.weighting.num_modalities} modalities, expected {count} "
-                "as in the batch"
+                f"weighting: has {self.weighting.num_modalities} modalities, expected {count} as in the "
+                "batch"
             )
         return self.weighting.weigh(beta, delta, pairs, distance)
 

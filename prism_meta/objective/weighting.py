@@ -1,8 +1,8 @@
-"""How much distillation (E8) and alignment (E9) count per modality: by preference (E11), or learned (E12).
+"""Weights of distillation (E8) and alignment (E9) per modality: by preference (E11) or learned (E12).
 
-``PrismObjective`` has fixed weights unless it is given one of these. ``weigh`` is a pure function of
-the batch, for strategies evaluate an objective several times per step; what changes over training
-changes in ``observe`` and ``end_epoch`` alone, or in the outer optimizer.
+Without one of these ``PrismObjective`` has fixed weights. ``weigh`` is a pure function of the batch,
+because strategies evaluate an objective several times per step. Only ``observe``, ``end_epoch`` and the
+outer optimizer change a weighting.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from prism_meta.networks.prediction import ShownPairs
 #: One number for all modalities, or one per modality.
 Weight = float | Sequence[float]
 
-#: Weights of E8 and E9 unless given.
+#: Default weights of E8 and E9.
 BETA, DELTA = 0.02, 0.01
-#: The least that E11 lets a modality count.
+#: The smallest factor of a modality in E11.
 LOWEST = 0.1
 
 
@@ -34,7 +34,7 @@ class PairWeights:
     Args:
         beta: (P,), of pixel distillation.
         delta: (P,), of prototype alignment.
-        terms: what the objective reports of them, (M,) each and detached.
+        terms: what the objective reports about them, (M,) each and detached.
     """
 
     beta: Tensor
@@ -56,7 +56,7 @@ class Weighting(nn.Module, ABC):
 
     @abstractmethod
     def weights(self, beta: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights in force, (M,) each, where the objective's fixed ones are ``beta``, ``delta``."""
+        """The current weights, (M,) each, given the objective's fixed ones ``beta`` and ``delta``."""
 
     @abstractmethod
     def weigh(
@@ -66,47 +66,47 @@ class Weighting(nn.Module, ABC):
 
         Args:
             beta: (M,), the objective's fixed weights.
-            delta: (M,), likewise.
-            pairs: which modalities the samples are shown.
-            distance: computes D of E11, (P,), where it is needed.
+            delta: (M,), the objective's fixed weights.
+            pairs: the modalities that the samples show.
+            distance: computes D of E11, (P,), if it is needed.
         """
 
     def observe(self, terms: Mapping[str, Tensor]) -> None:
-        """Take note of the terms of one evaluation of the objective."""
+        """Record the terms of one evaluation of the objective."""
 
     def end_epoch(self) -> None:
-        """Use what was observed since the last epoch."""
+        """Update the weights from what was observed since the last epoch."""
 
     def hyper_parameters(self) -> dict[str, Tensor]:
-        """The free parameters that get a gradient, by name."""
+        """The learned free parameters, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
 class RelativePreference(Weighting):
-    """E11: modalities that lag behind the fused branch are helped more, those ahead less.
+    """E11: modalities that lag behind the fused branch get larger weights.
 
-    D_n^m says how far sample n seen by modality m alone is from the fused branch
-    (``losses.prototype_distance``), and RP_n^m = 1 - D_n^m / (mean of D_n over the modalities that the
-    sample is shown) is negative for a modality further away than the average.
+    D_n^m is the distance between the fused branch and modality m on sample n
+    (``losses.prototype_distance``). RP_n^m = 1 - D_n^m / (mean of D_n over the modalities that the sample
+    shows) is negative for a modality that is further away than the average.
 
     - In each sample, omega_n^m = 1[RP_n^m < 0] multiplies delta_m.
     - Over epochs, E^m multiplies beta_m: E <- Proj(E - gamma * mean RP), E_0^m = 1 / (1 - FR^m), with
       Proj onto {E >= 0.1, ||E||_2 = ||E_0||_2}. The mean is over the samples that show m.
 
-    No gradient goes through RP. A sample that is shown one modality has D = 0, for its fused branch is
-    that modality's own; there, and wherever a whole sample has D = 0, RP is 0: no preference.
+    No gradient flows through RP. If a sample shows one modality, its fused branch is that modality's, so
+    D = 0. RP is 0 (no preference) whenever D = 0 for the whole sample.
 
     Args:
         rates: missing rate FR^m of each modality in the training cases, in [0, 1).
         gamma: step size of E.
 
-    Its ``terms`` are ``preference`` (the mean RP of the batch) and ``shown`` (over how many samples),
-    ``beta`` (beta_m E^m) and ``delta`` (delta_m times the mean omega).
+    Its ``terms`` are ``preference`` (the mean RP of the batch), ``shown`` (the number of samples it is
+    over), ``beta`` (beta_m E^m) and ``delta`` (delta_m times the mean omega).
 
     Raises:
         ValueError: a rate is outside [0, 1), or ``gamma`` is negative.
 
-    Source: PASSION (Shi et al., ACM MM 2024). PRISM's published script differs from DESIGN's E11: it
+    Source: PASSION (Shi et al., ACM MM 2024). PRISM's published script differs from E11: it
     has omega = 1[RP > 0] and E + gamma * mean RP, starts from E = 1, and clamps before it rescales,
     which can leave E below the bound.
 
@@ -135,7 +135,7 @@ class RelativePreference(Weighting):
         first = [1 / (1 - rate) for rate in rates]
         self.gamma, self.radius = gamma, math.hypot(*first)
         self.register_buffer("factor", torch.tensor(first))
-        # Of the running epoch: sums of RP, and how many samples they are over.
+        # For the current epoch: sums of RP, and the number of samples they are over.
         self.register_buffer("total", torch.zeros(len(rates)))
         self.register_buffer("shown", torch.zeros(len(rates)))
 
@@ -164,7 +164,7 @@ class RelativePreference(Weighting):
 
     @torch.no_grad()
     def end_epoch(self) -> None:
-        # A modality that no sample showed has no preference.
+        # A modality that no sample shows has no preference.
         mean = torch.where(self.shown > 0, self.total / self.shown, 0.0)
         moved = self.factor - self.gamma * mean
         self.factor.copy_(project_to_sphere(moved, radius=self.radius, lowest=LOWEST))
@@ -175,23 +175,23 @@ class RelativePreference(Weighting):
 class LearnedWeights(Weighting):
     """E12: beta and delta learned through the inner step, from the gradient of L_meta.
 
-    beta_m = softplus(free_m), delta likewise. Only L_train uses them (L_meta would rather have them
-    at 0): see ``PrismObjective.meta_objective``. For one SGD step d L_meta / d beta_m = -eta_in
-    <grad_phi L_pixel^m(phi), v>, v = grad L_meta(phi~).
+    beta_m = softplus(free_m), and the same for delta. Only L_train uses them, because L_meta is smallest
+    with weights of 0; see ``PrismObjective.meta_objective``. For one SGD step d L_meta / d beta_m =
+    -eta_in <grad_phi L_pixel^m(phi), v>, v = grad L_meta(phi~).
 
     Args:
         num_modalities: M.
-        beta: where the weights of pixel distillation start, > 0, one number or one per modality.
-        delta: of prototype alignment, likewise.
+        beta: initial weight of pixel distillation, > 0; one number or one per modality.
+        delta: initial weight of prototype alignment, > 0; one number or one per modality.
 
-    The free parameters are in ``hyper_parameters()``; give them to ``optimizer`` of ``MetaLearner`` too, as
-    a group without weight decay.
+    The free parameters are in ``hyper_parameters()``. Add them to the outer optimizer, as a group without
+    weight decay.
 
     Raises:
         ValueError: a start value is not positive, or their number is wrong.
 
-    Source: E12 is MAML's meta-gradient with respect to the objective's own weights, as Meta-SGD (Li et
-    al., 2017) has it with respect to rates.
+    Source: E12 is MAML's meta-gradient with respect to the objective's own weights, as in Meta-SGD
+    (Li et al., 2017) with respect to rates.
 
     Example:
         >>> weighting = LearnedWeights(2, beta=0.5, delta=(0.1, 0.2))
@@ -218,14 +218,14 @@ class LearnedWeights(Weighting):
 
 
 def relative_preference(distance: Tensor, pairs: ShownPairs) -> Tensor:
-    """RP of E11: 1 - distance / (its mean over the sample); 0 where that mean is 0.
+    """RP of E11: 1 - distance / (its mean over the sample), or 0 if that mean is 0.
 
     Args:
         distance: D, at least 0, (P,).
         pairs: the shown pairs.
 
     Returns:
-        (P,), at most 1; the mean over a sample is 0.
+        (P,), at most 1. The mean over a sample is 0.
 
     Source: PASSION (Shi et al., ACM MM 2024).
 
@@ -242,12 +242,12 @@ def relative_preference(distance: Tensor, pairs: ShownPairs) -> Tensor:
 
 
 def project_to_sphere(point: Tensor, *, radius: float, lowest: float) -> Tensor:
-    """The point of {x >= lowest, ||x||_2 = radius} that is nearest to ``point``.
+    """The point of {x >= lowest, ||x||_2 = radius} nearest to ``point``.
 
-    On a sphere the nearest point is the one with the largest inner product. Where ``point`` has a
-    positive component, that is x = max(lowest, t * point), with the t that gives the length. Where it
-    has none, an inner product with it is a concave function of the squares of x that are shared out,
-    so that the best is a corner: all of the length goes to the largest component.
+    On a sphere the nearest point is the one with the largest inner product. If ``point`` has a positive
+    component, it is x = max(lowest, t * point), with t chosen to give the length. Otherwise the inner
+    product is a convex function of the squares of x, whose sum is fixed, so its maximum is at a corner:
+    all of the remaining length goes to the largest component.
 
     Args:
         point: (M,).
@@ -258,14 +258,14 @@ def project_to_sphere(point: Tensor, *, radius: float, lowest: float) -> Tensor:
         (M,).
 
     Raises:
-        ValueError: no point is that high and that short.
+        ValueError: no such point exists, because radius < sqrt(M) * lowest.
 
     Example:
         >>> project_to_sphere(torch.tensor([3.0, 4.0, -1.0]), radius=5.0, lowest=0.0)
         tensor([3., 4., 0.])
     """
     size = len(point)
-    # A share of rounding, for the length may be that of the lowest point itself.
+    # Up to rounding, because the radius may be the length of the lowest point itself.
     if not radius >= (1 - 1e-6) * lowest * math.sqrt(size):
         raise ValueError(
             f"radius: got {radius:g}, expected at least {lowest * math.sqrt(size):g}, the length of "
@@ -275,7 +275,7 @@ def project_to_sphere(point: Tensor, *, radius: float, lowest: float) -> Tensor:
     corner = torch.zeros_like(values)
     corner[0] = 1
     values = torch.where(values[0] > 0, values / values[0], corner)
-    # With the k largest free: their length is what the others, at the bound, leave of the radius.
+    # If the k largest are free, their length is what the others, at the bound, leave of the radius.
     places = torch.arange(size, dtype=values.dtype, device=point.device)
     left = radius**2 - (size - 1 - places) * lowest**2
     scale = (left.clamp(min=0) / values.square().cumsum(0)).sqrt()
@@ -286,7 +286,7 @@ def project_to_sphere(point: Tensor, *, radius: float, lowest: float) -> Tensor:
 
 
 def modality_means(values: Tensor, pairs: ShownPairs) -> Tensor:
-    """(P,) to (M,): the mean over the samples that show the modality, 0 where none does; detached."""
+    """(P,) to (M,): the mean over the samples that show a modality, or 0 if none does; detached."""
     shown = pairs.mask.sum(0)
     sums = values.new_zeros(len(shown)).index_add(0, pairs.modality, values.detach())
     return sums / shown.clamp(min=1)
@@ -300,5 +300,5 @@ def _free(name: str, start: Weight, count: int) -> Tensor:
             f"{name}: got {len(values)} weights, expected 1 or {count}, one per modality"
         )
     if any(not value > 0 for value in values):
-        raise ValueError(f"{name}: got {start}, expected numbers > 0, for softplus is never 0")
+        raise ValueError(f"{name}: got {start}, expected numbers > 0, because softplus is never 0")
     return torch.tensor([value + math.log(-math.expm1(-value)) for value in values])

@@ -196,8 +196,8 @@ def test_coarser_maps_are_prm_maps(form: Callable[..., Any]) -> None:
         (lambda a, b, c: [], "net: returned a list of nothing, expected logits "),
         (
             lambda a, b, c: b,
-            "net: returned logits (4, 2, 4, 4), expected (N, K, *S) = (4, K, 8, 8) for its input; bring "
-            "them to the input's grid, the finest first where there are several",
+            "net: returned logits (4, 2, 4, 4), expected (N, K, *S) = (4, K, 8, 8) for its input; "
+            "resample them to the input's grid, and return the finest first if there are several",
         ),
         (lambda a, b, c: (c, b, a), "net: returned logits (4, 2, 2, 2), expected "),
         (lambda a, b, c: a[:1], "net: returned logits (1, 2, 8, 8), expected "),

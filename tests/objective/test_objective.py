@@ -115,7 +115,7 @@ def test_prm_maps_weigh_a_half_and_a_quarter_finest_first() -> None:
         for p in out.prm
     ]
     expected = values[0] / 2 + values[1] / 4
-    actual = PrismObjective()(net, batch).terms["prm"].item()
+    actual = PrismObjective(weighted=True)(net, batch).terms["prm"].item()
     assert actual == pytest.approx(expected, rel=1e-12)
 
 
@@ -203,7 +203,7 @@ def test_one_branch_is_the_fused_and_the_prm_loss(mask: list[list[bool]]) -> Non
 def test_one_branch_has_nothing_to_weigh() -> None:
     with pytest.raises(
         ValueError,
-        match="weighting: got LearnedWeights with unimodal=False, which leaves nothing to weigh; "
+        match="weighting: got LearnedWeights with unimodal=False, which leaves nothing to weight; "
         "leave out one of the two",
     ):
         PrismObjective(unimodal=False, weighting=LearnedWeights(2))

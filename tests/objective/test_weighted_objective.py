@@ -201,7 +201,5 @@ def test_state_goes_to_another_objective(make: Callable[[], Weighting]) -> None:
 
 def test_a_weighting_for_another_number_of_modalities_is_refused() -> None:
     mask = MASKS["M=3, B=1"]
-    with pytest.raises(
-        ValueError, match="weighting: is made for 2 modalities, expected 3 as in the batch"
-    ):
+    with pytest.raises(ValueError, match="weighting: has 2 modalities, expected 3 as in the batch"):
         PrismObjective(weighting=LearnedWeights(2))(net_for(mask), prism_batch(mask, 9, 8, seed=67))

@@ -270,7 +270,7 @@ def test_counts_may_be_means_over_processes() -> None:
         ),
         (
             lambda: LearnedWeights(2, beta=(0.1, 0.0)),
-            r"beta: got \(0.1, 0.0\), expected numbers > 0, for softplus is never 0",
+            r"beta: got \(0.1, 0.0\), expected numbers > 0, because softplus is never 0",
         ),
     ],
 )  # fmt: skip
