@@ -12,6 +12,10 @@ from niftis import write_cases
 torch.set_num_threads(1)
 
 
+#: It registers a strategy, which only the process that asks for it should do.
+collect_ignore = ["own_strategy.py"]
+
+
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of four cases; the first has no t2."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prism_meta.data.restore import Box, bounding_box
+from prism_meta.networks.prediction import SegmentationModel
 
 #: Default window in voxels, by the number of spatial dimensions of the model.
 PATCHES: Mapping[int, tuple[int, ...]] = MappingProxyType({2: (96, 96), 3: (64, 64, 64)})
@@ -21,43 +22,22 @@ OVERLAP = 0.5
 LOGITS_BYTES = 2**31
 
 
-@runtime_checkable
-class SegmentsSubsets(Protocol):
-    """What prediction asks of a model; ``PrismNet`` and ``wrap(net)`` have it."""
-
-    def segment_subsets(self, image: Tensor, subsets: Tensor) -> Tensor | Iterable[Tensor]:
-        """Logits (S, B, K, *S) of image (B, M, *S) for each of subsets, bool (S, M).
-
-        A model may also yield the logits (B, K, *S) of one subset after the other.
-        """
-
-
-@runtime_checkable
-class HasSpatialDims(Protocol):
-    """A model that says for which number of spatial dimensions it is made.
-
-    The default window follows this attribute. ``PrismNet`` has it; a wrapped net may have it.
-    """
-
-    spatial_dims: int
-
-
-def check_model(model: nn.Module) -> nn.Module:
-    """Return ``model`` if it can be asked for subsets of modalities.
+def check_model(model: nn.Module) -> Any:
+    """Return ``model`` if it is a ``SegmentationModel``.
 
     Raises:
-        TypeError: it is a bare net that maps an image to logits.
+        TypeError: it is not, e.g. a bare net that maps an image to logits.
 
     Example:
         >>> check_model(nn.Conv2d(4, 3, 1))
         Traceback (most recent call last):
         ...
-        TypeError: model: got Conv2d, which has no segment_subsets; give a PrismNet or pm.wrap(net)
+        TypeError: model: got Conv2d, which is no SegmentationModel; give a PrismNet or pm.wrap(net)
     """
-    if not isinstance(model, SegmentsSubsets):
+    if not isinstance(model, SegmentationModel):
         raise TypeError(
-            f"model: got {type(model).__name__}, which has no segment_subsets; give a PrismNet or "
-            "pm.wrap(net)"
+            f"model: got {type(model).__name__}, which is no SegmentationModel; give a PrismNet "
+            "or pm.wrap(net)"
         )
     return model
 
@@ -66,7 +46,7 @@ def patch_of(model: nn.Module, patch: Sequence[int] | None = None) -> tuple[int,
     """The window to use with ``model``: ``patch`` if it is given, otherwise a default that fits.
 
     Args:
-        model: may declare ``spatial_dims``, see ``HasSpatialDims``.
+        model: a ``SegmentationModel``; its ``spatial_dims`` choose the default.
         patch: window in voxels, two numbers for slices, three for volumes.
 
     Raises:
@@ -75,16 +55,16 @@ def patch_of(model: nn.Module, patch: Sequence[int] | None = None) -> tuple[int,
 
     Example:
         >>> from prism_meta.networks.prism import PrismNet
-        >>> patch_of(PrismNet(spatial_dims=3, width=1)), patch_of(nn.Conv2d(1, 2, 1), (32, 32))
+        >>> patch_of(PrismNet(spatial_dims=3, width=1)), patch_of(PrismNet(spatial_dims=2), (32, 32))
         ((64, 64, 64), (32, 32))
     """
-    dims = model.spatial_dims if isinstance(model, HasSpatialDims) else None
+    dims: int | None = check_model(model).spatial_dims
     known = dims if dims in PATCHES else None
     if patch is None and known is None:
         choices = " or ".join(f"patch={size} for {n}-D" for n, size in PATCHES.items())
         raise ValueError(
-            f"patch: {type(model).__name__} has no attribute spatial_dims that says whether it works "
-            f"on slices or volumes; give e.g. {choices}"
+            f"patch: {type(model).__name__} does not say whether it works on slices or volumes "
+            f"(spatial_dims is {dims}); give e.g. {choices}"
         )
     if patch is None:
         return PATCHES[int(known or 0)]
@@ -112,7 +92,7 @@ class Windows:
     """A sliding window over volumes, with Gaussian weights where windows overlap.
 
     Args:
-        model: see ``SegmentsSubsets``.
+        model: a ``SegmentationModel``.
         patch: window in voxels; two numbers for slices, three for volumes.
         overlap: of neighbouring windows, in [0, 1).
         batch_size: windows per call of the model.
@@ -135,7 +115,6 @@ class Windows:
         from monai.inferers.utils import sliding_window_inference
 
         def segment(windows: Tensor) -> Tensor:
-            assert isinstance(self.model, SegmentsSubsets)
             maps = self.model.segment_subsets(windows, subsets)
             # The maps of all subsets side by side as channels: windows are cut and blended once.
             return torch.cat([logits.contiguous() for logits in maps], 1)

@@ -152,11 +152,12 @@ def test_oedema_does_not_enter_fluid(monkeypatch: pytest.MonkeyPatch) -> None:
         return np.zeros(space.shape, np.uint8)
 
     touching = 0
+    labels = [drawn(seed).label for seed in range(4)]  # ``drawn`` keeps them, so with their tumours
     monkeypatch.setattr(phantom_anatomy, "_grow_tumour", no_tumour)
-    for seed in range(4):
+    for seed, label in enumerate(labels):
         body = np.random.SeedSequence(seed).spawn(1)[0]
         before = draw_anatomy(np.random.default_rng(body), space)
-        fluid, oedema = before.maps[0] > 0.9, drawn(seed).label == 2
+        fluid, oedema = before.maps[0] > 0.9, label == 2
         assert not (fluid & oedema).any()
         touching += int((fluid & ndimage.binary_dilation(oedema)).sum())
     assert touching > 20, "no oedema reaches fluid, so nothing was tested"

@@ -47,6 +47,8 @@ class Masked(nn.Module):
     It runs once per subset.
     """
 
+    spatial_dims: int | None = None
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[int, ...]] = []
@@ -252,7 +254,7 @@ def test_cases_with_other_modalities_are_refused(tmp_path: Path) -> None:
 
 def test_a_bare_net_is_refused_with_the_fix() -> None:
     message = (
-        r"^model: got Conv2d, which has no segment_subsets; give a PrismNet or pm.wrap\(net\)$"
+        r"^model: got Conv2d, which is no SegmentationModel; give a PrismNet or pm.wrap\(net\)$"
     )
     with pytest.raises(TypeError, match=message):
         Predictor(nn.Conv2d(3, 4, 1), patch=(8, 8))
@@ -271,7 +273,7 @@ def test_the_default_window_follows_the_model(dims: int, patch: tuple[int, ...])
 
 def test_a_model_of_unknown_dimensions_needs_a_patch() -> None:
     message = (
-        "patch: Stacked has no attribute spatial_dims that says whether it works on slices or volumes; "
+        "patch: Stacked does not say whether it works on slices or volumes (spatial_dims is None); "
         "give e.g. patch=(96, 96) for 2-D or patch=(64, 64, 64) for 3-D"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):

@@ -142,8 +142,8 @@ def test_prepared_cases_are_drawn_from(tmp_path: Path) -> None:
     options: dict[str, Any] = {"patch": (8, 8), "batch_size": 2}
     log = fit(model, PrismObjective(), FirstOrder(SGD(0.1)), cases, steps=3, **options)
     assert [line["step"] for line in log] == [1, 2, 3] and log[-1]["epoch"] == 3
-    with pytest.raises(ValueError, match=r"^patch: WrappedNet has no attribute spatial_dims"):
-        fit(wrap(nn.Conv2d(4, 4, 1)), PrismObjective(), FirstOrder(SGD(0.1)), cases, steps=3)
+    with pytest.raises(ValueError, match=r"^patch: WrappedNet does not say whether it works"):
+        fit(wrap(nn.Linear(4, 4)), PrismObjective(), FirstOrder(SGD(0.1)), cases, steps=3)
 
 
 def test_too_few_episodes_for_the_steps() -> None:
