@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from prism_meta.bilevel.functional.checks import (
-    loss_fault,
     not_finite,
     parameters_with_hooks,
+    refuse_constant,
 )
-from prism_meta.bilevel.functional.errors import HiddenParameterError, NonFiniteError
+from prism_meta.bilevel.functional.errors import NonFiniteError
 from prism_meta.bilevel.functional.model import FunctionalModel
 from prism_meta.bilevel.functional.protocols import LearnedObjective, Objective
 from prism_meta.bilevel.functional.trees import Params, State
@@ -155,8 +155,8 @@ class MetaLearner:
     def meta_gradient(self, train: Any, meta: Any) -> MetaGradient:
         """The first half of a step: nothing is changed.
 
-        The first call also checks, by one more forward pass, that the loss reaches the parameters only
-        through the model's registered names.
+        The first call also checks, by one more forward pass, that the loss reaches the parameters, and
+        only through the model's registered names.
 
         Raises:
             HiddenParameterError: it reaches one in another way, or none at all.
@@ -250,9 +250,7 @@ class MetaLearner:
         functional = FunctionalModel(self.model, self.objective)
         with gradients_on(), functional.random_state().replayed():
             phi = functional.leaves()
-            fault = loss_fault(self.model, phi, functional.evaluate(phi, batch).loss)
-        if fault is not None:
-            raise HiddenParameterError(str(fault))
+            refuse_constant(phi, functional.evaluate(phi, batch).loss)
         self._checked = True
 
     def _refuse_non_finite(self, result: MetaGradient, buffers: Params) -> None:

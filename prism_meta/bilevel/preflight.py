@@ -19,6 +19,7 @@ from prism_meta.bilevel.blockers import blockers, failure_of
 from prism_meta.bilevel.functional import checks, kernels, trees
 from prism_meta.bilevel.functional.errors import (
     CheckpointError,
+    HiddenParameterError,
     advice,
     operation,
     reentrant,
@@ -126,6 +127,8 @@ def preflight(model: nn.Module, objective: Objective, batch: Any, *, steps: int 
         except CheckpointError as refusal:
             what = f"{refusal.module} {refusal.what}"
             findings, memory = [Finding("error", "model", what, refusal.advice)], {}
+        except HiddenParameterError as hidden:
+            findings, memory = [Finding("error", hidden.where, hidden.what, hidden.advice)], {}
     rank = {"error": 0, "warning": 1, "note": 2}
     ordered = sorted([*findings, *of_model], key=lambda f: rank[f.level])
     return Preflight(tuple(ordered), memory, steps)
@@ -140,9 +143,7 @@ def _of_batch(
     with random.replayed(), _SavedBytes(own) as forward, _no_lost_gradient():
         value = model.evaluate(phi, batch)
     replaced = _replaced_kernels(value.loss)
-    fault = checks.loss_fault(model.model, phi, value.loss)
-    if fault is not None:
-        return [Finding("error", fault.where, fault.what, fault.advice)], {}
+    checks.refuse_constant(phi, value.loss)
     foreign = list(_foreign(model, value))
     checkpoints = list(_checkpoint(model, value))
     del value

@@ -104,8 +104,8 @@ MODELS: list[tuple[Callable[[], nn.Module], str]] = [
     ),
     (
         lambda: nn.DataParallel(nn.Linear(3, 2)),
-        "model: got DataParallel, whose replicas hold other parameters than the model; pass "
-        "model.module, and run one process per device (Lightning Fabric does)",
+        "model: got DataParallel, whose replicas hold other parameters than the model; pass the "
+        "module inside it, and run one process per device (Lightning Fabric does)",
     ),
     (
         inference_model,

@@ -270,9 +270,13 @@ def test_a_parameter_outside_its_registration_is_named(kind: str) -> None:
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     for strategy in (SingleLevel(), FirstOrder(SGD(0.1)), SecondOrder(SGD(0.1), 2)):
         learner = MetaLearner(net, mse, strategy, optimizer)
-        with pytest.raises(HiddenParameterError) as caught:
-            learner.step(BATCH, BATCH)
-        assert f"error: {caught.value}" == HIDDEN
+        for call in (
+            learner.step,
+            lambda train, meta, s=strategy: s.meta_gradient(net, mse, train, meta),
+        ):
+            with pytest.raises(HiddenParameterError) as caught:
+                call(BATCH, BATCH)
+            assert f"error: {caught.value}" == HIDDEN
 
 
 def test_a_detached_copy_is_seen_as_an_unused_parameter() -> None:

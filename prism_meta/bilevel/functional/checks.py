@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from prism_meta.bilevel.functional.errors import HiddenParameterError
 from prism_meta.bilevel.functional.trees import Params
 
 
@@ -28,10 +28,12 @@ def check_model(
             made in inference mode, or no trainable parameter.
     """
     name = type(model).__name__
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+    replicated = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    parallel = next((type(m).__name__ for m in modules if isinstance(m, replicated)), None)
+    if parallel is not None:
         raise ValueError(
-            f"model: got {name}, whose replicas hold other parameters than the model; pass "
-            "model.module, and run one process per device (Lightning Fabric does)"
+            f"model: got {parallel}, whose replicas hold other parameters than the model; pass the module "
+            "inside it, and run one process per device (Lightning Fabric does)"
         )
     if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
         raise ValueError(
@@ -55,38 +57,38 @@ def check_model(
         )
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One thing that is wrong: where, what, and what to do about it."""
+def refuse_hidden_parameters(model: nn.Module, loss: Tensor) -> None:
+    """Raise if ``loss`` depends on the model's own parameters, although others were put in their place.
 
-    where: str
-    what: str
-    advice: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.what}; {self.advice}"
-
-
-def loss_fault(model: nn.Module, params: Mapping[str, Tensor], loss: Tensor) -> Fault | None:
-    """Why ``loss``, evaluated at the leaves ``params``, cannot train ``model``; None if it can."""
+    Raises:
+        HiddenParameterError: the message names them.
+    """
     leaves = {id(leaf) for leaf in graph_leaves(loss)}
     hidden = [n for n, p in model.named_parameters() if id(p) in leaves]
     if hidden:
         more = f" and {len(hidden) - 5} more" if len(hidden) > 5 else ""
-        return Fault(
+        raise HiddenParameterError(
             ", ".join(hidden[:5]) + more,
             "reached other than through the model's registered parameters, so that no inner step can "
             "replace it and it would never be trained",
             "read it as an attribute of its module in forward (not from a list, a closure or a product "
             "computed earlier); in an objective use forward.parameters, not model.parameters()",
         )
+
+
+def refuse_constant(params: Mapping[str, Tensor], loss: Tensor) -> None:
+    """Raise if ``loss`` depends on none of the leaves ``params``.
+
+    Raises:
+        HiddenParameterError: it does not.
+    """
+    leaves = {id(leaf) for leaf in graph_leaves(loss)}
     if not any(id(p) in leaves for p in params.values()):
-        return Fault(
+        raise HiddenParameterError(
             "objective",
             "the loss depends on no parameter of the model",
             "compute it from what forward(...) returns, without detach() or torch.no_grad()",
         )
-    return None
 
 
 def parameters_with_hooks(model: nn.Module) -> list[str]:

@@ -28,7 +28,17 @@ class SecondDerivativeError(RuntimeError):
 
 
 class HiddenParameterError(ValueError):
-    """The loss depends on a parameter that was not reached through the model's registered names."""
+    """The loss reaches a parameter other than by its registered name, or reaches none.
+
+    Args:
+        where: names of the parameters, or ``objective``.
+        what: what is wrong.
+        advice: what to do about it.
+    """
+
+    def __init__(self, where: str, what: str, advice: str) -> None:
+        super().__init__(f"{where}: {what}; {advice}")
+        self.where, self.what, self.advice = where, what, advice
 
 
 class ReplayError(RuntimeError):

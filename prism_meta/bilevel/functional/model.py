@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from prism_meta.bilevel.functional import kernels, trees
-from prism_meta.bilevel.functional.checks import check_model
+from prism_meta.bilevel.functional.checks import check_model, refuse_hidden_parameters
 from prism_meta.bilevel.functional.errors import translated
 from prism_meta.bilevel.functional.fast_derivatives import fast_derivatives
 from prism_meta.bilevel.functional.protocols import LearnedObjective, Objective
@@ -82,6 +82,7 @@ class FunctionalModel:
         self.device = next(iter(self.trainable.values())).device
         self.compiled = any(map(_is_compiled, modules))
         self.substitution = Substitution(model)
+        self._searched = False
 
     def leaves(self) -> Params:
         """phi as new leaves, so that ``.grad`` of the model is never touched."""
@@ -105,6 +106,9 @@ class FunctionalModel:
             batch: passed to the objective.
             buffers: to start from; they are not changed. Defaults to the model's own.
             twice: whether second derivatives will be asked for.
+
+        Raises:
+            HiddenParameterError: the loss depends on the model's own parameters instead of ``params``.
         """
         return self._evaluate(self.objective, params, batch, buffers, twice)
 
@@ -138,6 +142,9 @@ class FunctionalModel:
             raise ValueError(
                 f"objective: got a loss of shape {tuple(loss.shape)}, expected a scalar"
             )
+        if not self._searched and loss.requires_grad and all(p.is_leaf for p in params.values()):
+            self._searched = True  # once per episode
+            refuse_hidden_parameters(self.model, loss)
         # A buffer is changed in place (BatchNorm), or replaced in ``state`` by an assignment.
         after = {n: state[n].detach() for n in self.own_buffers}
         return Evaluation(self, loss.reshape(()), terms, after, params, buffers, twice)
