@@ -143,11 +143,16 @@ def test_a_predictor_serves_all_subsets_of_a_window_at_once(
     counted: list[int] = []
 
     class Counting(nn.Module):
+        spatial_dims = 2
+
+        def segment(self, image: Tensor, mask: Tensor) -> Tensor:
+            return model.segment(image, mask)
+
         def segment_subsets(self, image: Tensor, chosen: Tensor) -> Tensor:
             counted.append(len(chosen))
             return model.segment_subsets(image, chosen)
 
-    class OneByOne(nn.Module):
+    class OneByOne(Counting):
         def segment_subsets(self, image: Tensor, chosen: Tensor) -> Tensor:
             masks = [row.expand(len(image), -1) for row in chosen]
             return torch.stack([model.segment(image, mask) for mask in masks])
