@@ -30,7 +30,7 @@ def derivatives(net: nn.Module, *, lean: bool) -> list[Tensor]:
     """Gradient and the gradient of its square."""
     image = torch.randn(2, 2, 6, 6, generator=torch.Generator().manual_seed(1))
     params = list(net.parameters())
-    with Interception(twice=True) if lean else nullcontext():
+    with Interception() if lean else nullcontext():
         loss = net(image).square().mean()
     first = torch.autograd.grad(loss, params, create_graph=True)
     second = torch.autograd.grad([g.square().sum() for g in first], params)
@@ -46,7 +46,7 @@ def test_both_derivatives_are_the_same_to_the_bit() -> None:
 def freed(follow: Callable[[Tensor], Tensor], *, lean: bool) -> bool:
     """Whether a LeakyReLU's input is free while what ``follow`` makes of its output is alive."""
     weight = torch.randn(2, 2, 3, 3, requires_grad=True)
-    with Interception(twice=True) if lean else nullcontext():
+    with Interception() if lean else nullcontext():
         x = F.conv2d(torch.randn(1, 2, 6, 6), weight)
         memory = StorageWeakRef(x.untyped_storage())
         result = follow(F.leaky_relu(x, 0.1))
@@ -64,7 +64,7 @@ def test_input_is_free_after_the_forward_pass(follow: Callable[[Tensor], Tensor]
 
 def test_input_is_free_in_the_graph_of_the_gradient() -> None:
     weight = torch.randn(2, 2, 3, 3, requires_grad=True)
-    with Interception(twice=True):
+    with Interception():
         x = F.conv2d(torch.randn(1, 2, 6, 6), weight)
         memory = StorageWeakRef(x.untyped_storage())
         loss = F.leaky_relu(x, 0.1).square().sum()
@@ -76,7 +76,7 @@ def test_input_is_free_in_the_graph_of_the_gradient() -> None:
 
 def test_output_is_free_after_the_backward_pass() -> None:
     weight = torch.randn(2, 2, 3, 3, requires_grad=True)
-    with Interception(twice=True):
+    with Interception():
         y = F.leaky_relu(F.conv2d(torch.randn(1, 2, 6, 6), weight), 0.1)
         memory = StorageWeakRef(y.untyped_storage())
         loss = y.square().sum()
@@ -88,7 +88,7 @@ def test_output_is_free_after_the_backward_pass() -> None:
 
 def slope_of(function: Callable[[Tensor], Tensor]) -> Tensor:
     x = torch.tensor([-2.0, 3.0], requires_grad=True)
-    with Interception(twice=True):
+    with Interception():
         y = function(2 * x)
     (slope,) = torch.autograd.grad(y.sum(), [x])
     return slope
@@ -103,7 +103,7 @@ def test_output_changed_in_place_before_a_convolution_took_it() -> None:
 
 def test_output_changed_in_place_afterwards() -> None:
     x = torch.ones(3, requires_grad=True)
-    with Interception(twice=True):
+    with Interception():
         y = F.leaky_relu(2 * x)
     with torch.no_grad():
         y.zero_()
@@ -119,9 +119,9 @@ def test_other_hooks_keep_their_charge() -> None:
     image = torch.randn(1, 2, 6, 6)
     net = block()
     own = torch.autograd.grad(net(image).sum(), list(net.parameters()))
-    with Interception(twice=True):
+    with Interception():
         recomputed = checkpoint(net, image, use_reentrant=False).sum()
-    with torch.autograd.graph.save_on_cpu(), Interception(twice=True):
+    with torch.autograd.graph.save_on_cpu(), Interception():
         offloaded = net(image).sum()
     for loss in (recomputed, offloaded):
         grads = torch.autograd.grad(loss, list(net.parameters()))

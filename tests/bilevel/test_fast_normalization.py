@@ -68,7 +68,7 @@ def derivatives(
         None if t is None else t.clone().requires_grad_(i in variables) for i, t in enumerate(given)
     ]
     inputs = [t for t in given if t is not None and t.requires_grad]
-    with nullcontext() if node is None else Interception(twice=True):
+    with nullcontext() if node is None else Interception():
         y = function(*given)
     assert y.grad_fn is not None
     assert node in (None, y.grad_fn.name())
@@ -133,7 +133,7 @@ def test_the_weights_derivative_of_a_constant_image_can_be_differentiated() -> N
         x, weight, bias = tensors(2)
         assert weight is not None
         weight.requires_grad_()
-        with Interception(twice=True):
+        with Interception():
             y = function(x, weight, bias)
         (dw,) = torch.autograd.grad(y.sin().sum(), weight, create_graph=True)
         return torch.autograd.grad(dw.square().sum(), weight)[0]
@@ -176,7 +176,7 @@ def test_the_graph_of_the_gradient_keeps_its_two_arguments() -> None:
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with Interception(twice=True):
+    with Interception():
         y = F.group_norm(x, 4, weight, bias)
     cotangent = torch.ones_like(y, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -188,7 +188,7 @@ def test_the_graph_of_the_gradient_keeps_its_two_arguments() -> None:
 
 def test_the_memory_format_is_kept() -> None:
     x = torch.randn(2, 4, 3, 4, 5).contiguous(memory_format=torch.channels_last_3d).requires_grad_()
-    with Interception(twice=True):
+    with Interception():
         y = F.instance_norm(x)
     (gradient,) = torch.autograd.grad(y.square().sum(), x)
     for tensor in (y, gradient):
@@ -200,7 +200,7 @@ def test_an_activation_may_work_in_place() -> None:
 
     def second(*, lean: bool) -> Tensor:
         leaf = x.clone().requires_grad_()
-        with Interception(twice=True) if lean else nullcontext():
+        with Interception() if lean else nullcontext():
             loss = F.relu_(F.group_norm(leaf, 2)).pow(3).sum()
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
         return torch.autograd.grad(gradient.square().sum(), leaf)[0]
@@ -210,7 +210,7 @@ def test_an_activation_may_work_in_place() -> None:
 
 def test_an_input_changed_in_place_is_refused() -> None:
     x = torch.randn(2, 4, 5, requires_grad=True)
-    with Interception(twice=True):
+    with Interception():
         z = 2 * x
         y = F.group_norm(z, 2)
     with torch.no_grad():
@@ -226,7 +226,7 @@ def test_a_checkpoint_changes_nothing() -> None:
     params = list(net.parameters())
 
     def second(evaluate: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
-        with Interception(twice=True):
+        with Interception():
             loss = evaluate(image).sin().sum()
         first = torch.autograd.grad(loss, params, create_graph=True)
         return torch.autograd.grad([g.square().sum() for g in first], params)
@@ -241,7 +241,7 @@ def test_a_checkpoint_changes_nothing() -> None:
 
 
 def node(function: Callable[[], Tensor]) -> str:
-    with Interception(twice=True):
+    with Interception():
         grad_fn: Any = function().grad_fn
     return str(grad_fn.name())
 
@@ -282,13 +282,13 @@ def test_running_statistics_are_torchs() -> None:
 )  # torch's own call
 def test_tangents_and_transforms_are_torchs() -> None:
     x, direction = torch.randn(2, 3, 4, 5, dtype=torch.float64)
-    with forward_ad.dual_level(), Interception(twice=True):
+    with forward_ad.dual_level(), Interception():
         dual = F.group_norm(forward_ad.make_dual(x, direction), 2)
         tangent = forward_ad.unpack_dual(dual).tangent
     _, exact = torch.func.jvp(lambda x: by_hand(x, 2, None, None), (x,), (direction,))
     assert tangent is not None
     assert error(tangent, exact) < 1e-12
-    with Interception(twice=True):
+    with Interception():
         mapped = torch.func.vmap(lambda x: F.group_norm(x, 2))(torch.stack([x, direction]))
     assert torch.equal(mapped[1], F.group_norm(direction, 2))
 
@@ -299,7 +299,7 @@ class _Named(Tensor):
 
 def test_subclasses_stay_what_they_are() -> None:
     x = torch.randn(2, 4, 5).as_subclass(_Named)
-    with Interception(twice=True):
+    with Interception():
         assert type(F.group_norm(x, 2)) is _Named
 
 
@@ -312,5 +312,5 @@ def test_subclasses_stay_what_they_are() -> None:
     ],
 )
 def test_torchs_errors_are_torchs(function: Callable[[], Tensor], message: str) -> None:
-    with Interception(twice=True), pytest.raises((RuntimeError, ValueError), match=message):
+    with Interception(), pytest.raises((RuntimeError, ValueError), match=message):
         function()

@@ -130,7 +130,7 @@ class FunctionalModel:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = self.cast(args), self.cast(kwargs)
-            fast = nullcontext() if self.compiled else fast_derivatives((args, kwargs), twice=twice)
+            fast = nullcontext() if self.compiled else fast_derivatives((args, kwargs))
             with fast, _quiet() if self.compiled else nullcontext():
                 return self.substitution.run(state, lambda: self.model(*args, **kwargs))
 

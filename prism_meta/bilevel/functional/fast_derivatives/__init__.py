@@ -35,17 +35,12 @@ _CONVOLUTIONS = {
 _enabled: ContextVar[bool] = ContextVar("fast_derivatives", default=True)
 
 
-def fast_derivatives(arguments: Any, *, twice: bool) -> AbstractContextManager[Any]:
-    """The context in which a model is called with ``arguments``; the one entry point.
-
-    Args:
-        arguments: tree of the model's inputs.
-        twice: whether second derivatives will be asked for.
-    """
+def fast_derivatives(arguments: Any) -> AbstractContextManager[Any]:
+    """The context in which a model is called with ``arguments``, a tree; the one entry point."""
     size = max((t.numel() for t in tree_leaves(arguments) if isinstance(t, Tensor)), default=0)
     if size < SMALLEST or not _enabled.get() or not _agrees_with_torch():
         return nullcontext()
-    return Interception(twice=twice)
+    return Interception()
 
 
 @contextmanager
@@ -54,7 +49,7 @@ def use_fast_derivatives(enabled: bool) -> Iterator[None]:
 
     Example:
         >>> with use_fast_derivatives(False):
-        ...     isinstance(fast_derivatives(torch.zeros(10**5), twice=True), nullcontext)
+        ...     isinstance(fast_derivatives(torch.zeros(10**6)), nullcontext)
         True
     """
     token = _enabled.set(enabled)
@@ -67,15 +62,12 @@ def use_fast_derivatives(enabled: bool) -> Iterator[None]:
 class Interception(TorchFunctionMode):
     """Operations called within this context have the derivatives of this package.
 
-    Args:
-        twice: whether normalisations are replaced, whose first derivative torch has in a kernel.
-
     Torch's own derivatives remain in parts that run again during the backward pass
     (``torch.utils.checkpoint``) and in compiled ones.
 
     Example:
         >>> x = torch.randn(2, 4, 8, 8, requires_grad=True)
-        >>> with Interception(twice=True):
+        >>> with Interception():
         ...     y = F.group_norm(x, 2)
         >>> torch.allclose(y, F.group_norm(x, 2), atol=1e-6)
         True
@@ -83,9 +75,8 @@ class Interception(TorchFunctionMode):
         ('_GroupNormBackward', 'NativeGroupNormBackward0')
     """
 
-    def __init__(self, *, twice: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._replacements = normalization.REPLACEMENTS if twice else {}
         self._outputs = SavedOutputs()
 
     def __torch_function__(
@@ -98,7 +89,7 @@ class Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # would take the derivative of a derivative for 0
             return func(*args, **kwargs)
-        replacement = self._replacements.get(func)
+        replacement = normalization.REPLACEMENTS.get(func)
         out = None if replacement is None else replacement(*args, **kwargs)
         if out is None:
             out = func(*args, **kwargs)
@@ -123,7 +114,7 @@ def _agrees_with_torch() -> bool:
             kernel = torch.randn(3, 4, 1, dtype=torch.float64)
             with torch.enable_grad(), torch.inference_mode(False):
                 plain = _derivatives(x, kernel, nullcontext())
-                fast = _derivatives(x, kernel, Interception(twice=True))
+                fast = _derivatives(x, kernel, Interception())
         agrees = all(torch.allclose(f, p, rtol=1e-9) for f, p in zip(fast, plain, strict=True))
         reason = "their values differ"
     except Exception as error:
