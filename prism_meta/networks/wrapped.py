@@ -17,7 +17,7 @@ from prism_meta.errors import PrismError, raise_faults
 from prism_meta.modalities import BRATS
 from prism_meta.networks.multi_encoder import MultiEncoderNet, declaration_fault
 from prism_meta.networks.outputs import check_shape, logit_maps, resampled
-from prism_meta.networks.prediction import DecoderOutput, Prediction, ShownPairs
+from prism_meta.networks.prediction import DecoderOutput, Prediction, SegmentationModel, ShownPairs
 
 
 class WrappedNet(nn.Module):
@@ -193,8 +193,9 @@ def wrap(
         that of ``net``.
 
     Raises:
-        PrismError: all faults together: no modality or a name twice, no such layer, or an incomplete
-            ``MultiEncoderNet``. Later: outputs of a wrong shape (ValueError).
+        PrismError: all faults together: no modality or a name twice, no such layer, an incomplete
+            ``MultiEncoderNet``, or a net that is wrapped already. Later: outputs of a wrong shape
+            (ValueError).
 
     Example:
         >>> model = wrap(nn.Conv2d(2, 3, 1), modalities=("t1", "t2"))
@@ -207,7 +208,14 @@ def wrap(
         >>> model(torch.randn(1, 2, 8, 8), torch.tensor([[True, True]])).features.shape
         torch.Size([1, 8, 8, 8])
     """
-    faults = [_names_fault(modalities), _layer_fault(net, features), declaration_fault(net)]
+    if not isinstance(net, nn.Module):
+        raise PrismError(f"net: got {type(net).__name__}, expected a torch.nn.Module")
+    faults = [
+        _names_fault(modalities),
+        _wrapped_fault(net),
+        _layer_fault(net, features),
+        declaration_fault(net),
+    ]
     raise_faults(PrismError, [fault for fault in faults if fault is not None])
     batch_norms = [
         name or "net"
@@ -225,7 +233,18 @@ def wrap(
     return WrappedNet(net, modalities, features)
 
 
+def _wrapped_fault(net: nn.Module) -> str | None:
+    if not isinstance(net, SegmentationModel):
+        return None
+    return (
+        f"net: {type(net).__name__} takes subsets of modalities as it is; use it without wrap, or pass "
+        "the net inside it"
+    )
+
+
 def _names_fault(modalities: Sequence[str]) -> str | None:
+    if isinstance(modalities, str):
+        return f"modalities: got the string {modalities!r}, expected a sequence of names"
     if modalities and len(set(modalities)) == len(modalities):
         return None
     return f"modalities: got {tuple(modalities)}, expected different names, at least one"

@@ -234,6 +234,27 @@ def test_all_faults_of_a_net_at_once() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("net", "modalities", "fault"),
+    [
+        (
+            nn.Conv2d(3, 2, 1),
+            "flair",
+            "modalities: got the string 'flair', expected a sequence of names",
+        ),
+        (len, NAMES, "net: got builtin_function_or_method, expected a torch.nn.Module"),
+        (
+            wrap(nn.Conv2d(3, 2, 1), NAMES),
+            NAMES,
+            "net: WrappedNet takes subsets of modalities as it is; use it without wrap, or pass the net "
+            "inside it",
+        ),
+    ],
+)
+def test_what_cannot_be_wrapped(net: Any, modalities: Any, fault: str) -> None:
+    assert faults_of(lambda: wrap(net, modalities), PrismError) == (fault,)
+
+
 def test_batch_norm_is_warned_of_once() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
     message = (
