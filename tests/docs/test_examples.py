@@ -101,7 +101,7 @@ def test_the_measurements_are_those_of_the_results() -> None:
     one = [results("")[net, 1] for net in ("unet", "prismnet", "segresnet")]
     large = [("_unet_32", "unet"), ("_prismnet_40", "prismnet"), ("_segresnet_64", "segresnet")]
     first, ten = ([results(file)[net, k] for file, net in large] for k in (1, 10))
-    small = [results("_prismnet_16")["prismnet", 1], results("_segresnet_24")["segresnet", 1]]
+    small = [results("_prismnet_16_k1")["prismnet", 1], results("_segresnet_24_k1")["segresnet", 1]]
     memory = "peak_mib"
     expected = [
         [time_ratio(m, stored, "FirstOrder") for m in one],
