@@ -124,7 +124,7 @@ def index_records(records: Sequence[Record], name: str) -> dict[tuple[str, str, 
 
     Args:
         records: the records.
-        name: name of the argument that holds them, for the messages.
+        name: name of the argument that holds them; messages use it.
 
     Raises:
         PrismError: there are no records, or two of the same case, subset and region.

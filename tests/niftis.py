@@ -12,11 +12,15 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from nibabel import orientations
 from numpy.typing import NDArray
 from safetensors import safe_open
+from torch import Tensor
 
 from prism_meta.data import cache
+from prism_meta.data.cases import Volume
+from prism_meta.data.layouts.folders import load_cases
 from prism_meta.modalities import BRATS
 
 #: Three different sizes, so that a swapped axis is noticed.
@@ -27,6 +31,13 @@ CENTRE = (0.2, -0.15, 0.1)
 RADII = (0.55, 0.42, 0.28)
 
 FloatArray = NDArray[np.float32]
+
+
+ORIENTATIONS = ("RAS", "LPS", "PSR", "ILA")
+#: Where the size of a voxel must be small against the blob.
+BIG = (40, 48, 32)
+#: The voxel size of the synthetic cases, mm.
+OWN = (1.0, 1.0, 1.0)
 
 
 def real_data() -> Path:
@@ -210,3 +221,16 @@ def forbidden(folder: Path) -> Iterator[None]:
         for parent in parents:
             parent.chmod(0o700)
         folder.chmod(mode)
+
+
+def written(folder: Path, **options: Any) -> Volume:
+    """The volume of one case that is written and read again."""
+    write_case(folder / "p0", **options)
+    (case,) = load_cases(folder)
+    return case.read()
+
+
+def world(voxels: Tensor, affine: Any) -> Tensor:
+    """Centre of mass of ``voxels`` in mm."""
+    affine = torch.as_tensor(affine, dtype=torch.float64)
+    return affine[:3, :3] @ voxels.nonzero().double().mean(0) + affine[:3, 3]

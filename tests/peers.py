@@ -1,4 +1,4 @@
-"""learn2learn, for the tests of its integration; they are skipped if it is not installed."""
+"""Imports learn2learn; the tests of its integration are skipped if it is not installed."""
 
 from __future__ import annotations
 

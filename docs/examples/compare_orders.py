@@ -37,4 +37,4 @@ for strategy in (pm.FirstOrder(pm.SGD(0.05)), pm.SecondOrder(pm.SGD(0.05))):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     learner = pm.MetaLearner(model, pm.PrismObjective(weighted=False), strategy, optimizer)
     losses = [learner.step(*episodes[step]).meta_loss.item() for step in range(5)]
-    print(type(strategy).__name__, [round(loss, 3) for loss in losses])  # noqa: T201
+    print(type(strategy).__name__, [round(loss, 3) for loss in losses])

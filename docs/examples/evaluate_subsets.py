@@ -18,4 +18,4 @@ cases = pm.load_cases(folder)
 # %% 15 + 3 subsets, three regions each: Dice, and HD95 in mm
 net = pm.PrismNet(spatial_dims=2, width=4).eval()
 records = pm.evaluate(net, cases, preprocessing=pm.Preprocessing((4.0, 4.0, 4.0)), patch=(32, 32))
-print(len(records), records[0])  # noqa: T201
+print(len(records), records[0])

@@ -32,7 +32,7 @@ class Volume:
     """The voxels of a case, on the case's own grid.
 
     Args:
-        images: modality -> (D, H, W) float32, for the modalities that were read.
+        images: modality -> (D, H, W) float32. It has only the modalities that were read.
         affine: (4, 4), from voxel indices to mm.
         shape: (D, H, W).
         label: (D, H, W) with the values of the label file. Defaults to None.
@@ -57,7 +57,7 @@ class Case:
     Args:
         id: name of the case.
         modalities: names of all M modalities, in the model's order.
-        files: modality -> file, for the modalities that exist.
+        files: modality -> file. It has only the modalities that exist.
         label: the label file. Defaults to None, a case without labels.
 
     Example:

@@ -47,7 +47,7 @@ class ShownPairs:
         return cls(sample, modality, mask)
 
     def empty(self) -> ShownPairs:
-        """No pairs of the same batch, for a prediction without unimodal outputs."""
+        """The same batch with no pairs. Predictions without unimodal outputs use it."""
         return ShownPairs(self.sample[:0], self.modality[:0], self.mask)
 
     def unpack(self, packed: Tensor) -> Tensor:

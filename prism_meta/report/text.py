@@ -1,4 +1,4 @@
-"""Scores as text, for the tables in the terminal and on the page."""
+"""Formats scores as text. The tables in the terminal and on the page use it."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def build_strategy(meta: MetaConfig, inner_lr: Tensor, *, weight_decay: float) -
 def build_outer(
     config: Config, model: nn.Module, objective: Objective, strategy: MetaStrategy, *, steps: int
 ) -> Outer:
-    """The outer optimizer, its schedule and alpha, for a model that is on its device."""
+    """The outer optimizer, its schedule and alpha. The model must be on its device already."""
     return outer_step(
         model,
         objective,

@@ -38,7 +38,7 @@ class Adaptive(Protocol):
     """An objective whose weights change over training, e.g. ``PrismObjective`` with a weighting."""
 
     def weights(self) -> dict[str, Tensor]:
-        """The current weights, for the log."""
+        """The current weights, which are logged."""
 
     def observe(self, terms: Mapping[str, Tensor]) -> None:
         """Add the terms of one episode to running sums."""

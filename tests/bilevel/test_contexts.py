@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from helpers import (
@@ -21,7 +20,6 @@ from helpers import (
     SMOOTH,
     STRATEGIES,
     Problem,
-    conv,
     copies,
     equal,
     meta_gradient,
@@ -34,10 +32,7 @@ from helpers import (
 from torch import Tensor, nn
 
 import prism_meta as pm
-from prism_meta.bilevel.functional import fast_derivatives
-from prism_meta.bilevel.functional.checks import graph_nodes
 from prism_meta.bilevel.functional.errors import NonFiniteError, ReplayError
-from prism_meta.bilevel.functional.model import FunctionalModel
 from prism_meta.bilevel.inner import SGD, Adam, AdamW, InnerOptimizer, MetaSGD
 from prism_meta.bilevel.learner import MetaLearner
 from prism_meta.bilevel.strategies import (
@@ -351,56 +346,3 @@ def test_what_is_not_finite_never_reaches_the_parameters(
     if where == "meta":
         assert "meta loss, term square" in str(caught.value)
     assert equal(model.state_dict(), before) and learner.optimizer.state == {}
-
-
-# ---------------------------------------------------------------- fast derivatives
-
-
-def normalised() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.LeakyReLU(), nn.Conv2d(8, 1, 3)
-    )
-
-
-def nodes(size: int) -> set[str]:
-    model = FunctionalModel(normalised(), lambda forward, x: forward(x).square().mean())
-    value = model.evaluate(model.leaves(), torch.randn(1, 1, size, size))
-    return {node.name() for node in graph_nodes(value.loss)}
-
-
-def test_fast_derivatives_have_a_switch_and_leave_small_inputs_alone() -> None:
-    side = int(fast_derivatives.SMALLEST**0.5) + 1
-    assert "_GroupNormBackward" in nodes(side)
-    assert "_GroupNormBackward" not in nodes(side // 2)
-    with pm.use_fast_derivatives(False):
-        assert "_GroupNormBackward" not in nodes(side)
-        with pm.use_fast_derivatives(True):
-            assert "_GroupNormBackward" in nodes(side)
-
-
-@pytest.mark.parametrize("graph", ["stored", "recomputed"])
-def test_fast_derivatives_equal_the_oracle(graph: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = conv()
-    strategy = SecondOrder(SGD(LR), 2, graph=graph)
-    slow = meta_gradient(strategy, problem)
-    monkeypatch.setattr(fast_derivatives, "SMALLEST", 0)
-    fast = meta_gradient(strategy, problem)
-    assert relative_error(fast.gradient, oracles.second_order(problem, LR, 2)) <= EXACT
-    assert not equal(fast.gradient, slow.gradient)  # equal to rounding, so they did run
-
-
-def test_fast_derivatives_give_way_to_a_torch_that_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(*args: Any, **kwargs: Any) -> Any:
-        raise AttributeError("_raw_saved_self")
-
-    side = int(fast_derivatives.SMALLEST**0.5) + 1
-    fast_derivatives._agrees_with_torch.cache_clear()
-    monkeypatch.setattr(fast_derivatives.SavedOutputs, "add", wrong)
-    try:
-        with pytest.warns(
-            UserWarning, match=r"^fast derivatives are switched off: .*_raw_saved_self"
-        ):
-            assert "_GroupNormBackward" not in nodes(side)
-        assert "_GroupNormBackward" not in nodes(side)  # without a second warning
-    finally:
-        fast_derivatives._agrees_with_torch.cache_clear()

@@ -3,39 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import niftis
 import numpy as np
 import pytest
 import torch
-from niftis import SHAPE, write_case
-from torch import Tensor
+from niftis import BIG, ORIENTATIONS, OWN, SHAPE, world, written
 
 from prism_meta.data.cases import Volume
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
-from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.errors import CaseError
 from prism_meta.modalities import BRATS
-
-ORIENTATIONS = ("RAS", "LPS", "PSR", "ILA")
-#: Where the size of a voxel must be small against the blob.
-BIG = (40, 48, 32)
-#: The voxel size of the synthetic cases, mm.
-OWN = (1.0, 1.0, 1.0)
-
-
-def written(folder: Path, **options: Any) -> Volume:
-    write_case(folder / "p0", **options)
-    (case,) = load_cases(folder)
-    return case.read()
-
-
-def world(voxels: Tensor, affine: Any) -> Tensor:
-    """Centre of mass of ``voxels`` in mm."""
-    affine = torch.as_tensor(affine, dtype=torch.float64)
-    return affine[:3, :3] @ voxels.nonzero().double().mean(0) + affine[:3, 3]
 
 
 def test_z_score_inside_the_brain_and_zero_outside(tmp_path: Path) -> None:

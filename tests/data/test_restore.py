@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import dice
-from niftis import SHAPE, write_case
+from niftis import BIG, ORIENTATIONS, OWN, SHAPE, world, written
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -21,24 +21,6 @@ from prism_meta.data.labels import BRATS_LABELS
 from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.preprocessing import Prepared, Preprocessing
 from prism_meta.data.restore import restore_classes, restore_maps
-
-ORIENTATIONS = ("RAS", "LPS", "PSR", "ILA")
-#: Where the size of a voxel must be small against the blob.
-BIG = (40, 48, 32)
-#: The voxel size of the synthetic cases, mm.
-OWN = (1.0, 1.0, 1.0)
-
-
-def written(folder: Path, **options: Any) -> Volume:
-    write_case(folder / "p0", **options)
-    (case,) = load_cases(folder)
-    return case.read()
-
-
-def world(voxels: Tensor, affine: Any) -> Tensor:
-    """Centre of mass of ``voxels`` in mm."""
-    affine = torch.as_tensor(affine, dtype=torch.float64)
-    return affine[:3, :3] @ voxels.nonzero().double().mean(0) + affine[:3, 3]
 
 
 def round_trip(preprocessing: Preprocessing, volume: Volume) -> tuple[Tensor, Tensor, Prepared]:

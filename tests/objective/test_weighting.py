@@ -178,7 +178,7 @@ def weigh(weighting: Any, mask: list[list[bool]], distance: list[float]) -> Pair
 
 
 def test_weights_of_preference_by_hand() -> None:
-    # ShownPairs go modality by modality: m0 of samples 0 and 1, m1 of 0 and 1, m2 of 2 alone.
+    # ShownPairs go modality by modality: m0 of samples 0 and 1, m1 of 0 and 1, and only then m2 of 2.
     mask = [[True, True, False], [True, True, False], [False, False, True]]
     weighting = RelativePreference((0.0, 0.5, 0.75)).double()
     actual = weigh(weighting, mask, [1.0, 3.0, 3.0, 1.0, 0.0])

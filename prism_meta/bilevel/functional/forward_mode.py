@@ -15,7 +15,7 @@ from prism_meta.bilevel.functional.trees import Params, detached, filled
 def mixed_derivative(
     model: FunctionalModel, params: Params, direction: Params, batch: Any, buffers: Params
 ) -> tuple[Params, Tensor]:
-    """d <grad L_train, direction> / d weights, for the learned weights of the objective.
+    """The derivative of <grad L_train, direction> with respect to the objective's learned weights.
 
     d L_train / d weights is a function of the parameters, and this is its directional derivative. No
     graph of the model is made.
