@@ -98,7 +98,9 @@ def read_availability(path: Path | str, modalities: Sequence[str]) -> dict[str, 
         with path.open(newline="", encoding="utf-8-sig") as handle:
             rows = list(csv.DictReader(handle))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CaseError(f"{path}: cannot be read as an availability table ({error})") from error
+        raise CaseError(
+            f"{path}: cannot be read as an availability table ({error}); give a CSV file in UTF-8"
+        ) from error
     columns = set(rows[0]) if rows else set()
     published = {"data_name", "mask"} <= columns
     if not published and not {"case", *modalities} <= columns:

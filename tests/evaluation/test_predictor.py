@@ -106,8 +106,8 @@ def options(patch: tuple[int, ...]) -> dict[str, Any]:
     return {"preprocessing": Preprocessing((1.3, 1.0, 2.0)), "patch": patch}
 
 
-def alone(model: nn.Module, case: Case, shown: Tensor, patch: tuple[int, ...]) -> Any:
-    """What a case gives that has no other files."""
+def predicted_from(model: nn.Module, case: Case, shown: Tensor, patch: tuple[int, ...]) -> Any:
+    """The prediction for a case that has only the files of these modalities."""
     return predict(model, case.restrict(shown), **options(patch))
 
 
@@ -125,7 +125,7 @@ def test_a_subset_is_the_case_with_only_its_files(
     predictions = Predictor(model(), **options(patch)).predict_subsets(case, every)
     assert len(predictions) == 7
     for shown, prediction in zip(every, predictions, strict=True):
-        np.testing.assert_array_equal(prediction, alone(Masked(), case, shown, patch))
+        np.testing.assert_array_equal(prediction, predicted_from(Masked(), case, shown, patch))
         assert len(np.unique(prediction)) > 2
     different = {prediction.tobytes() for prediction in predictions}
     assert len(different) == 7
@@ -146,7 +146,7 @@ def test_prism_net_serves_every_subset_with_the_same_numbers(tmp_path: Path) -> 
     every = subsets(3)
     predictions = Predictor(net, **options(patch)).predict_subsets(case, every)
     for shown, prediction in zip(every, predictions, strict=True):
-        expected = alone(net, case, shown, patch)
+        expected = predicted_from(net, case, shown, patch)
         assert (prediction != expected).mean() < 1e-3, "only ties may differ, by rounding"
         assert len(np.unique(prediction)) > 1
 
@@ -197,14 +197,14 @@ def test_fewer_at_a_time_where_memory_is_short(
 
 
 def test_a_modality_of_zeros_alone(tmp_path: Path) -> None:
-    """It has no box: alone it is predicted everywhere, with another it adds nothing to its box."""
+    """On its own it has no box and is predicted everywhere; it adds nothing to the box of another."""
     case = write(tmp_path)
     empty = nib.Nifti1Image(np.zeros(SHAPE, np.float32), nib.load(case.files["t1"]).affine)
     nib.save(empty, case.files["t2"])
     every = subsets(3)
     predictions = Predictor(Stacked(), **options((9, 11))).predict_subsets(case, every)
     for shown, prediction in zip(every, predictions, strict=True):
-        np.testing.assert_array_equal(prediction, alone(Masked(), case, shown, (9, 11)))
+        np.testing.assert_array_equal(prediction, predicted_from(Masked(), case, shown, (9, 11)))
 
 
 def test_bad_subsets(tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def one_at_a_time(
                 continue
             volume = case.read()
             assert volume.label is not None
-            prediction = BRATS_LABELS.encode(alone(model, case, shown, patch))
+            prediction = BRATS_LABELS.encode(predicted_from(model, case, shown, patch))
             truth = BRATS_LABELS.encode(volume.label)
             for region in BRATS_LABELS.regions:
                 dice, hd95 = dice_hd95(

@@ -78,7 +78,7 @@ SAME = {
         pytest.param(problem, *SAME[name], id=f"{problem.__name__}-{name}")
         for problem in PROBLEMS
         for name in SAME
-        # The bias in front of conv's normalisation has a gradient of rounding errors alone.
+        # The bias in front of conv's normalisation has a gradient that is only rounding errors.
         if (problem, name) != (conv, "adam")
     ],
 )

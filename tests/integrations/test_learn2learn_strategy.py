@@ -223,7 +223,7 @@ def test_meta_learner_trains_the_model_and_what_the_learner_learns(
 
 
 def test_learned_transforms_lower_the_loss_with_the_model_held() -> None:
-    """What the transform learns is of use: the outer optimizer holds one entry of the model alone."""
+    """What the transform learns is used: the outer optimizer holds only one entry of the model."""
     for make_learner in (meta_sgd, kronecker, meta_curvature):
         problem = mlp()
         learner = make_learner(problem.model)

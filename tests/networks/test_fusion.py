@@ -139,7 +139,7 @@ def test_heads_divide_the_channels() -> None:
 
 @every_fusion
 def test_prm_maps_guide_and_are_not_taught(kind: type[Fusion]) -> None:
-    """L_fuse alone gives no gradient to a prm head, but for RegionAwareFusion a prm head changes it."""
+    """L_fuse on its own gives no gradient to a prm head, but for RegionAwareFusion a prm head changes it."""
     net = prism_net(fusion=kind, depth=3)
     randomize(net, seed=6, scale=0.3)
     batch = prism_batch([[True, True, False], [True, True, True]], 8, 8, seed=7)

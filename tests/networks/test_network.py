@@ -30,15 +30,15 @@ SIZES = {
 
 def outputs(prediction: Prediction) -> dict[str, Tensor]:
     prm = {f"prm{i}": p for i, p in enumerate(prediction.prm)}
-    alone_prm = {f"alone prm{i}": p for i, p in enumerate(prediction.single_modality.prm)}
+    single_prm = {f"single prm{i}": p for i, p in enumerate(prediction.single_modality.prm)}
     return {
         "fused": prediction.fused,
         "features": prediction.features,
         **prm,
-        **alone_prm,
+        **single_prm,
         "unimodal": prediction.unimodal,
-        "alone": prediction.single_modality.logits,
-        "alone features": prediction.single_modality.features,
+        "single": prediction.single_modality.logits,
+        "single features": prediction.single_modality.features,
     }
 
 

@@ -32,7 +32,7 @@ def test_hidden_modalities_reach_the_net_as_zeros(hidden: float) -> None:
     image[~MASK] = hidden
     model = wrap(spy, NAMES)
     out = model(image, MASK)
-    # The batch itself, then flair of 0 and t1 of 0 alone; 1 is shown t1ce alone as it is.
+    # The batch itself, then of sample 0 only flair and only t1; sample 1 is shown only t1ce as it is.
     expected = torch.zeros(4, 3, 4, 4, dtype=F64)
     expected[0, 0] = expected[2, 0] = image[0, 0]
     expected[0, 2] = expected[3, 2] = image[0, 2]

@@ -114,15 +114,17 @@ def test_outputs_are_the_nets_own(name: str) -> None:
     with torch.no_grad():
         out = model(dirty, MASK)
 
-        def alone(n: int, shown: Tensor) -> Tensor:
+        def shown_only(n: int, shown: Tensor) -> Tensor:
             logits: Tensor = model.net(image[n : n + 1] * shown.view(1, 3, *[1] * (image.ndim - 2)))
             return (logits[0] if isinstance(logits, (tuple, list)) else logits)[0]
 
         for n in range(2):
-            torch.testing.assert_close(out.fused[n], alone(n, MASK[n]), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(out.fused[n], shown_only(n, MASK[n]), rtol=1e-3, atol=1e-4)
             for m in MASK[n].nonzero()[:, 0].tolist():
                 one = torch.arange(3) == m
-                torch.testing.assert_close(out.unimodal[n, m], alone(n, one), rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(
+                    out.unimodal[n, m], shown_only(n, one), rtol=1e-3, atol=1e-4
+                )
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def adapt_first_order(
 ) -> oracles.Values:
     move, params = rule(), dict(phi)
     for _ in range(steps):
-        # Leaves with the same values: the gradient depends on the weights alone.
+        # Leaves with the same values: the gradient depends only on the weights.
         here = oracles.leaves(params)
         grads = torch.autograd.grad(
             oracles.loss(problem, here, problem.train),
@@ -179,7 +179,7 @@ def test_a_modality_that_is_never_shown_gets_no_gradient() -> None:
 
 
 def test_finite_differences_of_the_meta_loss() -> None:
-    """At K = 1 the gradient of L_train moves with the weights alone, whatever it detaches."""
+    """At K = 1 the gradient of L_train depends only on the weights, whatever it detaches."""
     problem = learning(beta=0.0, delta=0.0)  # of L_meta, which then detaches nothing
     problem = replace(problem, model=prism_net(fusion=MeanFusion))
     result = meta_gradient(SecondOrder(SGD(LR)), problem)

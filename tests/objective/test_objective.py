@@ -168,7 +168,7 @@ def test_a_wrong_number_of_weights_is_refused(name: str) -> None:
         objective(net_for(mask), prism_batch(mask, 8, 8, seed=59))
 
 
-# ---------------------------------------------------------------- one branch alone
+# ---------------------------------------------------------------- only one branch
 
 
 @pytest.mark.parametrize("unimodal", [True, False])
@@ -187,7 +187,7 @@ def test_a_forward_that_knows_no_keyword_is_given_none_unless_it_is_needed(unimo
 @every_mask
 def test_one_branch_is_the_fused_and_the_prm_loss(mask: list[list[bool]]) -> None:
     net, batch = net_for(mask), prism_batch(mask, 9, 8, seed=61)
-    # What the objective reads of a prediction that has the fused branch alone.
+    # What the objective reads of a prediction that has only the fused branch.
     value = PrismObjective(unimodal=False)(
         lambda image, shown, unimodal: replace(
             net(image, shown), single_modality=None, unimodal_packed=None

@@ -33,7 +33,7 @@ def preference_by_loops(
     found = {}
     for (n, m), d in distance.items():
         own = [other.item() for (k, _), other in distance.items() if k == n]
-        # One modality alone is the fused branch: no preference.
+        # A single modality is the fused branch: no preference.
         found[n, m] = 1 - d.item() / (sum(own) / len(own)) if len(own) > 1 else 0.0
     return found
 

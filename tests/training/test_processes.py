@@ -60,7 +60,7 @@ def settings(*more: str) -> list[str]:
     return [part for setting in (*SETTINGS, *more) for part in ("--set", setting)]
 
 
-def trained_alone(run: Run, folder: Path) -> dict[str, torch.Tensor]:
+def trained_in_one_process(run: Run, folder: Path) -> dict[str, torch.Tensor]:
     """Weights after the same episodes in one process: those of both ranks at each outer step."""
     config = load_config(overrides=[*SETTINGS, "meta.episodes=2"])
     cases = load_cases(run.facts["data"])
@@ -105,8 +105,11 @@ def test_two_processes_take_the_mean_step_and_resume(tmp_path: Path) -> None:
     assert done.stdout.count(f"run in {tmp_path / 'run'}") == 1
     run = Run.open(tmp_path / "run")
     assert [line["step"] for line in run.history()] == [1, 2]
-    (tmp_path / "alone").mkdir()
-    weights, expected = load_file(run.weights), trained_alone(run, tmp_path / "alone")
+    (tmp_path / "one_process").mkdir()
+    weights, expected = (
+        load_file(run.weights),
+        trained_in_one_process(run, tmp_path / "one_process"),
+    )
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6, msg=name)

@@ -65,7 +65,7 @@ def _read(path: Path | str) -> dict[str, Any]:
         return dict(tomlkit.parse(Path(path).read_text(encoding="utf-8")).unwrap())
     except (OSError, UnicodeDecodeError, TOMLKitError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot be read as TOML ({reason})") from error
+        raise ConfigError(f"{path}: cannot be read as TOML ({reason}); correct the file") from error
 
 
 def _merged(values: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
