@@ -33,6 +33,7 @@ from prism_meta.evaluation.predictor import Predictor
 from prism_meta.files import writable_folder, write_whole
 from prism_meta.training import log
 from prism_meta.training.build import build_model, build_predictor
+from prism_meta.training.checkpoint import load_checkpoint
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.lock import LOCK
 
@@ -206,14 +207,21 @@ class Run:
         return replace(self, config=config)
 
     def resumed(self, root: Path | None) -> Run:
-        """The run as it goes on, with the folder that its cases are in now, written to its files."""
+        """The run as it goes on, with the folder that its cases are in now; what changed is written.
+
+        Raises:
+            PrismError: its checkpoints are damaged, or nothing can be written.
+        """
+        load_checkpoint(self.checkpoint, torch.device("cpu"))  # before anything is changed
         facts = {
             **self.facts,
             "data": self.facts["data"] if root is None else str(root.resolve()),
             "config": self.config.model_dump(mode="json"),
-            # A process that is killed before it writes config.toml leaves the old one there.
-            "config_before": self.facts["config"],
         }
+        if facts == self.facts:
+            return self
+        # A process that is killed before it writes config.toml leaves the old one there.
+        facts["config_before"] = self.facts["config"]
         write_whole(self.folder / "run.json", json.dumps(facts, indent=2) + "\n")
         write_whole(self.folder / "config.toml", self.config.to_toml())
         return replace(self, facts=facts)
