@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from prism_meta.bilevel.strategies import ALL_STRATEGIES
 from prism_meta.cli import demo, workflow
-from prism_meta.errors import PrismError
+from prism_meta.errors import CaseError, PrismError, raise_faults
 from prism_meta.files import writable_folder
 from prism_meta.report import compare
 from prism_meta.report.tables import comparison_table, results_table
@@ -234,6 +234,8 @@ def _evaluate(run: Run, *, root: Path | None = None, out: Path | None = None) ->
             title=f"{run.folder}: every subset of modalities",
             policy=result.policy,
             modalities=run.config.data.modalities,
+            faults=result.faults,
         )
     )
     console.print(f"report in {result.report}", soft_wrap=True)
+    raise_faults(CaseError, result.faults)  # the cases that were left out

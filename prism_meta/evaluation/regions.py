@@ -7,6 +7,7 @@ from torch import Tensor
 from prism_meta.data.cases import Case, Volume
 from prism_meta.data.labels import LabelSet
 from prism_meta.errors import CaseError
+from prism_meta.evaluation.faults import no_label
 from prism_meta.evaluation.metrics import EmptyPolicy, dice_hd95
 from prism_meta.evaluation.windows import box_or_whole
 
@@ -43,9 +44,10 @@ def truth_of(case: Case, volume: Volume, labels: LabelSet) -> Tensor:
     Raises:
         CaseError: the case has no label, or its label has unknown values.
     """
-    if volume.label is None:
-        raise CaseError(f"case {case.id}: no label file; evaluation needs one")
+    if volume.label is None or case.label is None:
+        raise CaseError(no_label(case))
     try:
         return labels.encode(volume.label)
     except CaseError as error:
-        raise CaseError([f"case {case.id}: {fault}" for fault in error.faults]) from error
+        file = f"case {case.id}: {case.label.name}"
+        raise CaseError([fault.prefixed(file) for fault in error.faults]) from error

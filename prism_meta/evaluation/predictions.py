@@ -1,0 +1,144 @@
+"""The table of a folder of predicted labels: one row per case, with the volume of each region."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from prism_meta.errors import OutputError
+from prism_meta.files import atomic
+
+#: Name of the table. A folder that holds it is an output, which the search for cases skips.
+TABLE = "predictions.csv"
+
+
+class PredictionTable:
+    """``predictions.csv`` in a folder of label volumes: case, file, subset, and ml per region.
+
+    Rows of an earlier call are kept, unless a row of the same case replaces them.
+
+    Args:
+        folder: folder of the label volumes. It need not exist yet.
+        regions: names of the regions.
+
+    Raises:
+        OutputError: there is a table that cannot be read, or of other columns.
+
+    Example:
+        >>> import tempfile
+        >>> table = PredictionTable(Path(tempfile.mkdtemp()), ["WT"])
+        >>> table.add("p1", subset="flair+t1", volumes={"WT": 12.5})
+        >>> print(table.path.read_text().strip())
+        case,file,subset,WT_ml
+        p1,p1.nii.gz,flair+t1,12.500
+    """
+
+    def __init__(self, folder: Path, regions: Sequence[str]) -> None:
+        self.path = folder / TABLE
+        self.header = ["case", "file", "subset", *(plain_cell(f"{r}_ml") for r in regions)]
+        self._rows = self._read()
+
+    def label_file(self, case: str) -> Path:
+        """The file of a case's labels."""
+        return self.path.with_name(f"{case}.nii.gz")
+
+    def fault(self, case: str, inputs: Iterable[Path] = ()) -> str | None:
+        """What keeps the labels of a case from being written, or None.
+
+        Args:
+            case: name of the case.
+            inputs: files that must not be replaced.
+        """
+        file = self.label_file(case)
+        try:
+            case.encode()
+        except UnicodeEncodeError:
+            return (
+                f"case {printable(case)}: the name of its folder is not valid UTF-8, so no table can "
+                "hold it; rename the folder"
+            )
+        try:
+            file.lstat()
+        except FileNotFoundError:
+            return None
+        except OSError as error:  # the name or the path is too long, for example
+            reason = (error.strerror or str(error)).lower()
+            return f"case {case}: cannot write {file}: {reason}; give its folder a shorter name"
+        if file.is_dir():
+            return f"case {case}: {file} is a folder; remove it, or give another OUT"
+        if not self.path.exists() or file.resolve() in {path.resolve() for path in inputs}:
+            return (
+                f"case {case}: {file} exists, and is no output of predict; move it away, or give "
+                "another OUT"
+            )
+        return None
+
+    def add(self, case: str, *, subset: str, volumes: Mapping[str, float]) -> None:
+        """Add the row of a case, or replace it, and write the table.
+
+        Args:
+            case: name of the case.
+            subset: name of the subset that the labels were predicted from.
+            volumes: region -> ml, in the order of the columns.
+
+        Raises:
+            OutputError: the table cannot be written.
+        """
+        name = plain_cell(case)
+        row = [name, plain_cell(self.label_file(case).name), plain_cell(subset)]
+        self._rows[name] = [*row, *(f"{ml:.3f}" for ml in volumes.values())]
+        self.write()
+
+    def write(self) -> None:
+        """Write the table; without rows it marks the folder as an output.
+
+        Raises:
+            OutputError: the table cannot be written.
+        """
+        with atomic(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([self.header, *self._rows.values()])
+
+    def _read(self) -> dict[str, list[str]]:
+        fix = "move it away, or give another OUT"
+        try:
+            with self.path.open(newline="", encoding="utf-8") as file:
+                header, *rows = csv.reader(file)
+        except FileNotFoundError:
+            return {}
+        except (
+            NotADirectoryError
+        ):  # the folder is a file, which whoever makes the folder says better
+            return {}
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise OutputError(f"cannot read {self.path}: {reason}; {fix}") from error
+        except (ValueError, csv.Error) as error:  # no line at all, or not UTF-8
+            raise OutputError(f"{self.path}: is no table of predictions; {fix}") from error
+        if header != self.header or any(len(row) != len(header) for row in rows):
+            raise OutputError(
+                f"{self.path}: has the columns {','.join(header)}, expected {','.join(self.header)}, "
+                f"those of this run; {fix}"
+            )
+        return {row[0]: row for row in rows}
+
+
+def printable(name: str) -> str:
+    """A name with bytes that are not UTF-8 written as escapes.
+
+    Example:
+        >>> import os
+        >>> print(printable(os.fsdecode(b"p\\xff")))
+        p\\udcff
+    """
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def plain_cell(text: str) -> str:
+    """A text that spreadsheets do not take for a formula.
+
+    Example:
+        >>> plain_cell("=1+1"), plain_cell("p1")
+        ("'=1+1", 'p1')
+    """
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
