@@ -9,11 +9,9 @@ from pathlib import Path
 from prism_meta.data.availability import apply_availability
 from prism_meta.data.cases import Case
 from prism_meta.errors import CaseError, raise_faults
-from prism_meta.modalities import BRATS
+from prism_meta.modalities import ALIASES, BRATS
 
 _SUFFIXES = (".nii.gz", ".nii")
-#: Other names of the modalities in file names, e.g. those of BraTS 2023 and later.
-_ALIASES = {"t1": ("t1n",), "t1ce": ("t1c", "t1gd"), "flair": ("t2f",), "t2": ("t2w",)}
 
 
 def load_cases(
@@ -110,7 +108,7 @@ def _case_folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
 
 def _matching(names: Sequence[str], modality: str) -> list[str]:
     """The file names that belong to ``modality``."""
-    tokens = tuple(t.lower() for t in (modality, *_ALIASES.get(modality, ())))
+    tokens = tuple(t.lower() for t in (modality, *ALIASES.get(modality, ())))
     ends = tuple(f"{separator}{t}" for t in tokens for separator in "_-")
 
     def matches(name: str) -> bool:
