@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -12,6 +13,8 @@ from torch import Tensor
 
 #: Modality order of the BraTS challenges as PRISM and PASSION use it.
 BRATS: tuple[str, ...] = ("flair", "t1ce", "t1", "t2")
+#: Other names of the modalities in file names, e.g. those of BraTS 2023 and later.
+ALIASES = {"t1": ("t1n",), "t1ce": ("t1c", "t1gd"), "flair": ("t2f",), "t2": ("t2w",)}
 
 
 @dataclass(frozen=True)
@@ -122,3 +125,84 @@ def subset(names: str | Iterable[str], modalities: Sequence[str] = BRATS) -> Ten
     if not chosen or len(set(chosen)) != len(chosen):
         raise ValueError(f"subset: got {names!r}, expected different names, at least one")
     return torch.tensor([name in chosen for name in modalities])
+
+
+def file_tokens(name: str) -> tuple[str, ...]:
+    """The words at the end of a file name that say that the file belongs to modality or label ``name``.
+
+    Upper and lower case are the same, and so are the composed and decomposed forms of Unicode.
+
+    Example:
+        >>> file_tokens("T1")
+        ('t1', 't1n')
+    """
+    folded = unicodedata.normalize("NFC", name).lower()
+    return (folded, *ALIASES.get(folded, ()))
+
+
+def modality_faults(names: Sequence[str], label: str | None = None) -> list[str]:
+    """Check the names of modalities and of the label: files, tables and subsets are named after them.
+
+    Args:
+        names: names of the M modalities.
+        label: name of the label files. Defaults to no check of it.
+
+    Returns:
+        One message per fault.
+
+    Example:
+        >>> modality_faults(("t1", "T1"))
+        ["modalities: 't1' and 'T1' mean the same files; keep one of them"]
+    """
+    if not names:
+        return [
+            "modalities: got none, expected at least one name; name the modalities of your files"
+        ]
+    faults = [
+        f"{what}: {fault}"
+        for what, name in [*(("modalities", name) for name in names), ("label", label)]
+        if name is not None
+        for fault in _name_faults(name)
+    ]
+    listed = [*names, *([] if label is None else [label])]
+    for (_, first), (j, second) in combinations(enumerate(listed), 2):
+        if not set(file_tokens(first)) & set(file_tokens(second)):
+            continue
+        if j < len(names):
+            faults.append(
+                f"modalities: {first!r} and {second!r} mean the same files; keep one of them"
+                if first != second
+                else f"modalities: {first!r} occurs twice; keep one of them"
+            )
+        else:
+            faults.append(
+                f"label: {second!r} means the same files as modality {first!r}, so the model would "
+                "be shown the labels; give the label files another name"
+            )
+    if label is not None:
+        faults.extend(
+            f"label: {label!r} ends like modality {name!r}, so that label files could be taken for it; "
+            "give the label files another name"
+            for name in names
+            if file_tokens(label)[0].endswith(_endings(name))
+        )
+    return list(dict.fromkeys(faults))
+
+
+def _endings(name: str) -> tuple[str, ...]:
+    return tuple(f"{separator}{token}" for token in file_tokens(name) for separator in "_-")
+
+
+def _name_faults(name: str) -> list[str]:
+    """What keeps ``name`` from being part of file names, table columns and names of subsets."""
+    bad = sorted({c for c in name if c in "/\\+," or c.isspace() or not c.isprintable()})
+    if not name.strip():
+        return [f"got the empty name {name!r}; give the word that your file names end in"]
+    if bad:
+        return [
+            f"{name!r} has the characters {' '.join(map(ascii, bad))}, which cannot be in file names, "
+            "table columns or names of subsets; leave them out"
+        ]
+    if name.lower().endswith((".nii", ".nii.gz")):
+        return [f"{name!r} ends in a suffix of files; leave the suffix out"]
+    return []

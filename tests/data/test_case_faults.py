@@ -249,9 +249,9 @@ def test_all_faults_of_all_cases_are_reported_together(tmp_path: Path) -> None:
     faults = faults_of(lambda: load_cases(tmp_path))
     assert [fault.split(" (/")[0].split("; ")[0] for fault in faults] == [
         "case p0: no modality",
-        "case p3: 2 files for 't2' (p3_t2.nii.gz, x_t2.nii.gz)",
         "case p1: t1.nii.gz has shape (20, 24, 15), but flair.nii.gz has (20, 24, 16)",
         f"case p1: t2.nii.gz cannot be read as NIfTI (Empty file: '{folder.parent}/p1/t2.nii.gz')",
+        "case p3: 2 files for 't2' (p3_t2.nii.gz, x_t2.nii.gz)",
     ]
 
 
