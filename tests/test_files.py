@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from niftis import forbidden
 
 from prism_meta.errors import OutputError
-from prism_meta.files import atomic, writable_folder
+from prism_meta.files import atomic, kept_if_used, writable_folder, write_whole
 
 
 def names(folder: Path) -> list[str]:
@@ -75,9 +79,7 @@ def test_atomic_full_disk(tmp_path: Path) -> None:
     with pytest.raises(OutputError) as caught, atomic(path) as partial:
         partial.write_text("half")
         raise OSError(28, "No space left on device")
-    assert str(caught.value) == (
-        f"cannot write {path}: no space left on device; choose a folder that you may write to"
-    )
+    assert str(caught.value) == (f"cannot write {path}: no space left on device; free some space")
     assert names(tmp_path) == []
 
 
@@ -140,3 +142,80 @@ def test_writable_folder_no_permission(tmp_path: Path, below: str) -> None:
     assert str(caught.value) == (
         f"cannot write {folder}: permission denied; choose a folder that you may write to"
     )
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name has a random part; even the right name is refused, because it is created exclusively."""
+    outside = tmp_path / "outside"
+    outside.write_text("kept")
+    monkeypatch.setattr("secrets.token_hex", lambda size: "0" * 16)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with atomic(folder / "a.txt") as partial:
+        planted = partial.name
+    (folder / planted).symlink_to(outside)
+    with pytest.raises(OutputError, match="file exists"), atomic(folder / "a.txt") as partial:
+        partial.write_text("new")
+    assert outside.read_text() == "kept"
+
+
+def test_temporary_names_differ(tmp_path: Path) -> None:
+    with atomic(tmp_path / "a.txt") as first, atomic(tmp_path / "a.txt") as second:
+        assert first != second
+        first.write_text("1")
+        second.write_text("2")
+    assert (tmp_path / "a.txt").read_text() == "1"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_whole(tmp_path / "a.txt", "text")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode
+
+
+def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("a" * 248 + ".nii.gz")
+    write_whole(path, "text")
+    assert names(tmp_path) == [path.name]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from prism_meta.files import atomic\n"
+        "with atomic(sys.argv[1]) as partial: os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.txt"], check=False)
+    (left,) = names(tmp_path)
+    assert re.match(r"\.partial-", left)
+    with atomic(tmp_path / "b.txt") as ours:
+        writable_folder(tmp_path)
+        assert names(tmp_path) == [ours.name], "a file that is being written must stay"
+
+
+@pytest.mark.parametrize("days", [0.5, 2])
+def test_those_of_another_host_are_removed_after_a_day(tmp_path: Path, days: float) -> None:
+    left = tmp_path / f".partial-elsewhere-1-{'0' * 16}.txt"
+    left.write_text("half")
+    then = left.stat().st_mtime - days * 24 * 3600
+    os.utime(left, (then, then))
+    writable_folder(tmp_path)
+    assert left.exists() == (days < 1)
+
+
+def test_a_new_folder_is_kept_only_if_it_is_used(tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "old" / "a" / "b"
+    old.mkdir()
+    with pytest.raises(RuntimeError), kept_if_used(new):
+        new.mkdir(parents=True)
+        raise RuntimeError("refused")
+    assert names(old) == []
+    with pytest.raises(RuntimeError), kept_if_used(new):
+        new.mkdir(parents=True)
+        (new / "file").write_text("used")
+        raise RuntimeError("later")
+    assert names(new) == ["file"]

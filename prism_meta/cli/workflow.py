@@ -98,9 +98,9 @@ def evaluate_run(
             overlays=collector.overlays(_shown_subsets(summary, names)),
             history=history,
             facts={"test cases": ", ".join(measured), **facts},
-            faults=faults,
+            faults=CaseError(faults).faults,
         )
-    return Evaluation(report, summary, predictor.empty.statement, tuple(faults))
+    return Evaluation(report, summary, predictor.empty.statement, CaseError(faults).faults)
 
 
 def predict_folder(
@@ -218,12 +218,13 @@ def _held_out(run: Run) -> tuple[list[Case], list[str]]:
     cases = [case for case in found if case.id in test]
     # Faults of other cases do not matter here.
     mine = {name: [f for f in faults if f.startswith(f"case {name}:")] for name in test}
-    lost = sorted(set(test) - {case.id for case in cases})
+    lost = set(test) - {case.id for case in cases} - {name for name in test if mine[name]}
     gone = [
         f"case {name}: was held out, but is not in {data}; restore it, or give a folder of cases"
-        for name in lost
-        if not mine[name]
+        for name in sorted(lost)
     ]
+    if gone:  # a folder that cannot be read may be the reason
+        gone = [f for f in faults if not f.startswith("case ")] or gone
     return cases, [*(fault for name in test for fault in mine[name]), *gone]
 
 

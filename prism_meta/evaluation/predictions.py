@@ -52,13 +52,6 @@ class PredictionTable:
         """
         file = self.label_file(case)
         try:
-            case.encode()
-        except UnicodeEncodeError:
-            return (
-                f"case {printable(case)}: the name of its folder is not valid UTF-8, so no table can "
-                "hold it; rename the folder"
-            )
-        try:
             file.lstat()
         except FileNotFoundError:
             return None
@@ -121,17 +114,6 @@ class PredictionTable:
                 f"those of this run; {fix}"
             )
         return {row[0]: row for row in rows}
-
-
-def printable(name: str) -> str:
-    """A name with bytes that are not UTF-8 written as escapes.
-
-    Example:
-        >>> import os
-        >>> print(printable(os.fsdecode(b"p\\xff")))
-        p\\udcff
-    """
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def plain_cell(text: str) -> str:

@@ -29,19 +29,15 @@ def load_configured(config: Config, root: Path | str) -> list[Case]:
 def find_configured(
     config: Config, root: Path | str, *, label: bool
 ) -> tuple[list[Case], list[str]]:
-    """The good cases of a folder, and the faults of the others; see ``load_configured``.
+    """The cases of a folder without faults, and the faults of the others; see ``load_configured``.
 
     Args:
         config: names of the modalities and of the label.
         root: the folder.
         label: False leaves the labels out, so that a damaged one is no fault.
-
-    Raises:
-        CaseError: the folder cannot be searched.
     """
     data = config.data
-    with configuration_keys():
-        return find_cases(Path(root), data.modalities, label=data.label if label else None)
+    return find_cases(Path(root), data.modalities, label=data.label if label else None)
 
 
 def split(config: Config, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:

@@ -27,11 +27,15 @@ from prism_meta.training.config.baselines import read_baseline
 from prism_meta.training.config.file import read_config
 from prism_meta.training.outer import ALPHA, HYPER_LR, LR, WEIGHT_DECAY
 
-Rate = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+# Numbers are strict, so that ``steps = true`` and ``steps = "5"`` are faults. Upper bounds lie beyond any
+# use; they keep a slip of the keyboard from running for ever.
+Rate = Annotated[float, Field(strict=True, ge=0, lt=1)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Steps = Annotated[int, Field(strict=True, ge=1, le=10**8)]
+Repeats = Annotated[int, Field(strict=True, ge=1, le=10_000)]
+Size = Annotated[int, Field(strict=True, ge=1, le=4096)]
 Mask = Literal["dynamic", "static", "full", "single", "balanced"]
 
 
@@ -50,8 +54,8 @@ class DataConfig(_Section):
     #: Voxel size of the model's grid in mm.
     spacing: tuple[Positive, Positive, Positive] = DEFAULT_SPACING
     #: Voxels; two numbers train on slices, three on volumes.
-    patch: Annotated[tuple[Count, ...], Field(min_length=2, max_length=3)] = PATCHES[2]
-    batch_size: Count = 8
+    patch: Annotated[tuple[Size, ...], Field(min_length=2, max_length=3)] = PATCHES[2]
+    batch_size: Annotated[int, Field(strict=True, ge=1, le=10**6)] = 8
     #: Share of patches centred on a foreground class.
     foreground: Share = DEFAULT_FOREGROUND
     #: CSV that says which modalities to use, see ``read_availability``.
@@ -60,11 +64,11 @@ class DataConfig(_Section):
     missing_rates: tuple[Rate, ...] | None = None
     #: Cases that are held out for ``evaluate``, by name; or their number, drawn with the seed.
     test_cases: tuple[str, ...] = ()
-    holdout: Annotated[int, Field(ge=0)] = 0
+    holdout: Annotated[int, Field(strict=True, ge=0, le=10**6)] = 0
     #: Folder of prepared volumes. Defaults to a folder beside the run folder.
     cache: Path | None = None
     #: Number of additional processes that load data.
-    workers: Annotated[int, Field(ge=0)] = 0
+    workers: Annotated[int, Field(strict=True, ge=0, le=256)] = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
@@ -98,8 +102,8 @@ class ModelConfig(_Section):
     #: How PRISM's network weights the shown modalities; a U-Net has no fusion.
     fusion: Literal["region_aware", "mean", "attention"] = "region_aware"
     #: Channels at full resolution; they double at each of the ``depth`` scales.
-    width: Count = 8
-    depth: Annotated[int, Field(ge=2)] = 4
+    width: Size = 8
+    depth: Annotated[int, Field(strict=True, ge=2, le=12)] = 4
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
@@ -160,16 +164,16 @@ class MetaConfig(_Section):
     inner_momentum: Share = 0.0
     #: Let the inner rate decay with the outer one.
     inner_decay: bool = True
-    inner_steps: Count = 1
+    inner_steps: Repeats = 1
     #: State of the inner optimizer between outer steps: fresh, carried, or shared with the outer AdamW.
     inner_state: Literal["fresh", "carried", "shared"] = "fresh"
     #: Weight of phi~ - phi in E2; 0 for a strategy that prescribes its own outer step.
     alpha: Share = ALPHA
     #: Episodes that an outer step averages over.
-    episodes: Count = 1
+    episodes: Repeats = 1
     #: Lambda and the number of conjugate-gradient steps of ``implicit``.
     proximal: Positive = 1.0
-    cg_steps: Count = 5
+    cg_steps: Repeats = 5
 
     @property
     def kind(self) -> type[MetaStrategy]:
@@ -214,13 +218,13 @@ class MetaConfig(_Section):
 class TrainingConfig(_Section):
     """The outer optimizer (AdamW with a polynomial decay to 0) and the length of training."""
 
-    steps: Count = 1000
+    steps: Steps = 1000
     lr: Positive = LR
     weight_decay: NotNegative = WEIGHT_DECAY
     #: Largest norm of the meta-gradient; a longer one is scaled down.
     clip_norm: Positive = 5.0
     augment: bool = True
-    checkpoint_every: Count = 100
+    checkpoint_every: Steps = 100
 
 
 class FabricConfig(_Section):
@@ -228,14 +232,14 @@ class FabricConfig(_Section):
 
     accelerator: str = "auto"
     devices: int | str = 1
-    nodes: Count = 1
+    nodes: Repeats = 1
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
 
 
 class EvaluationConfig(_Section):
     """The sliding window, and what an empty mask gives."""
 
-    overlap: Annotated[float, Field(ge=0, lt=1)] = OVERLAP
+    overlap: Rate = OVERLAP
     empty: Literal["brats", "nan", "diagonal"] = "brats"
 
 
@@ -251,7 +255,7 @@ class Config(_Section):
         prism_meta.errors.ConfigError: data.pach: unknown key; did you mean data.patch?
     """
 
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
     data: DataConfig = DataConfig()
     masks: MaskConfig = MaskConfig()
     model: ModelConfig = ModelConfig()

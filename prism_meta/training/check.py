@@ -1,0 +1,163 @@
+"""Checks that a configuration can be trained, before anything is read or written.
+
+The model is built on torch's meta device, whose tensors have a shape but no values. One patch runs
+through it and through the objective, which takes milliseconds, whatever the sizes are.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.filesize import decimal
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_any_only, tree_map_only
+
+from prism_meta.errors import ConfigError
+from prism_meta.modalities import Batch
+from prism_meta.training.build import build_model, build_objective
+from prism_meta.training.config import Config
+
+#: Copies of the parameters: the weights, their gradient, and the two moments of AdamW.
+_COPIES = 4
+
+
+def check_configuration(config: Config, *, model: nn.Module | None = None) -> None:
+    """Run one patch through the model and bound the memory that training needs.
+
+    Call it before anything is read or written. It draws no random numbers and changes no model.
+
+    Args:
+        config: sizes of the patch, the batch and the model.
+        model: a model of your own, which replaces the configured one. A model that cannot run on the meta
+            device, e.g. because it reads the values of a tensor, is not checked.
+
+    Raises:
+        ConfigError: the patch does not fit the model, or training needs more memory than there is.
+
+    Example:
+        >>> from prism_meta.training.config import load_config
+        >>> check_configuration(load_config())
+        >>> check_configuration(load_config(overrides=["data.patch=[8, 8]"]))
+        Traceback (most recent call last):
+        ...
+        prism_meta.errors.ConfigError: data.patch, model.depth: image: (8, 8) voxels leave one voxel at \
+the coarsest of 4 scales; use more than 8, or a smaller depth
+    """
+    saved: dict[int, Any] = {}
+    own = model is not None
+    try:
+        with torch.random.fork_rng(devices=[]), _Shapes(), _saved_by_autograd(saved):
+            parameters = _run(config, model)
+    except NotImplementedError:
+        return  # an operator of a foreign model that the meta device lacks
+    except (ValueError, RuntimeError, OverflowError) as error:
+        message = (str(error).splitlines() or [type(error).__name__])[0]
+        if own and "meta" in message:
+            return  # a model that reads values
+        fix = "" if "; " in message else "; use another patch or a smaller depth"
+        keys = "data.patch" if own else "data.patch, model.depth"
+        raise ConfigError(f"{keys}: {message}{fix}") from error
+    _check_memory(config, parameters, sum(storage.nbytes() for storage in saved.values()))
+
+
+def _run(config: Config, model: nn.Module | None) -> int:
+    """Run one patch, and return the bytes of the parameters."""
+    data = config.data
+    modalities = len(data.modalities)
+    image = torch.empty(1, modalities, *data.patch, device="meta")
+    # The mask has values, because models choose with it what they compute.
+    mask = torch.ones(1, modalities, dtype=torch.bool)
+    if model is None:
+        with torch.device("meta"):
+            built = build_model(config)
+            target = torch.empty(1, *data.patch, dtype=torch.long)
+        objective = build_objective(config.objective, [0.0] * modalities)
+        # The objective looks only at the device of its image, and autocast knows no meta device.
+        batch = Batch(torch.zeros(()).expand(image.shape), mask, target)
+        objective(lambda _, mask, **options: built(image, mask, **options), batch)
+        return _size(built)
+    _on_meta(model)(image, mask)
+    return _size(model)
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers have no values; a model may keep what it computes."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
+    }
+    memo |= {id(buffer): buffer.detach().to("meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+def _size(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _check_memory(config: Config, parameters: int, activations: int) -> None:
+    """Compare a lower bound of the memory that training needs with the memory that there is."""
+    available = memory_of(config.fabric.accelerator)
+    data, masks = config.data, config.masks
+    if (masks.train, masks.meta) != ("full", "full"):
+        activations //= len(data.modalities)  # an episode may show one modality of each sample
+    if config.fabric.precision != "32-true":
+        activations //= 2
+    weights = (_COPIES + config.meta.kind.adapts) * parameters
+    batch = data.batch_size * activations
+    if available is None or weights + batch <= available:
+        return
+    raise ConfigError(
+        f"data.batch_size, data.patch, model.width, model.depth: training needs at least "
+        f"{decimal(weights)} for the parameters, their gradient and the optimizer and {decimal(batch)} "
+        f"for a batch of {data.batch_size} patches of {' x '.join(map(str, data.patch))}, but there are "
+        f"{decimal(available)} of memory; make some of the four smaller"
+    )
+
+
+def memory_of(accelerator: str) -> int | None:
+    """Bytes of memory of the device that ``accelerator`` names; None if they are unknown."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        devices = range(torch.cuda.device_count())
+        return max(torch.cuda.get_device_properties(device).total_memory for device in devices)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not POSIX
+        return None
+
+
+class _Shapes(TorchDispatchMode):
+    """Operators that mix meta tensors with others compute only shapes, as if all were on one device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = (args, kwargs or {})
+        if tree_any_only(Tensor, lambda tensor: tensor.is_meta, given):
+            given = tree_map_only(
+                Tensor, lambda tensor: tensor if tensor.is_meta else _empty(tensor), given
+            )
+        return func(*given[0], **given[1])
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
+
+
+@contextmanager
+def _saved_by_autograd(saved: dict[int, Any]) -> Iterator[None]:
+    """Collect in ``saved`` the storages that autograd saves within the context, except parameters."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.is_meta and not (tensor.is_leaf and tensor.requires_grad):
+            saved[storage._cdata] = storage  # kept, so that its address is not used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
