@@ -15,6 +15,7 @@ from prism_meta.evaluation.faults import no_label
 from prism_meta.evaluation.predictions import PredictionTable
 from prism_meta.evaluation.saving import region_volumes, save_labels
 from prism_meta.evaluation.subsets import in_order
+from prism_meta.files import atomic
 from prism_meta.modalities import subset_name, subsets
 from prism_meta.records import Record, read_records
 from prism_meta.report import Summary, summarize
@@ -135,25 +136,19 @@ def predict_folder(
     predictor = run.predictor()
     labels = predictor.labels
     table = PredictionTable(out, list(labels.regions))
-    cases = []
-    for case in found:
-        lacks = [name for name in subset if name not in case.files]
-        fault = table.fault(case.id, case.files.values())
-        if lacks:
-            fault = f"case {case.id}: has no {', '.join(lacks)}; leave it out of the subset"
-        faults += [fault] if fault else []
-        cases += [] if fault else [case]
     written: list[Path] = []
     with output_folder(out):
+        cases, refused = _writable(table, found, subset)
+        faults += refused
         for number, case in enumerate(cases, start=1):
             chosen = [name in (subset or case.files) for name in modalities]
             try:
                 volume = predictor.predict(case, subset=chosen)
                 volumes = region_volumes(volume, case, labels)
-                if not written:
-                    table.write()  # marks the folder as an output before it holds a label volume
-                save_labels(table.label_file(case.id), volume, case)
-                table.add(case.id, subset=subset_name(chosen, modalities), volumes=volumes)
+                # The table first: it marks the folder as an output before that holds a label volume.
+                with atomic(table.label_file(case.id)) as partial:
+                    save_labels(partial, volume, case)
+                    table.add(case.id, subset=subset_name(chosen, modalities), volumes=volumes)
                 written.append(table.label_file(case.id))
             except CaseError as error:
                 faults += error.faults
@@ -174,6 +169,22 @@ def load_records(path: Path) -> list[Record]:
     if path.is_dir():
         raise PrismError(f"{path}: no records.csv here; run prism-meta evaluate {path} first")
     return read_records(path)
+
+
+def _writable(
+    table: PredictionTable, found: Sequence[Case], subset: Sequence[str]
+) -> tuple[list[Case], list[str]]:
+    """The cases that have a subset and whose labels can be written, and the faults of the others."""
+    cases, faults = [], []
+    for case in found:
+        lacks = [name for name in subset if name not in case.files]
+        own = [f"case {case.id}: has no {', '.join(lacks)}; leave it out of the subset"] * bool(
+            lacks
+        )
+        own += table.faults(case)
+        faults += own
+        cases += [] if own else [case]
+    return cases, faults
 
 
 def _measure(

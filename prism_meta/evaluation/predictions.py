@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from prism_meta.data.cases import Case
 from prism_meta.errors import OutputError
 from prism_meta.files import atomic
 
@@ -43,29 +44,29 @@ class PredictionTable:
         """The file of a case's labels."""
         return self.path.with_name(f"{case}.nii.gz")
 
-    def fault(self, case: str, inputs: Iterable[Path] = ()) -> str | None:
-        """What keeps the labels of a case from being written, or None.
-
-        Args:
-            case: name of the case.
-            inputs: files that must not be replaced.
+    def faults(self, case: Case) -> list[str]:
+        """What keeps the labels of a case from being written. Neither its own files are replaced, nor
+        any file in a folder that has no table yet.
         """
-        file = self.label_file(case)
+        file, another = self.label_file(case.id), "or give another OUT"
         try:
             file.lstat()
         except FileNotFoundError:
-            return None
+            return []
         except OSError as error:  # the name or the path is too long, for example
             reason = (error.strerror or str(error)).lower()
-            return f"case {case}: cannot write {file}: {reason}; give its folder a shorter name"
+            return [
+                f"case {case.id}: cannot write {file}: {reason}; give its folder a shorter name"
+            ]
         if file.is_dir():
-            return f"case {case}: {file} is a folder; remove it, or give another OUT"
-        if not self.path.exists() or file.resolve() in {path.resolve() for path in inputs}:
-            return (
-                f"case {case}: {file} exists, and is no output of predict; move it away, or give "
-                "another OUT"
-            )
-        return None
+            return [f"case {case.id}: cannot write {file}: is a directory; remove it, {another}"]
+        if not self.path.exists() or file.resolve() in {
+            path.resolve() for path in case.files.values()
+        }:
+            return [
+                f"case {case.id}: {file} exists, and is no output of predict; move it away, {another}"
+            ]
+        return []
 
     def add(self, case: str, *, subset: str, volumes: Mapping[str, float]) -> None:
         """Add the row of a case, or replace it, and write the table.
@@ -81,14 +82,6 @@ class PredictionTable:
         name = plain_cell(case)
         row = [name, plain_cell(self.label_file(case).name), plain_cell(subset)]
         self._rows[name] = [*row, *(f"{ml:.3f}" for ml in volumes.values())]
-        self.write()
-
-    def write(self) -> None:
-        """Write the table; without rows it marks the folder as an output.
-
-        Raises:
-            OutputError: the table cannot be written.
-        """
         with atomic(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([self.header, *self._rows.values()])
 

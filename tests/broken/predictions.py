@@ -118,8 +118,8 @@ IMAGES: dict[str, Damage] = {
     "of another place": _affine(lambda affine: affine[:3, 3].__iadd__(5)),
     "of another voxel size": _affine(lambda affine: affine.__imul__(1.5)),
     "that is mirrored": _affine(lambda affine: affine[0].__imul__(-1)),
-    "without volume": _affine(lambda affine: affine[:3, 1].__imul__(0)),
-    "with an affine of NaN": _affine(lambda affine: affine[0].__iadd__(np.nan)),
+    "without volume": _header(280, "12f", *[0.0] * 12),
+    "with an affine of NaN": _header(280, "12f", *[np.nan] * 12),
     "of four axes": _axes((20, 24, 16, 2)),
     "of two axes": _axes((20, 24)),
     "of colours": _change(lambda voxels: np.zeros(voxels.shape, _RGB), "t1"),
@@ -294,7 +294,7 @@ BROKEN = [
     Broken(
         "predict: a folder has the name of a label volume",
         _occupied("predict", _folder("labels/p1.nii.gz")),
-        ("case p1:", "p1.nii.gz is a folder"),
+        ("case p1:", "p1.nii.gz: is a directory"),
         keeps=True,
     ),
     *(
