@@ -22,7 +22,7 @@ from prism_meta.files import atomic
 #: Candidate centres of patches stored per class. More would only make the cache larger.
 _CENTRES_PER_CLASS = 10_000
 #: Increase it when preprocessing changes, so that old caches are not used.
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,7 @@ def _prepare_case(
         raise CaseError(f"case {case.id}: no label file; training and evaluation need one")
     path = cache / f"{case.id}-{_fingerprint(case, preprocessing, labels)}.safetensors"
     if not path.exists():
-        volume = case.read()
-        try:
-            ready = preprocessing(volume, labels)
-        except CaseError as error:
-            prefix = f"case {case.id}: {case.label.name}"
-            raise CaseError([fault.prefixed(prefix) for fault in error.faults]) from error
+        ready = preprocessing(case.read(), labels)
         _store(path, case, ready, num_classes=len(labels.names))
     with safe_open(path, framework="pt") as stored:
         d, h, w = stored.get_slice("target").get_shape()

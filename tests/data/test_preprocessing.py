@@ -128,6 +128,7 @@ def test_label_is_left_out_unless_the_label_set_is_given(tmp_path: Path) -> None
     volume = written(tmp_path)
     assert Preprocessing(OWN)(volume).target is None
     with pytest.raises(
-        CaseError, match=r"^label values 4 are not in the label set \{0: background"
+        CaseError,
+        match=r"^case p0: p0_seg.nii.gz: label values 4 are not in the label set \{0: background",
     ):
         Preprocessing(OWN)(volume, LabelSet({"a": 1, "b": 2}))
