@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -21,21 +24,39 @@ from prism_meta.training.config import Config, load_config
 from prism_meta.training.config.baselines import BASELINES
 from prism_meta.training.progress import progress_bars
 from prism_meta.training.run import Run, command_line
+from prism_meta.training.stopping import StopRequest, TrainingStopped, duration
 from prism_meta.training.train import train
 
 console = Console()
 
 
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
 class _Commands(TyperGroup):
-    """Prints one line per fault of a ``PrismError`` and exits with code 2, for every command."""
+    """Ends every command alike: faults are a line each and code 2, signals a line and 128 + number."""
 
     def invoke(self, ctx: Any) -> Any:
+        before = signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
         except PrismError as error:
-            for fault in error.faults:
-                typer.echo(f"error: {fault}", err=True)
+            # Processes that a training starts meet the same faults; the first tells them.
+            if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0":
+                for fault in error.faults:
+                    typer.echo(f"error: {fault}", err=True)
             raise SystemExit(2) from error
+        except (KeyboardInterrupt, _Terminated) as error:
+            typer.echo("interrupted; no file is half-written, run the same command again", err=True)
+            number = signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT
+            raise SystemExit(128 + number) from error
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 app = typer.Typer(
@@ -86,7 +107,7 @@ def run_demo(
         train_root, test_root = size.write(
             out / "phantoms", seed=seed, on_case=lambda done: advance(done, total, "")
         )
-    _train(train_root, size.config(seed), run_folder)
+    _train(train_root, size.config(seed), run_folder, stop=StopRequest())
     run = Run.open(run_folder)
     _evaluate(run, root=test_root)
     with progress_bars("predict") as advance:
@@ -98,16 +119,18 @@ def run_demo(
     "train",
     epilog="[bold]Examples[/bold]  prism-meta train cases --out runs/a  ·  "
     "prism-meta train cases -c config.toml -s meta.strategy=second_order -s data.holdout=4 --out runs/b  ·  "
-    "prism-meta train cases --baseline zero_fill --out runs/c  ·  prism-meta train --resume runs/a",
+    "prism-meta train cases --baseline zero_fill --out runs/c  ·  prism-meta train --resume runs/a  ·  "
+    "prism-meta train --resume runs/a --extend 500 --time-limit 11h30m",
 )
 def run_train(
     root: Annotated[
         Path | None,
         typer.Argument(metavar="CASES", help="Folder with one folder of NIfTI files per case."),
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Run folder to create.")] = Path(
-        "runs/prism"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Run folder to create. Defaults to runs/prism."),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option("--config", "-c", help="TOML file. Defaults to the built-in settings."),
@@ -126,29 +149,54 @@ def run_train(
     resume: Annotated[
         Path | None,
         typer.Option(
-            metavar="RUN", help="Resume the interrupted run in this folder, without CASES."
+            metavar="RUN",
+            help="Resume the interrupted run in this folder. Give CASES only if they were moved.",
+        ),
+    ] = None,
+    extend: Annotated[
+        int,
+        typer.Option(
+            metavar="STEPS", min=0, help="With --resume: train this many steps more than planned."
+        ),
+    ] = 0,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="Save and end with code 143 after this time, e.g. 11h30m, so that --resume can go on.",
         ),
     ] = None,
 ) -> None:
-    """Train on a folder of cases and write a run folder."""
-    if (root is None) == (resume is None):
-        raise PrismError(
-            "train: give a folder of cases, or --resume with a run folder, and not both"
-        )
+    """Train on a folder of cases and write a run folder.
+
+    Ctrl-C or SIGTERM ends the training after the present step and saves it; a second one ends it at once.
+    """
+    stop = StopRequest(None if time_limit is None else duration(time_limit))
     if resume is None:
-        _train(Path(str(root)), load_config(config, overrides or [], baseline=baseline), out)
+        if root is None:
+            raise PrismError(
+                "train: got no cases; give a folder of cases, or --resume with a run folder"
+            )
+        if extend:
+            raise PrismError(
+                "train --extend: works on a run; give --resume RUN, or set training.steps"
+            )
+        settings = load_config(config, overrides or [], baseline=baseline)
+        _train(root, settings, out or Path("runs/prism"), stop=stop)
         return
-    if config or baseline or overrides:
+    if config or baseline or overrides or out:
         raise PrismError(
-            "train --resume: uses the run's own config; leave --config, --baseline and --set out"
+            "train --resume: uses the run's own folder and config; leave --out, --config, --baseline and "
+            "--set out"
         )
     run = Run.open(resume)
-    if run.facts["data"] is None or run.facts.get("own"):
+    if (run.facts["data"] is None and root is None) or run.facts["own"]:
         raise PrismError(
             f"{resume}: was trained in Python with cases or objects of its own; resume it there with "
             "prism_meta.train(..., out=..., resume=True)"
         )
-    _train(Path(run.facts["data"]), run.config, resume, resume=True)
+    root = root or Path(str(run.facts["data"]))
+    _train(root, run.config, resume, stop=stop, resume=True, extend=extend)
 
 
 @app.command(
@@ -218,9 +266,37 @@ def main() -> None:
     app()
 
 
-def _train(root: Path, config: Config, out: Path, *, resume: bool = False) -> None:
+def _train(
+    root: Path,
+    config: Config,
+    out: Path,
+    *,
+    stop: StopRequest,
+    resume: bool = False,
+    extend: int = 0,
+) -> None:
     fabric = build_fabric(config.fabric)
-    train(root, config, out=out, fabric=fabric, resume=resume)
+    try:
+        with stop.listening():
+            train(
+                root,
+                None if resume else config,
+                out=out,
+                fabric=fabric,
+                resume=resume,
+                extend=extend,
+                should_stop=stop,
+            )
+    except TrainingStopped as stopped:
+        if fabric.is_global_zero:
+            again = f"--resume {out}" if (out / "run.json").exists() else f"{root} --out {out}"
+            typer.echo(
+                f"stopped by {stop.reason or 'another process'} after step {stopped.step} of "
+                f"{stopped.total}, all is saved; go on with: prism-meta train {again}",
+                err=True,
+            )
+        number = stop.signal or signal.SIGTERM
+        raise SystemExit(128 + number) from stopped
     if fabric.is_global_zero:
         console.print(f"run in {out}", soft_wrap=True)
 

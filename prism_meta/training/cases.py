@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,11 +12,11 @@ from prism_meta.data.cache import CachedCase, prepare
 from prism_meta.data.cases import Case
 from prism_meta.data.layouts.folders import find_cases, load_cases
 from prism_meta.errors import ConfigError
+from prism_meta.files import writable_folder
 from prism_meta.training.build import build_label_set, build_preprocessing, configuration_keys
 from prism_meta.training.config import Config
-
-if TYPE_CHECKING:  # it takes two seconds to import
-    from lightning_fabric import Fabric
+from prism_meta.training.processes import Processes
+from prism_meta.training.stopping import TrainingStopped
 
 
 def load_configured(config: Config, root: Path | str) -> list[Case]:
@@ -78,8 +77,9 @@ def prepare_configured(
     cases: Sequence[Case],
     cache: Path,
     *,
-    fabric: Fabric,
+    processes: Processes,
     on_case: Callable[[int, int, str], None],
+    should_stop: Callable[[], bool] | None = None,
 ) -> list[CachedCase]:
     """Preprocess cases once; cases that are in the cache are not read again.
 
@@ -87,8 +87,13 @@ def prepare_configured(
         config: preprocessing and labels.
         cases: with labels.
         cache: folder of the prepared volumes.
-        fabric: the first process of a node prepares, and the others find the cases in the cache.
+        processes: the first process of a node prepares, and the others find the cases in the cache.
         on_case: called with the number of prepared cases, the number of all cases, and a name.
+        should_stop: asked after each case.
+
+    Raises:
+        CaseError: see ``prepare``; all processes raise what one of them found.
+        TrainingStopped: ``should_stop`` was true.
     """
     done = 0
 
@@ -96,12 +101,18 @@ def prepare_configured(
         nonlocal done
         done += 1
         on_case(done, len(cases), name)
+        if should_stop is not None and should_stop():
+            raise TrainingStopped(0, config.training.steps)
 
-    with fabric.rank_zero_first(local=True), configuration_keys():
-        return prepare(
-            cases,
-            cache,
-            preprocessing=build_preprocessing(config.data),
-            labels=build_label_set(config.data),
-            on_case=prepared,
-        )
+    cached: list[CachedCase] = []
+    for first in (True, False):
+        with processes.together(), configuration_keys():
+            if (processes.fabric.local_rank == 0) == first:
+                cached = prepare(
+                    cases,
+                    writable_folder(cache),
+                    preprocessing=build_preprocessing(config.data),
+                    labels=build_label_set(config.data),
+                    on_case=prepared,
+                )
+    return cached

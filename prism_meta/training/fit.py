@@ -56,6 +56,7 @@ def fit(
     workers: int = 0,
     seed: int = 0,
     on_step: OnStep | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> list[dict[str, Any]]:
     """Train ``model`` in two levels, in place.
 
@@ -87,16 +88,18 @@ def fit(
         fabric: devices and processes, launched. Defaults to one device.
         folder: folder for ``checkpoint.pt`` and ``metrics.jsonl``. Defaults to no files.
         checkpoint_every: number of outer steps between checkpoints.
-        resume: resume from the checkpoint in ``folder``.
+        resume: resume from the checkpoint in ``folder``; without one, start at the first step.
         workers: number of additional processes that load data.
         seed: seed of episodes and dropout.
         on_step: called every few steps with the step and the newest line of the log.
+        should_stop: asked after every step, e.g. a ``StopRequest``.
 
     Returns:
         The log, one dictionary per step: losses, terms, gradient norm and learning rate.
 
     Raises:
-        PrismError: a loss is not finite, no episode can be drawn, or there is nothing to resume from.
+        PrismError: a loss is not finite, no episode can be drawn, or a checkpoint cannot be used.
+        TrainingStopped: ``should_stop`` was true; with ``folder`` the state is saved.
         ValueError: an argument is out of range; see ``MetaLearner``.
 
     Example:
@@ -164,9 +167,10 @@ def fit(
         workers=workers,
         seed=seed,
     )
-    history = trainer.fit(steps=steps, resume=resume, on_step=on_step)
-    model.eval()
-    return history
+    try:
+        return trainer.fit(steps=steps, resume=resume, on_step=on_step, should_stop=should_stop)
+    finally:
+        model.eval()
 
 
 def _given(alpha: float | None) -> float:

@@ -1,10 +1,12 @@
 """A run folder: all files of a training run, from which it can be inspected, resumed and used.
 
-config.toml           the resolved configuration
-run.json              versions, seed, command, cases and the modalities that they have
-metrics.jsonl         one line per step
-checkpoint.pt         state of the training, from which it can be resumed
-weights.safetensors   the model's weights
+config.toml              the resolved configuration
+run.json                 versions, seed, command, cases and the modalities that they have
+metrics.jsonl            one line per step
+checkpoint.pt            state of the training, from which it can be resumed
+checkpoint.previous.pt   the one before, in case that the newest is damaged
+weights.safetensors      the model's weights
+.lock                    locked while a process trains here
 """
 
 from __future__ import annotations
@@ -13,23 +15,42 @@ import json
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import nn
 
 from prism_meta.data.cases import Case
-from prism_meta.errors import PrismError
+from prism_meta.errors import ConfigError, PrismError
 from prism_meta.evaluation.predictor import Predictor
-from prism_meta.files import atomic, writable_folder
+from prism_meta.files import writable_folder, write_whole
+from prism_meta.training import log
 from prism_meta.training.build import build_model, build_predictor
 from prism_meta.training.config import Config, load_config
+from prism_meta.training.lock import LOCK
+
+
+class _Facts(BaseModel):
+    """The schema of ``run.json``."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    started: str
+    command: list[str]
+    seed: int
+    versions: dict[str, str]
+    data: str | None
+    train: dict[str, list[str]]
+    test: list[str]
+    own: dict[str, str] = {}
+    config: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -67,18 +88,24 @@ class Run:
         return self.folder / "evaluation"
 
     @staticmethod
-    def new_folder(folder: Path | str) -> Path:
-        """Make the folder of a new run.
+    def check_new(folder: Path | str) -> None:
+        """Check that a run can be started in ``folder``, without making it.
 
         Raises:
-            PrismError: it holds a run already, or cannot be written.
+            PrismError: it holds a run already, or files that the run would overwrite.
         """
         folder = Path(folder)
         if (folder / "run.json").exists():
             raise PrismError(
                 f"{folder}: holds a run already; continue it with --resume, or give another --out"
             )
-        return writable_folder(folder)
+        # A run that was killed while it started leaves its lock beside such files.
+        names = ("config.toml", "metrics.jsonl", "checkpoint.pt", "weights.safetensors")
+        taken = [name for name in names if (folder / name).exists()]
+        if taken and not (folder / LOCK).exists():
+            raise PrismError(
+                f"{folder}: has a {taken[0]}, which the run would overwrite; give another --out"
+            )
 
     @classmethod
     def create(
@@ -104,7 +131,8 @@ class Run:
         Raises:
             PrismError: the folder holds a run already, or cannot be written.
         """
-        folder = cls.new_folder(folder)
+        cls.check_new(folder)
+        folder = writable_folder(folder)
         facts = {
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": command_line(),
@@ -114,11 +142,11 @@ class Run:
             "train": {case.id: sorted(case.files) for case in train},
             "test": [case.id for case in test],
             "own": dict(own or {}),
+            "config": config.model_dump(mode="json"),
         }
-        with atomic(folder / "config.toml") as partial:
-            partial.write_text(config.to_toml(), encoding="utf-8")
-        with atomic(folder / "run.json") as partial:
-            partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        # run.json comes last: with it the run exists.
+        write_whole(folder / "config.toml", config.to_toml())
+        write_whole(folder / "run.json", json.dumps(facts, indent=2) + "\n")
         return cls(folder, config, facts)
 
     @classmethod
@@ -129,14 +157,66 @@ class Run:
             PrismError: there is none, or its files cannot be read.
         """
         folder = Path(folder)
+        path = folder / "run.json"
         try:
-            facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            facts = _Facts.model_validate_json(path.read_bytes()).model_dump()
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise PrismError(
-                f"{folder}: no run in this folder (run.json cannot be read); "
+                f"{path}: is damaged ({where}: {first['msg'].lower()}); restore it, or train again"
+            ) from error
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and (folder / LOCK).exists():
+                raise PrismError(
+                    f"{folder}: the run ended before its first step; start it again with prism-meta "
+                    f"train CASES --out {folder}"
+                ) from error
+            reason = (error.strerror or str(error)).lower()
+            raise PrismError(
+                f"{folder}: no run in this folder (run.json: {reason}); "
                 "give the folder that prism-meta train wrote"
             ) from error
         return cls(folder, load_config(folder / "config.toml"), facts)
+
+    def check_resumable(self) -> None:
+        """Check that the configuration is still that which the run was started with.
+
+        Raises:
+            ConfigError: keys of ``config.toml`` were changed.
+        """
+        now = _flat(self.config.model_dump(mode="json"))
+        then, before = (_flat(self.facts.get(key) or {}) for key in ("config", "config_before"))
+        changed = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+        if changed and now != before:
+            listed = ", ".join(f"{key} from {then.get(key)} to {now.get(key)}" for key in changed)
+            raise ConfigError(
+                f"{self.folder / 'config.toml'}: was changed since the run was started ({listed}); undo "
+                "that, and use --extend for more steps, or start a new run"
+            )
+
+    def extended(self, steps: int) -> Run:
+        """The run with ``steps`` more outer steps; ``resumed`` writes it.
+
+        Raises:
+            ConfigError: there are too many steps.
+        """
+        total = self.config.training.steps + steps
+        config = load_config(self.folder / "config.toml", [f"training.steps={total}"])
+        return replace(self, config=config)
+
+    def resumed(self, root: Path | None) -> Run:
+        """The run as it goes on, with the folder that its cases are in now, written to its files."""
+        facts = {
+            **self.facts,
+            "data": self.facts["data"] if root is None else str(root.resolve()),
+            "config": self.config.model_dump(mode="json"),
+            # A process that is killed before it writes config.toml leaves the old one there.
+            "config_before": self.facts["config"],
+        }
+        write_whole(self.folder / "run.json", json.dumps(facts, indent=2) + "\n")
+        write_whole(self.folder / "config.toml", self.config.to_toml())
+        return replace(self, facts=facts)
 
     def check_cases(self, cases: Sequence[Case]) -> None:
         """Check that the training cases are still those that the run was started with.
@@ -144,17 +224,21 @@ class Run:
         Raises:
             PrismError: cases or files were added or removed.
         """
-        if {case.id: sorted(case.files) for case in cases} != self.facts["train"]:
+        then, now = self.facts["train"], {case.id: sorted(case.files) for case in cases}
+        changed = sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
+        if changed:
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise PrismError(
-                f"{self.facts['data'] or 'cases'}: the cases have changed since {self.folder} was "
-                "started; restore them or start a new run"
+                f"{self.facts['data'] or 'cases'}: the cases have changed since {self.folder} was started "
+                f"({', '.join(changed[:5])}{more}); restore them, give the folder they moved to, or start "
+                "a new run"
             )
 
     def save_weights(self, model: nn.Module) -> None:
         """Write the model's weights."""
         state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        with atomic(self.weights) as partial:
-            save_file(state, partial)
+        # Not save_file: its error for a full disk is no OSError, and its files have a mode of their own.
+        write_whole(self.weights, save(state))
 
     def load_model(
         self, device: torch.device | str = "cpu", *, model: nn.Module | None = None
@@ -181,17 +265,29 @@ class Run:
                 )
             model = build_model(self.config)
         try:
-            model.load_state_dict(load_file(self.weights))
+            state = load(self.weights.read_bytes())
+            model.load_state_dict(state)
         except FileNotFoundError as error:
             raise PrismError(
                 f"{self.folder}: the training has not ended (no {self.weights.name}); "
                 f"continue it with prism-meta train --resume {self.folder}"
+            ) from error
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise PrismError(
+                f"{self.weights}: cannot be read ({reason}); make the file readable"
             ) from error
         except (RuntimeError, SafetensorError) as error:
             raise PrismError(
                 f"{self.weights}: does not fit config.toml ({str(error).splitlines()[0]}); "
                 "restore the file or train again"
             ) from error
+        wrong = [n for n, w in state.items() if w.is_floating_point() and not w.isfinite().all()]
+        if wrong:
+            raise PrismError(
+                f"{self.weights}: {wrong[0]} has values that are NaN or infinite; restore the file or "
+                "train again"
+            )
         return model.to(device).eval()
 
     def predictor(
@@ -211,10 +307,12 @@ class Run:
         return build_predictor(self.config, self.load_model(device, model=model))
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``."""
-        if not self.metrics.exists():
-            return []
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        """The lines of ``metrics.jsonl``.
+
+        Raises:
+            PrismError: the file cannot be read, or has lines of another form.
+        """
+        return log.read(self.metrics)
 
 
 def command_line() -> list[str]:
@@ -233,3 +331,14 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:  # run from a source folder that was not installed
             found[package] = "not installed"
     return found
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by ``section.key``; a key that is not set equals None."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and name not in ("labels", "regions"):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from prism_meta.bilevel.strategies import MetaStrategy, Objective
@@ -19,6 +19,7 @@ from prism_meta.data.cases import Case
 from prism_meta.data.episodes import Episodes
 from prism_meta.errors import ConfigError, PrismError
 from prism_meta.evaluation.predictor import Predictor
+from prism_meta.files import kept_if_used, writable_folder
 from prism_meta.modalities import Batch
 from prism_meta.training.build import (
     build_episodes,
@@ -31,8 +32,12 @@ from prism_meta.training.build import (
     missing_rates,
 )
 from prism_meta.training.cases import load_configured, prepare_configured, split
+from prism_meta.training.check import check_configuration
 from prism_meta.training.config import Config
 from prism_meta.training.fit import OnStep, fit
+from prism_meta.training.lock import LOCK, locked
+from prism_meta.training.outer import Outer
+from prism_meta.training.processes import Processes
 from prism_meta.training.progress import progress_bars
 from prism_meta.training.run import Run
 
@@ -76,8 +81,10 @@ def train(
     strategy: MetaStrategy | None = None,
     fabric: Fabric | None = None,
     resume: bool = False,
+    extend: int = 0,
     progress: bool = True,
     on_step: OnStep | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Trained:
     """Train on a folder of cases, as the command ``prism-meta train`` does.
 
@@ -94,16 +101,19 @@ def train(
         objective: ``objective(forward, batch)``.
         strategy: e.g. ``SecondOrder(SGD(0.05))``. Its inner rate stays constant.
         fabric: devices and processes, not launched yet. Defaults to the configuration's.
-        resume: resume the interrupted run in ``out``.
+        resume: resume the interrupted run in ``out``; the result equals that of an uninterrupted one.
+        extend: with ``resume``, train this many outer steps more than the run was started for.
         progress: show progress bars on standard error.
         on_step: called every few steps with the step and the newest line of the log.
+        should_stop: asked after every step, e.g. a ``StopRequest``.
 
     Returns:
         The predictor, the log, the held-out cases and the run folder.
 
     Raises:
-        PrismError: cases or configuration cannot be used, ``out`` holds a run already, or training
-            diverged.
+        PrismError: cases or configuration cannot be used, ``out`` holds a run already or another process
+            trains in it, or training diverged. Before the first step, nothing is left in ``out`` then.
+        TrainingStopped: ``should_stop`` was true; with ``out`` the run can be resumed.
         TypeError: ``model`` is a bare net; use ``wrap(net)``.
         ValueError: ``config.data.patch`` has another number of axes than ``model``.
 
@@ -125,27 +135,55 @@ def train(
         >>> trained.predictor.predict(trained.test[0]).shape
         (40, 48, 36)
     """
-    run = _resumed(out, config) if resume else None
+    run = _resumed(out, config, extend) if resume else None
     config = run.config if run is not None else config or Config()
     own = _Own(model, objective, strategy)
     if model is not None:
         build_predictor(config, model)  # refuses a model that does not fit before any work is done
-    training, test = _split(config, cases)
-    if out is not None and run is None:
-        Run.new_folder(out)
+    check_configuration(config, model=model)
     fabric = fabric or build_fabric(config.fabric)
-    fabric.launch()
-    if out is not None:
-        root = Path(cases) if isinstance(cases, (Path, str)) else None
-        run = run or _started(out, config, root, training, test, own=own, fabric=fabric)
+    root = Path(cases) if isinstance(cases, (Path, str)) else None
+    training, test = _split(config, cases)
+    if run is not None:
         run.check_cases(_only(training, Case))
-    quiet = not (progress and fabric.is_global_zero)
-    with progress_bars("prepare", "train", quiet=quiet) as advance, ExitStack() as stack:
+    elif out is not None:
+        Run.check_new(out)
+    fabric.launch()
+    processes = Processes(fabric)
+    with ExitStack() as stack:
+        if out is not None:
+            with processes.together():
+                if fabric.is_global_zero:
+                    stack.enter_context(_own_folder(Path(out)))
+        quiet = not (progress and fabric.is_global_zero)
+        advance = stack.enter_context(progress_bars("prepare", "train", quiet=quiet))
         source: Any = training
         if _only(training, Case):
-            cache = config.data.cache or (run and run.folder.parent / ".prism-meta-cache")
-            cache = cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            source = prepare_configured(config, source, cache, fabric=fabric, on_case=advance)
+            source = prepare_configured(
+                config,
+                source,
+                _cache(config, out, stack),
+                processes=processes,
+                on_case=advance,
+                should_stop=should_stop,
+            )
+        parts = _build(config, source, own, fabric=fabric)
+        if out is not None:
+            with processes.together():
+                if fabric.is_global_zero:
+                    run = (
+                        run.resumed(root)
+                        if run
+                        else Run.create(
+                            out,
+                            config,
+                            root=root,
+                            train=_only(training, Case),
+                            test=test,
+                            own=own.names(),
+                        )
+                    )
+            run = processes.gather(run)[0]
 
         def report(step: int, line: dict[str, Any]) -> None:
             losses = f"train {line['train_loss']:.3f}  meta {line['meta_loss']:.3f}"
@@ -153,13 +191,13 @@ def train(
             if on_step is not None:
                 on_step(step, line)
 
-        folder = None if run is None else run.folder
-        model, history = _fit(
-            config, source, own, fabric=fabric, folder=folder, resume=resume, on_step=report
+        history = parts.fit(
+            config, fabric=fabric, run=run, resume=resume, on_step=report, should_stop=should_stop
         )
-    if run is not None and fabric.is_global_zero:
-        run.save_weights(model)
-    return Trained(build_predictor(config, model), history, tuple(test), run)
+        with processes.together():
+            if run is not None and fabric.is_global_zero:
+                run.save_weights(parts.model)
+    return Trained(build_predictor(config, parts.model), history, tuple(test), run)
 
 
 @dataclass(frozen=True)
@@ -177,17 +215,52 @@ class _Own:
         }
 
 
-def _fit(
-    config: Config,
-    source: Any,
-    own: _Own,
-    *,
-    fabric: Fabric,
-    folder: Path | None,
-    resume: bool,
-    on_step: OnStep,
-) -> tuple[nn.Module, list[dict[str, Any]]]:
-    """Build what the caller did not pass, and train."""
+@dataclass(frozen=True)
+class _Parts:
+    """What a training is made of."""
+
+    model: nn.Module
+    objective: Objective
+    strategy: MetaStrategy
+    episodes: Any
+    outer: Outer
+    inner_lr: Tensor | None
+
+    def fit(
+        self,
+        config: Config,
+        *,
+        fabric: Fabric,
+        run: Run | None,
+        resume: bool,
+        on_step: OnStep,
+        should_stop: Callable[[], bool] | None,
+    ) -> list[dict[str, Any]]:
+        return fit(
+            self.model,
+            self.objective,
+            self.strategy,
+            self.episodes,
+            optimizer=self.outer.optimizer,
+            scheduler=self.outer.scheduler,
+            alpha=self.outer.alpha,
+            inner_lr=self.inner_lr,
+            inner_state=config.meta.inner_state,
+            clip_norm=config.training.clip_norm,
+            episodes_per_step=config.meta.episodes,
+            fabric=fabric,
+            folder=None if run is None else run.folder,
+            checkpoint_every=config.training.checkpoint_every,
+            resume=resume,
+            workers=config.data.workers,
+            seed=config.seed,
+            on_step=on_step,
+            should_stop=should_stop,
+        )
+
+
+def _build(config: Config, source: Any, own: _Own, *, fabric: Fabric) -> _Parts:
+    """Build what the caller did not pass."""
     meta = config.meta
     prepared = _only(source, CachedCase)
     rates = _rates(source, config, own)
@@ -205,27 +278,7 @@ def _fit(
     steps = len(episodes) // meta.episodes
     outer = build_outer(config, model, objective, strategy, steps=steps)
     decays = meta.inner_decay and own.strategy is None and not outer.prescribed
-    history = fit(
-        model,
-        objective,
-        strategy,
-        episodes,
-        optimizer=outer.optimizer,
-        scheduler=outer.scheduler,
-        alpha=outer.alpha,
-        inner_lr=inner_lr if decays else None,
-        inner_state=meta.inner_state,
-        clip_norm=config.training.clip_norm,
-        episodes_per_step=meta.episodes,
-        fabric=fabric,
-        folder=folder,
-        checkpoint_every=config.training.checkpoint_every,
-        resume=resume,
-        workers=config.data.workers,
-        seed=config.seed,
-        on_step=on_step,
-    )
-    return model, history
+    return _Parts(model, objective, strategy, episodes, outer, inner_lr if decays else None)
 
 
 def _split(config: Config, cases: Cases) -> tuple[Any, list[Case]]:
@@ -264,32 +317,37 @@ def _rates(source: Any, config: Config, own: _Own) -> Sequence[float]:
     return config.data.missing_rates or [0.0] * len(config.data.modalities)
 
 
-def _resumed(out: Path | str | None, config: Config | None) -> Run:
-    """The run to resume, which keeps its configuration."""
+def _resumed(out: Path | str | None, config: Config | None, extend: int) -> Run:
+    """The run to resume, which keeps its configuration but for ``extend`` more steps."""
     if out is None:
         raise PrismError("resume: needs out, the folder of the run to resume")
     run = Run.open(out)
+    run.check_resumable()
     if config not in (None, run.config):
         raise ConfigError(
             f"config: differs from that of the run in {run.folder}; a resumed run keeps its own, leave "
             "it out"
         )
-    return run
+    return run.extended(extend) if extend else run
 
 
-def _started(
-    out: Path | str,
-    config: Config,
-    root: Path | None,
-    training: Any,
-    test: Sequence[Case],
-    *,
-    own: _Own,
-    fabric: Fabric,
-) -> Run:
-    """A new run, whose folder the first process makes."""
-    with fabric.rank_zero_first():
-        if not fabric.is_global_zero:
-            return Run.open(out)
-        train = _only(training, Case)
-        return Run.create(out, config, root=root, train=train, test=test, own=own.names())
+def _cache(config: Config, out: Path | str | None, stack: ExitStack) -> Path:
+    """The folder of the prepared cases: beside the run folder, or a temporary one."""
+    if config.data.cache is not None:
+        return config.data.cache
+    if out is not None:
+        return Path(out).parent / ".prism-meta-cache"
+    return Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+
+@contextmanager
+def _own_folder(out: Path) -> Iterator[None]:
+    """The run folder, locked. It is made if needed, and removed again if nothing was written to it."""
+    with kept_if_used(out):
+        try:
+            with locked(writable_folder(out)):
+                yield
+        except BaseException:
+            if out.is_dir() and {path.name for path in out.iterdir()} == {LOCK}:
+                (out / LOCK).unlink()
+            raise

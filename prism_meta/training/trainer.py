@@ -7,7 +7,7 @@ and the adapted parameters are averaged over the processes instead.
 
 from __future__ import annotations
 
-import json
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -23,8 +23,11 @@ from prism_meta.bilevel.functional.trees import Params
 from prism_meta.bilevel.learner import MetaLearner
 from prism_meta.bilevel.strategies import MetaGradient
 from prism_meta.errors import PrismError
-from prism_meta.files import atomic
 from prism_meta.modalities import Batch
+from prism_meta.training import log
+from prism_meta.training.checkpoint import load_checkpoint, save_checkpoint
+from prism_meta.training.processes import Processes
+from prism_meta.training.stopping import TrainingStopped
 
 if TYPE_CHECKING:  # it takes two seconds to import
     from lightning_fabric import Fabric
@@ -101,6 +104,7 @@ class Trainer:
         self._first_inner_lr = None if inner_lr is None else inner_lr.clone()
         self.episodes_per_step = episodes_per_step
         self.workers, self.seed = workers, seed
+        self.processes = Processes(fabric)
 
     def fit(
         self,
@@ -108,24 +112,34 @@ class Trainer:
         steps: int | None = None,
         resume: bool = False,
         on_step: Callable[[int, dict[str, Any]], None] | None = None,
+        should_stop: Callable[[], bool] | None = None,
     ) -> list[dict[str, Any]]:
         """Train to the last outer step.
 
         Args:
-            steps: number of outer steps. Defaults to as many as there are episodes for.
-            resume: resume from the checkpoint; the result equals that of an uninterrupted run.
+            steps: number of outer steps. Defaults to as many as there are episodes for. If it differs
+                from that of the checkpoint, the schedule is followed as if it had always been so long.
+            resume: resume from the checkpoint; the result equals that of an uninterrupted run. If there
+                is none yet, training starts at the first step.
             on_step: called every few steps with the step and the newest line of the log.
+            should_stop: asked after every step, e.g. a ``StopRequest``. If it is true in any process,
+                the state is saved and all of them stop.
 
         Returns:
             The lines of the log that this call produced, one per step.
 
         Raises:
-            PrismError: there is no checkpoint to resume from, or a loss is not finite.
+            PrismError: the checkpoint cannot be used, a loss is not finite, or a file cannot be written.
+            TrainingStopped: ``should_stop`` was true.
         """
-        start = self._restore() if resume else 0
-        self._truncate(start)
         count = self.episodes_per_step
         total = len(self.episodes) // count if steps is None else steps  # type: ignore[arg-type]
+        with self.processes.together():
+            start = self._restore(total) if resume else 0
+            if self.metrics is not None and self.fabric.is_global_zero:
+                log.truncate(self.metrics, start)
+        if start == 0:
+            self._save(0, total)  # so that every run can be resumed, whatever model it was given
         loader = DataLoader(
             self.episodes,  # type: ignore[arg-type]
             batch_size=None,
@@ -133,13 +147,15 @@ class Trainer:
             sampler=range(start * count, total * count),
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
+            worker_init_fn=_ignore_signals,
         )
         self.learner.model.train()
         history: list[dict[str, Any]] = []
         pending: list[tuple[int, float, MetaGradient, Tensor]] = []
         episodes = iter(loader)
         for step in range(start, total):
-            group = list(islice(episodes, count))
+            with self.processes.together():
+                group = list(islice(episodes, count))
             lr = float(self.scheduler.get_last_lr()[0])
             result, norm = self._step(step, group)
             # Dropping the gradients frees a copy of the model per pending step.
@@ -149,14 +165,17 @@ class Trainer:
             if self.objective is not None and self.epoch is not None and done % self.epoch == 0:
                 self._gather(self.objective)
                 self.objective.end_epoch()
-            save = done % self.checkpoint_every == 0 or done == total
+            stop = any(self.processes.gather(should_stop is not None and should_stop()))
+            save = stop or done % self.checkpoint_every == 0 or done == total
             if save or done % _STEPS_PER_READING == 0:
                 history += self._log(pending)
                 pending.clear()
                 if on_step is not None:
                     on_step(done, history[-1])
             if save:
-                self._save(done)
+                self._save(done, total)
+            if stop and done < total:
+                raise TrainingStopped(done, total)
         return history
 
     def _step(
@@ -235,6 +254,7 @@ class Trainer:
             }
             for step, lr, result, norm in pending
         ]
+        lines = [log.mean(of_step) for of_step in zip(*self.processes.gather(lines), strict=True)]
         for line in lines:
             if (
                 not torch.tensor([line["train_loss"], line["meta_loss"], line["gradient_norm"]])
@@ -246,55 +266,77 @@ class Trainer:
                     f"{line['meta_loss']:g}, gradient norm {line['gradient_norm']:g}; lower the inner or "
                     "the outer learning rate (meta.inner_lr, training.lr), and check the images"
                 )
-        if self.metrics is not None and self.fabric.is_global_zero:
-            with self.metrics.open("a", encoding="utf-8") as handle:
-                handle.writelines(json.dumps(line) + "\n" for line in lines)
+        with self.processes.together():
+            if self.metrics is not None and self.fabric.is_global_zero:
+                log.append(self.metrics, lines)
         return lines
 
-    def _truncate(self, start: int) -> None:
-        """Drop the lines of steps that will be repeated."""
-        if self.metrics is None or not self.fabric.is_global_zero or not self.metrics.exists():
-            return
-        lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        with atomic(self.metrics) as partial:
-            partial.write_text("".join(lines[:start]), encoding="utf-8")
-
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, total: int) -> None:
         if self.objective is not None:
             self._gather(self.objective)
-        if self.checkpoint is None or not self.fabric.is_global_zero:
-            return
-        state = {
+        with self.processes.together():
+            if self.checkpoint is not None and self.fabric.is_global_zero:
+                save_checkpoint(self.checkpoint, self._state(step, total))
+
+    def _state(self, step: int, total: int) -> dict[str, Any]:
+        return {
             "step": step,
+            "steps": total,
             "model": self.learner.model.state_dict(),
             "learner": self.learner.state_dict(),
             "optimizer": self.learner.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "objective": {} if self.objective is None else self.objective.state_dict(),
         }
-        with atomic(self.checkpoint) as partial:
-            torch.save(state, partial)
 
-    def _restore(self) -> int:
+    def _restore(self, total: int) -> int:
+        """Load the checkpoint if there is one; the number of steps that are done."""
         if self.checkpoint is None:
             raise PrismError(
                 "resume: there is no checkpoint file; give the folder of the first run"
             )
-        try:
-            state = torch.load(self.checkpoint, map_location=self.fabric.device, weights_only=True)
-        except FileNotFoundError as error:
+        state = load_checkpoint(self.checkpoint, self.fabric.device)
+        if state is None:
+            return 0
+        step = state.get("step")
+        if not isinstance(step, int) or not 0 <= step <= total:
             raise PrismError(
-                f"{self.checkpoint}: no checkpoint to resume from; start a new run in another folder"
+                f"{self.checkpoint}: is from step {step}, but the training has {total} steps; restore the "
+                "file, or give more steps"
+            )
+        first_lrs = [float(lr) for lr in self.scheduler.base_lrs]
+        try:
+            self.learner.model.load_state_dict(state["model"])
+            self.learner.load_state_dict(state["learner"])
+            self.learner.optimizer.load_state_dict(state["optimizer"])
+            if self.objective is not None:
+                self.objective.load_state_dict(state["objective"])
+            if state["steps"] == total:
+                self.scheduler.load_state_dict(state["scheduler"])
+            else:
+                self._follow_schedule(first_lrs, step)
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise PrismError(
+                f"{self.checkpoint}: does not fit the training ({reason}); restore the file and the "
+                "configuration, or start a new run"
             ) from error
-        self.learner.model.load_state_dict(state["model"])
-        self.learner.load_state_dict(state["learner"])
-        self.learner.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.objective is not None:
-            self.objective.load_state_dict(state["objective"])
-        return int(state["step"])
+        return step
+
+    def _follow_schedule(self, first_lrs: Sequence[float], step: int) -> None:
+        """Bring the learning rates to where a schedule of the present length has them at ``step``."""
+        for group, lr in zip(self.learner.optimizer.param_groups, first_lrs, strict=True):
+            group["lr"] = lr
+        for _ in range(step):
+            self.scheduler.step()
 
 
 def _unchanged(episode: Any) -> Any:
     """Keeps batches of any type as the dataset gives them; torch would turn tuples into lists."""
     return episode
+
+
+def _ignore_signals(worker: int) -> None:
+    """The main process decides when to stop; it ends its workers itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

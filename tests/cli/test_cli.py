@@ -135,14 +135,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     kept: dict[int, bytes] = {}
     save = trainer.Trainer._save
 
-    def keeping(self: trainer.Trainer, step: int) -> None:
-        save(self, step)
+    def keeping(self: trainer.Trainer, step: int, total: int) -> None:
+        save(self, step, total)
         kept[step] = self.checkpoint.read_bytes()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer.Trainer, "_save", keeping)
         assert run("train", cases, "--out", tmp_path / "again", *options)[0] == 0
-    assert sorted(kept) == [2, 4]
+    assert sorted(kept) == [0, 2, 4]
     cut = tmp_path / "cut"
     (cut / "checkpoint.pt").write_bytes(kept[2])
     lines = (cut / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -341,7 +341,7 @@ def test_a_run_is_not_overwritten_and_bad_runs_are_named(
     assert code == 2 and errors(output)[0].startswith(f"{tmp_path}: no run in this folder")
     code, output = run("train")
     assert (code, errors(output)) == (
-        2, ["train: give a folder of cases, or --resume with a run folder, and not both"],
+        2, ["train: got no cases; give a folder of cases, or --resume with a run folder"],
     )  # fmt: skip
 
 

@@ -19,7 +19,6 @@ from prism_meta.data.cache import prepare
 from prism_meta.data.labels import BRATS_LABELS
 from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.preprocessing import Preprocessing
-from prism_meta.errors import PrismError
 from prism_meta.networks.wrapped import wrap
 from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights
@@ -100,10 +99,11 @@ def test_a_folder_keeps_the_log_and_a_checkpoint_to_resume_from(tmp_path: Path) 
             checkpoint_every=2,
             on_step=stop,
         )
-    with pytest.raises(
-        PrismError, match="no checkpoint to resume from; start a new run in another"
-    ):
-        fit(cut, objective, strategy, EPISODES, folder=tmp_path / "cut", resume=True)
+    assert fit(cut, objective, strategy, EPISODES, folder=tmp_path / "cut", resume=True) == log
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, cut.state_dict()[name]), (
+            f"{name}: the first checkpoint is of step 0"
+        )
     cut.load_state_dict(start)
     fit(cut, objective, strategy, EPISODES, folder=tmp_path / "again", steps=4, checkpoint_every=2)
     rest = fit(cut, objective, strategy, EPISODES, folder=tmp_path / "again", resume=True)
