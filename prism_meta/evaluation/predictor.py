@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prism_meta.data.cases import Case, Volume
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
-from prism_meta.data.preprocessing import Preprocessing
+from prism_meta.data.preprocessing import Preprocessing, label_classes
 from prism_meta.data.restore import restore_classes
 from prism_meta.errors import CaseError, raise_faults
 from prism_meta.evaluation.faults import (
@@ -22,7 +22,7 @@ from prism_meta.evaluation.faults import (
     no_label,
 )
 from prism_meta.evaluation.metrics import BratsEmpty, EmptyPolicy
-from prism_meta.evaluation.regions import measure, truth_of
+from prism_meta.evaluation.regions import measure
 from prism_meta.evaluation.subsets import (
     Subset,
     as_mask,
@@ -231,7 +231,7 @@ class Predictor:
         if not case.label:
             raise CaseError(no_label(case))
         volume = case.read()
-        return volume, truth_of(case, volume, self.labels)
+        return volume, label_classes(volume, self.labels)
 
     def _classes(self, case: Case, volume: Volume, subsets: Tensor) -> Tensor:
         """Class indices, uint8 (S, D, H, W) on the case's own grid, for subsets, bool (S, M).

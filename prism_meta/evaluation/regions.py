@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prism_meta.data.cases import Case, Volume
+from prism_meta.data.cases import Volume
 from prism_meta.data.labels import LabelSet
-from prism_meta.errors import CaseError
-from prism_meta.evaluation.faults import no_label
 from prism_meta.evaluation.metrics import EmptyPolicy, dice_hd95
 from prism_meta.evaluation.windows import box_or_whole
 
@@ -36,18 +34,3 @@ def measure(
         )
         for region in labels.regions
     }
-
-
-def truth_of(case: Case, volume: Volume, labels: LabelSet) -> Tensor:
-    """Class indices, uint8 (D, H, W), of a case's label file.
-
-    Raises:
-        CaseError: the case has no label, or its label has unknown values.
-    """
-    if volume.label is None or case.label is None:
-        raise CaseError(no_label(case))
-    try:
-        return labels.encode(volume.label)
-    except CaseError as error:
-        file = f"case {case.id}: {case.label.name}"
-        raise CaseError([fault.prefixed(file) for fault in error.faults]) from error
