@@ -195,7 +195,13 @@ def run_train(
             f"{resume}: was trained in Python with cases or objects of its own; resume it there with "
             "prism_meta.train(..., out=..., resume=True)"
         )
-    root = root or Path(str(run.facts["data"]))
+    if root is None:
+        root = Path(str(run.facts["data"]))
+        if not root.is_dir():
+            raise PrismError(
+                f"{resume}: its cases are no longer in {root}; give the folder that they moved to: "
+                f"prism-meta train --resume {resume} CASES"
+            )
     _train(root, run.config, resume, stop=stop, resume=True, extend=extend)
 
 

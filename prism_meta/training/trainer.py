@@ -8,6 +8,7 @@ and the adapted parameters are averaged over the processes instead.
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -327,8 +328,11 @@ class Trainer:
         """Bring the learning rates to where a schedule of the present length has them at ``step``."""
         for group, lr in zip(self.learner.optimizer.param_groups, first_lrs, strict=True):
             group["lr"] = lr
-        for _ in range(step):
-            self.scheduler.step()
+        with warnings.catch_warnings():
+            # torch warns because the steps of the optimizer were taken in another process.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for _ in range(step):
+                self.scheduler.step()
 
 
 def _unchanged(episode: Any) -> Any:
