@@ -102,7 +102,7 @@ class Preprocessing:
             CaseError: a label value is not in ``labels``, the model's grid does not fit into memory, or
                 an image has NaN or infinite voxels.
         """
-        self._check_size(volume, num_classes=1 if labels is None else len(labels.names))
+        self.check_size(volume, num_classes=1 if labels is None else len(labels.names))
         # Computed before the z-score, which also gives 0 for brain voxels that have the mean value.
         brain = torch.stack([torch.from_numpy(x != 0) for x in volume.images.values()]).any(0)
         images = [
@@ -128,8 +128,16 @@ class Preprocessing:
             target=target,
         )
 
-    def _check_size(self, volume: Volume, *, num_classes: int) -> None:
-        """Check that the maps on both grids fit into memory, before any is made."""
+    def check_size(self, volume: Volume, *, num_classes: int) -> None:
+        """Check that the maps on both grids fit into memory, before any is made.
+
+        Args:
+            volume: the case on its own grid.
+            num_classes: number of classes with the background; 1 for a volume without a label.
+
+        Raises:
+            CaseError: they do not fit.
+        """
         shape, _ = self._grid(*_to_ras(volume.shape, volume.affine))
         own, new = (math.prod(float(n) for n in grid) for grid in (volume.shape, shape))
         maps = len(volume.images) + num_classes
@@ -141,9 +149,8 @@ class Preprocessing:
             raise CaseError(
                 [
                     Fault(
-                        f"{volume.name}: measures {size} mm and {problem} at a spacing of "
-                        f"{self.spacing} mm; correct the voxel sizes in its headers, or use a coarser "
-                        "spacing",
+                        f"{volume.name}: measures {size} mm and, at a spacing of {self.spacing} mm, "
+                        f"{problem}; correct the voxel sizes in its headers, or use a coarser spacing",
                         "spacing",
                     )
                 ]
@@ -156,6 +163,11 @@ class Preprocessing:
         if not inside.any():
             return result
         values = image[inside].astype(np.float64)
+        if not np.isfinite(values).all():
+            raise CaseError(
+                f"{name} has voxels that are NaN or infinite; repair the file or remove it (a missing "
+                "modality is allowed)"
+            )
         # Scaled by a power of 2, which rounds nothing: squares of 1e200 or 1e-200 have no float64.
         _, exponent = np.frexp(np.abs(values).max())
         values = np.ldexp(values, -exponent)
@@ -164,11 +176,6 @@ class Preprocessing:
         # A constant image becomes 0. Dividing would amplify the rounding error of its mean.
         if clipped.min() < clipped.max():
             result[inside] = (clipped - clipped.mean()) / clipped.std()
-        if not np.isfinite(values).all() or not np.isfinite(result).all():
-            raise CaseError(
-                f"{name} has NaN or infinite voxels after normalisation, expected finite ones; "
-                "repair the file or remove it (a missing modality is allowed)"
-            )
         return result
 
     def _grid(
