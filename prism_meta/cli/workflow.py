@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prism_meta.cli.outputs import output_folder
 from prism_meta.data.cases import Case, Volume
 from prism_meta.errors import CaseError, ConfigError, OutputError, PrismError, raise_faults
 from prism_meta.evaluation.faults import no_label
 from prism_meta.evaluation.predictions import PredictionTable
 from prism_meta.evaluation.saving import region_volumes, save_labels
 from prism_meta.evaluation.subsets import in_order
-from prism_meta.files import atomic
+from prism_meta.files import atomic, kept_if_used, writable_folder
 from prism_meta.modalities import subset_name, subsets
 from prism_meta.records import Record, read_records
 from prism_meta.report import Summary, summarize
@@ -79,7 +78,9 @@ def evaluate_run(
     predictor = run.predictor()
     names = run.config.data.modalities
     collector = OverlayCollector()
-    with output_folder(out or run.evaluation, files=REPORT_FILES) as folder:
+    out = out or run.evaluation
+    with kept_if_used(out):
+        writable_folder(out, files=REPORT_FILES)
         records, more = _measure(predictor, cases, collector, progress)
         faults += more
         if not records:
@@ -90,7 +91,7 @@ def evaluate_run(
         measured = list(dict.fromkeys(record.case for record in records))
         summary = summarize(records)
         report = write_report(
-            folder,
+            out,
             title=f"{run.folder.resolve().name}: {len(measured)} cases, every subset of modalities",
             records=records,
             modalities=names,
@@ -137,7 +138,8 @@ def predict_folder(
     labels = predictor.labels
     table = PredictionTable(out, list(labels.regions))
     written: list[Path] = []
-    with output_folder(out):
+    with kept_if_used(out):
+        writable_folder(out)
         cases, refused = _writable(table, found, subset)
         faults += refused
         for number, case in enumerate(cases, start=1):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prism_meta.errors import one_line
 from prism_meta.files import atomic, writable_folder
 from prism_meta.modalities import subset_name
 from prism_meta.records import Record, write_records
@@ -78,7 +80,8 @@ def write_report(
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    folder = writable_folder(folder)
+    folder = writable_folder(folder, files=REPORT_FILES)
+    records = [replace(r, case=one_line(r.case), region=one_line(r.region)) for r in records]
     summary = summarize(records)
     shown = shown_modalities(summary, modalities)
     check_overlays(overlays, class_names)

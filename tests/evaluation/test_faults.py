@@ -234,7 +234,7 @@ def broken_header(change: Callable[[Any], None]) -> Callable[[Path], None]:
         path.unlink()
         with path.with_suffix("").open("wb") as file:
             image.header.write_to(file)
-            file.write(bytes(4) + np.asarray(image.dataobj).tobytes("F"))
+            file.write(np.asarray(image.dataobj).tobytes("F"))
 
     return write
 

@@ -13,7 +13,7 @@ from prism_meta.report.figures.style import (
     INK,
     class_colour,
     data_uri,
-    escape_math,
+    figure_text,
     new_figure,
     style_axes,
 )
@@ -180,7 +180,7 @@ def _panels(panels: Mapping[str, _Lines], x: str, modalities: Sequence[str]) -> 
             if len(lines) <= 2:
                 axes.plot(places, values, color=colour, alpha=0.25, linewidth=0.7)
             smooth = _smooth(values)
-            axes.plot(places, smooth, color=colour, linewidth=1.6, label=escape_math(name))
+            axes.plot(places, smooth, color=colour, linewidth=1.6, label=figure_text(name))
         style_axes(axes, title, x, "")
     return figure
 
