@@ -75,10 +75,11 @@ def evaluate_run(
     cases = [case for case in cases if case.label]
     if not cases:
         raise_faults(CaseError, faults)
+    out = out or run.evaluation
+    _refuse_case_folder(out, root or Path(str(run.facts["data"])), cases)
     predictor = run.predictor()
     names = run.config.data.modalities
     collector = OverlayCollector()
-    out = out or run.evaluation
     with kept_if_used(out):
         writable_folder(out, files=REPORT_FILES)
         records, more = _measure(predictor, cases, collector, progress)
@@ -242,12 +243,25 @@ def _held_out(run: Run) -> tuple[list[Case], list[str]]:
 
 
 def _refuse_case_folder(out: Path, root: Path, cases: Sequence[Case]) -> None:
-    """Label volumes must not lie among the files of the cases, where they would be taken for some."""
-    inputs = {root.resolve(), *(f.parent.resolve() for case in cases for f in case.files.values())}
-    if out.resolve() in inputs:
+    """An output among the cases would hide them from the next search, which skips outputs."""
+    folders = {root} | {
+        folder
+        for case in cases
+        for file in case.files.values()
+        for folder in file.parents
+        if folder.is_relative_to(root)
+    }
+    if _real(out) in map(_real, folders):
         raise OutputError(
-            f"{out}: holds the cases, or files of one; give another OUT, e.g. {out / 'labels'}"
+            f"{out}: holds the cases, or some of them; give another OUT, e.g. {out / 'out'}"
         )
+
+
+def _real(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return path.absolute()
 
 
 def _shown_subsets(summary: Summary, names: Sequence[str]) -> list[str]:

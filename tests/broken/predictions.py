@@ -270,15 +270,22 @@ BROKEN = [
         )
         for command in _COMMANDS
     ),
-    Broken(
-        "predict: the output is the folder of the cases",
-        _occupied("predict", lambda folder: None, out="cases"),
-        ("cases: holds the cases",),
+    *(
+        Broken(
+            f"{command}: the output is {what}",
+            _occupied(command, lambda folder: None, out=out),
+            (f"{out}: holds the cases, or some of them",),
+        )
+        for what, out in (("the folder of the cases", "cases"), ("a case", "cases/p1"))
+        for command in _COMMANDS
     ),
-    Broken(
-        "predict: the output is a case",
-        _occupied("predict", lambda folder: None, out="cases/p1"),
-        ("p1: holds the cases, or files of one",),
+    *(
+        Broken(
+            f"{command}: the output is a link to itself",
+            _occupied(command, lambda folder: (folder / "out").symlink_to(folder / "out"), out="out"),
+            ("/out",),
+        )
+        for command in _COMMANDS
     ),
     Broken(
         "predict: the output is a link to the folder of the cases",

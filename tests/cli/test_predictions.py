@@ -191,3 +191,24 @@ def test_the_run_is_read_before_the_first_prediction(
     code, output = run("predict", trained, root, tmp_path / "labels")
     assert code == 2 and "weights.safetensors" in errors(output)[0]
     assert not (tmp_path / "labels").exists()
+
+
+@pytest.mark.parametrize("shape", [(1, 24, 16), (20, 1, 16), (20, 24, 1), (3, 3, 3)], ids=str)
+def test_thin_and_small_cases(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    trained = whole.trained(tmp_path)
+    write_case(tmp_path / "cases" / "p", shape=shape)
+    assert run(*arguments("predict", tmp_path))[0] == 0
+    assert nib.load(tmp_path / "labels" / "p.nii.gz").shape == shape
+    code, output = run("evaluate", trained, tmp_path / "cases", "--out", tmp_path / "report")
+    assert (code, errors(output)) == (0, [])
+
+
+def test_an_output_among_folders_of_cases_would_hide_them(tmp_path: Path) -> None:
+    root, trained = whole.cases(tmp_path), whole.trained(tmp_path)
+    (root / "site").mkdir()
+    (root / "p1").rename(root / "site" / "p1")
+    code, output = run("predict", trained, root, root / "site")
+    (fault,) = errors(output)
+    assert code == 2 and fault.startswith(f"{root / 'site'}: holds the cases, or some of them; ")
+    assert run("predict", trained, root, root / "site" / "labels")[0] == 0
+    assert run("predict", trained, root, root / "site" / "labels")[0] == 0
