@@ -36,6 +36,7 @@ NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
 Steps = Annotated[int, Field(strict=True, ge=1, le=10**8)]
 Repeats = Annotated[int, Field(strict=True, ge=1, le=10_000)]
 Size = Annotated[int, Field(strict=True, ge=1, le=4096)]
+Devices = Annotated[str, Field(pattern=r"^(auto|-1|[0-9]{1,4}(,[0-9]{1,4})*,?)$")]
 Mask = Literal["dynamic", "static", "full", "single", "balanced"]
 
 
@@ -231,9 +232,10 @@ class FabricConfig(_Section):
     """Devices and precision, as Lightning Fabric names them."""
 
     accelerator: str = "auto"
-    devices: int | str = 1
+    #: A number of devices, -1 or "auto" for all, or a list of their indices such as "0,2".
+    devices: Annotated[int, Field(strict=True, ge=-1, le=1024)] | Devices = 1
     nodes: Repeats = 1
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
 
 
 class EvaluationConfig(_Section):
