@@ -36,15 +36,15 @@ from prism_meta.objective import losses
 from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights, RelativePreference, Weighting
 from prism_meta.training.config import Config
+from prism_meta.training.config.data import DataConfig
 from prism_meta.training.config.keys import ARGUMENT_KEYS
 from prism_meta.training.config.schema import (
-    DataConfig,
     EvaluationConfig,
     MaskConfig,
     MetaConfig,
     ObjectiveConfig,
 )
-from prism_meta.training.devices import build_fabric
+from prism_meta.training.devices import build_fabric as build_fabric
 from prism_meta.training.outer import Outer, outer_step
 
 
