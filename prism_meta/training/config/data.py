@@ -12,7 +12,7 @@ from prism_meta.data.preprocessing import DEFAULT_SPACING
 from prism_meta.errors import ConfigError, PrismError, raise_faults
 from prism_meta.evaluation.windows import PATCHES
 from prism_meta.modalities import BRATS, modality_faults
-from prism_meta.training.config.types import Class, Positive, Rate, Section, Share, Size, UserPath
+from prism_meta.training.config.types import Class, Rate, Section, Share, Size, Spacing, UserPath
 
 
 def _label_faults(labels: dict[str, int], regions: dict[str, tuple[str, ...]]) -> list[str]:
@@ -44,7 +44,7 @@ class DataConfig(Section):
     #: Region -> classes. Defaults to WT, TC and ET for the BraTS labels, otherwise to one per class.
     regions: dict[str, tuple[str, ...]] = Field(default={})
     #: Voxel size of the model's grid in mm.
-    spacing: tuple[Positive, Positive, Positive] = DEFAULT_SPACING
+    spacing: tuple[Spacing, Spacing, Spacing] = DEFAULT_SPACING
     #: Voxels; two numbers train on slices, three on volumes.
     patch: Annotated[tuple[Size, ...], Field(min_length=2, max_length=3)] = PATCHES[2]
     batch_size: Annotated[int, Field(strict=True, ge=1, le=10**6)] = 8
