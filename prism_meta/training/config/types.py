@@ -13,8 +13,8 @@ from prism_meta.training.config.file import user_path
 # use; they keep a slip of the keyboard from running for ever.
 Rate = Annotated[float, Field(strict=True, ge=0, lt=1)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(strict=True, gt=0, le=10**6, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(strict=True, ge=0, le=10**6, allow_inf_nan=False)]
 #: Size of a voxel in mm.
 Spacing = Annotated[float, Field(strict=True, ge=0.05, le=100)]
 Steps = Annotated[int, Field(strict=True, ge=1, le=10**8)]
