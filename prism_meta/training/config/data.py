@@ -16,23 +16,11 @@ from prism_meta.training.config.types import Class, Rate, Section, Share, Size, 
 
 
 def _label_faults(labels: dict[str, int], regions: dict[str, tuple[str, ...]]) -> list[str]:
-    faults: list[str] = []
-    for what, names in (("labels", labels), ("regions", regions)):
-        for name in names:
-            if not name.strip() or not name.isprintable():
-                faults.append(f"{what}: got the name {name!r}; give a word that can be printed")
-    if "background" in labels:
-        faults.append("labels: background is value 0 and always there; leave it out")
-    faults += [
-        f"regions: {name} has no classes; name some of {', '.join(labels)}, or leave it out"
-        for name, classes in regions.items()
-        if not classes
-    ]
     try:
         LabelSet(labels, regions)
     except PrismError as error:
-        faults += error.faults
-    return faults
+        return list(error.faults)
+    return []
 
 
 class DataConfig(Section):
