@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prism_meta.errors import CaseError, Fault, raise_faults
+from prism_meta.errors import CaseError, ConfigError, Fault, raise_faults
 from prism_meta.modalities import BRATS
 
 if TYPE_CHECKING:  # ``cases`` imports this module
@@ -33,7 +33,8 @@ def draw_availability(n: int, rates: Sequence[float], *, seed: int = 0) -> Tenso
         bool (n, M); no row is empty.
 
     Raises:
-        ValueError: a rate is outside [0, 1), or the rates leave fewer files than cases.
+        ValueError: a rate is outside [0, 1).
+        ConfigError: the rates leave fewer files than cases.
 
     Source: the imbalanced missing rates of PASSION (Shi et al., ACM MM 2024).
 
@@ -47,10 +48,11 @@ def draw_availability(n: int, rates: Sequence[float], *, seed: int = 0) -> Tenso
         )
     present = [n - round(n * rate) for rate in rates]
     if sum(present) < n:
-        raise ValueError(
-            f"rates: {tuple(rates)} leave {sum(present)} files for {n} cases, "
-            "so some case would have no modality; use lower rates"
+        message = (
+            f"rates: {tuple(rates)} leave {sum(present)} files for {n} cases, so some case would have no "
+            "modality; use lower rates"
         )
+        raise ConfigError([Fault(message, "rates")])
     generator = torch.Generator().manual_seed(seed)
     available = torch.stack(
         [torch.randperm(n, generator=generator) < count for count in present], 1
@@ -172,7 +174,7 @@ def drop_modalities(cases: Sequence[Case], rates: Sequence[float], *, seed: int)
 
     Raises:
         CaseError: a case would keep no modality, because the draw hides all files that it has.
-        ValueError: see ``draw_availability``.
+        ConfigError, ValueError: see ``draw_availability``.
     """
     drawn = draw_availability(len(cases), rates, seed=seed)
     faults = [
