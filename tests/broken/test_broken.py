@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from commands import run
 
-from broken import Broken, cases
+from broken import Broken, cases, tables
 
-BROKEN = [*cases.BROKEN]
+BROKEN = [*cases.BROKEN, *tables.BROKEN]
 
 
 def files(folder: Path) -> dict[str, bytes | None]:
