@@ -30,6 +30,8 @@ VOXEL_SIZES = (0.01, 100.0)
 _FARTHEST = 1e6
 #: The largest factor by which deflate, the method of gzip, can compress.
 _MAX_COMPRESSION = 1032
+#: Fields that nibabel corrects in silence: the affine and the voxels would be others.
+_TRUSTED = ("sizeof_hdr", "bitpix", "qform_code", "sform_code")
 _GZIP = b"\x1f\x8b"
 #: Exceptions of nibabel, gzip and zlib for damaged files.
 _UNREADABLE = (
@@ -166,10 +168,11 @@ def _parse(stream: BinaryIO) -> Any:
     for kind in kinds:
         if kind.may_contain_header(start):
             header = kind(start[: kind.template_dtype.itemsize], check=False)
-            bits = header["bitpix"].item()
+            stored = {name: header[name].item() for name in _TRUSTED}
             header.check_fix()
-            if bits != header["bitpix"].item():
-                raise ValueError(f"its header promises {bits} bits for {header.get_data_dtype()}")
+            wrong = [name for name, value in stored.items() if header[name].item() != value]
+            if wrong:
+                raise ValueError(f"its header has an invalid {', '.join(wrong)}")
             if header["magic"].item() != header.single_magic:
                 raise ValueError("its voxels are in another file")
             return header

@@ -147,7 +147,11 @@ HEADERS = {
     "endless intercept": (patched(116, "f", np.inf), "has a damaged header (scl_inter is inf)"),
     "bits": (
         patched(72, "h", 8),
-        "cannot be read as NIfTI (its header promises 8 bits for float32)",
+        "cannot be read as NIfTI (its header has an invalid bitpix)",
+    ),
+    "code": (
+        patched(254, "h", 130),
+        "cannot be read as NIfTI (its header has an invalid sform_code",
     ),
     "low offset": (patched(108, "f", 100), "cannot be read as NIfTI (vox offset 100 too low"),
     "far offset": (patched(108, "f", 1e9), "is too short for its shape"),
