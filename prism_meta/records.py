@@ -76,7 +76,7 @@ def write_records(path: Path | str, records: Sequence[Record]) -> None:
         writer = csv.writer(file)
         writer.writerow(HEADER)
         for r in records:
-            writer.writerow((*map(_escaped, (r.case, r.subset, r.region)), r.dice, r.hd95))
+            writer.writerow((*map(escape_cell, (r.case, r.subset, r.region)), r.dice, r.hd95))
 
 
 def read_records(path: Path | str) -> list[Record]:
@@ -165,7 +165,13 @@ def _is_formula(text: str) -> bool:
     return text.lstrip("'").startswith(_FORMULA)
 
 
-def _escaped(text: str) -> str:
+def escape_cell(text: str) -> str:
+    """A cell of a CSV file that a spreadsheet does not compute: an apostrophe comes before a formula.
+
+    Example:
+        >>> escape_cell("=1+1"), escape_cell("p1")
+        ("'=1+1", 'p1')
+    """
     return f"'{text}" if _is_formula(text) else text
 
 

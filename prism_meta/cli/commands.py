@@ -268,7 +268,7 @@ def run_predict(
         ),
     ] = "",
 ) -> None:
-    """Write one label volume per case, on the grid of the case's files."""
+    """Write one label volume per case, on the grid of its files, and a table of the volumes of regions."""
     names = [name.strip() for name in subset.replace("+", ",").split(",") if name.strip()]
     with progress_bars("predict") as advance:
         written = workflow.predict_folder(Run.open(run), root, out, advance, subset=names)

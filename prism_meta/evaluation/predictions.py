@@ -9,6 +9,7 @@ from pathlib import Path
 from prism_meta.data.cases import Case
 from prism_meta.errors import OutputError
 from prism_meta.files import atomic
+from prism_meta.records import escape_cell
 
 #: Name of the table. A folder that holds it is an output, which the search for cases skips.
 TABLE = "predictions.csv"
@@ -37,7 +38,7 @@ class PredictionTable:
 
     def __init__(self, folder: Path, regions: Sequence[str]) -> None:
         self.path = folder / TABLE
-        self.header = ["case", "file", "subset", *(plain_cell(f"{r}_ml") for r in regions)]
+        self.header = ["case", "file", "subset", *(escape_cell(f"{r}_ml") for r in regions)]
         self._rows = self._read()
 
     def label_file(self, case: str) -> Path:
@@ -79,8 +80,8 @@ class PredictionTable:
         Raises:
             OutputError: the table cannot be written.
         """
-        name = plain_cell(case)
-        row = [name, plain_cell(self.label_file(case).name), plain_cell(subset)]
+        name = escape_cell(case)
+        row = [name, escape_cell(self.label_file(case).name), escape_cell(subset)]
         self._rows[name] = [*row, *(f"{ml:.3f}" for ml in volumes.values())]
         with atomic(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([self.header, *self._rows.values()])
@@ -88,7 +89,7 @@ class PredictionTable:
     def _read(self) -> dict[str, list[str]]:
         fix = "move it away, or give another OUT"
         try:
-            with self.path.open(newline="", encoding="utf-8") as file:
+            with self.path.open(newline="", encoding="utf-8-sig") as file:
                 header, *rows = csv.reader(file)
         except FileNotFoundError:
             return {}
@@ -107,13 +108,3 @@ class PredictionTable:
                 f"those of this run; {fix}"
             )
         return {row[0]: row for row in rows}
-
-
-def plain_cell(text: str) -> str:
-    """A text that spreadsheets do not take for a formula.
-
-    Example:
-        >>> plain_cell("=1+1"), plain_cell("p1")
-        ("'=1+1", 'p1')
-    """
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
