@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
+
+
+def one_line(text: str) -> str:
+    r"""Replace characters that would break a line or cannot be written (control characters, bytes of
+    file names that are not UTF-8) by their escapes.
+
+    Example:
+        >>> print(one_line("p0\nt1\udcff"))
+        p0\nt1\udcff
+    """
+    kinds = ("Cc", "Cs", "Zl", "Zp")
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c) in kinds else c for c in text)
 
 
 class Fault(str):
@@ -12,7 +25,7 @@ class Fault(str):
     translates them with ``PrismError.with_keys``.
 
     Args:
-        message: what was found, what was expected, and the fix.
+        message: what was found, what was expected, and the fix, on one line (see ``one_line``).
         arguments: names of the arguments to change; none if the fix is elsewhere.
 
     Example:
@@ -24,7 +37,7 @@ class Fault(str):
     arguments: tuple[str, ...]
 
     def __new__(cls, message: str, *arguments: str) -> Fault:
-        fault = super().__new__(cls, message)
+        fault = super().__new__(cls, one_line(message))
         fault.arguments = arguments
         return fault
 

@@ -13,11 +13,11 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from prism_meta.errors import OutputError
+from prism_meta.errors import OutputError, raise_faults
 
 #: Temporary files: host and process that write them, and a random part that no one can foresee.
 _PARTIAL = re.compile(r"\.partial-(?P<host>[\w.]*)-(?P<pid>\d+)-[0-9a-f]{16}")
@@ -76,13 +76,17 @@ def write_whole(path: Path | str, content: bytes | str) -> None:
         partial.write_bytes(data)
 
 
-def writable_folder(folder: Path | str) -> Path:
+def writable_folder(folder: Path | str, *, files: Sequence[str] = ()) -> Path:
     """Create ``folder`` and check that it can be written. Call it before long computations.
 
     Temporary files that a killed process left there are removed.
 
+    Args:
+        folder: the folder.
+        files: names of the files that will be written into it.
+
     Raises:
-        OutputError: the folder cannot be created or written.
+        OutputError: the folder cannot be created or written, or a file is a folder.
 
     Example:
         >>> import tempfile
@@ -98,6 +102,12 @@ def writable_folder(folder: Path | str) -> Path:
         _remove_left_behind(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
+    faults = [
+        f"cannot write {folder / name}: is a directory; remove it, or choose another folder"
+        for name in files
+        if (folder / name).is_dir()
+    ]
+    raise_faults(OutputError, faults)
     return folder
 
 
@@ -115,7 +125,7 @@ def kept_if_used(folder: Path | str) -> Iterator[None]:
         []
     """
     folder = Path(folder)
-    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    new = [path for path in (folder, *folder.parents) if not _exists(path)]
     try:
         yield
     except BaseException:
@@ -131,6 +141,13 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     fix = "free some space" if full else "choose a folder that you may write to"
     return OutputError(f"cannot write {path}: {reason}; {fix}")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # the path is too long, or has a NUL
+        return False
 
 
 def _host() -> str:

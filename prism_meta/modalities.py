@@ -179,7 +179,18 @@ def modality_faults(names: Sequence[str], label: str | None = None) -> list[str]
                 f"label: {second!r} means the same files as modality {first!r}, so the model would "
                 "be shown the labels; give the label files another name"
             )
+    if label is not None:
+        faults.extend(
+            f"label: {label!r} ends like modality {name!r}, so that label files could be taken for it; "
+            "give the label files another name"
+            for name in names
+            if file_tokens(label)[0].endswith(_endings(name))
+        )
     return list(dict.fromkeys(faults))
+
+
+def _endings(name: str) -> tuple[str, ...]:
+    return tuple(f"{separator}{token}" for token in file_tokens(name) for separator in "_-")
 
 
 def _name_faults(name: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,12 +43,20 @@ HEADER: tuple[str, ...] = ("case", "subset", "region", "dice", "hd95_mm")
 
 #: A wrong separator makes every line invalid. More messages than this would not help.
 _MAX_FAULTS = 10
+#: No evaluation writes as much as this, in bytes.
+_LONGEST = 2**28
+#: Longest quotation of a cell, in characters.
+_SHOWN = 80
+#: First characters of a cell that a spreadsheet computes.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+_RESTORE = "restore the file or evaluate again"
 
 
 def write_records(path: Path | str, records: Sequence[Record]) -> None:
     """Write records to a CSV file with the columns ``case,subset,region,dice,hd95_mm``.
 
-    NaN is written as ``nan``.
+    NaN is written as ``nan``. A name that a spreadsheet would compute, e.g. ``=1+1``, gets an apostrophe in
+    front, which ``read_records`` removes.
 
     Args:
         path: the CSV file; an existing file is replaced.
@@ -66,7 +75,8 @@ def write_records(path: Path | str, records: Sequence[Record]) -> None:
     with atomic(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(HEADER)
-        writer.writerows((r.case, r.subset, r.region, r.dice, r.hd95) for r in records)
+        for r in records:
+            writer.writerow((*map(escape_cell, (r.case, r.subset, r.region)), r.dice, r.hd95))
 
 
 def read_records(path: Path | str) -> list[Record]:
@@ -75,48 +85,98 @@ def read_records(path: Path | str) -> list[Record]:
     Raises:
         PrismError: the file cannot be read, or has invalid lines (all of them, with line numbers).
     """
-    path, records, faults = Path(path), [], []
+    path = Path(path)
+    reader = csv.reader(io.StringIO(_text(path), newline=""))
+    records: list[Record] = []
+    faults: list[str] = []
+    lines: dict[tuple[str, str, str], int] = {}
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            if tuple(header) != HEADER:
-                raise PrismError(
-                    f"{path}, line 1: got {','.join(header)!r}, expected {','.join(HEADER)!r}; "
-                    "give a records.csv that an evaluation wrote"
-                )
-            for row in filter(None, reader):
-                try:
-                    records.append(_record(row))
-                except ValueError as error:
-                    faults.append(f"{path}, line {reader.line_num}: {error}")
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise PrismError(
-            f"cannot read {path}: {reason}; give a records.csv that an evaluation wrote"
-        ) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise PrismError(f"{path}: {error}; give a CSV file in UTF-8") from error
+        header = next(reader, [])
+        if tuple(header) != HEADER:
+            raise PrismError(
+                f"{path}, line 1: got {','.join(header)[:_SHOWN]!r}, expected {','.join(HEADER)!r}; "
+                "give a records.csv that an evaluation wrote"
+            )
+        for row in filter(None, reader):
+            try:
+                record = _record(row)
+                key = (record.case, record.subset, record.region)
+                first = lines.setdefault(key, reader.line_num)
+                if first != reader.line_num:
+                    raise ValueError(f"case, subset and region are those of line {first}")
+                records.append(record)
+            except ValueError as error:
+                faults.append(f"{path}, line {reader.line_num}: {error}; {_RESTORE}")
+    except csv.Error as error:
+        raise PrismError(f"{path}, line {reader.line_num}: {error}; {_RESTORE}") from error
     if len(faults) > _MAX_FAULTS:
-        faults[_MAX_FAULTS:] = [f"{path}: and {len(faults) - _MAX_FAULTS} more invalid lines"]
+        more = len(faults) - _MAX_FAULTS
+        faults[_MAX_FAULTS:] = [f"{path}: and {more} more invalid lines; {_RESTORE}"]
     raise_faults(PrismError, faults)
     return records
+
+
+def _text(path: Path) -> str:
+    """The content of the file, which is complete and UTF-8."""
+    wanted = "give a records.csv that an evaluation wrote"
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LONGEST + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = (getattr(error, "strerror", None) or str(error)).lower()
+        raise PrismError(f"cannot read {path}: {reason}; {wanted}") from error
+    if len(content) > _LONGEST:
+        raise PrismError(f"{path}: has more than {_LONGEST} bytes; {wanted}")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise PrismError(f"{path}, line {line}: {error}; give a CSV file in UTF-8") from error
+    if text and not text.endswith(("\n", "\r")):
+        line = content.count(b"\n") + 1
+        raise PrismError(
+            f"{path}, line {line}: ends without a line break, as a file does that was cut off; {_RESTORE}"
+        )
+    return text
 
 
 def _record(row: Sequence[str]) -> Record:
     if len(row) != len(HEADER):
         raise ValueError(f"got {len(row)} values, expected {len(HEADER)}: {', '.join(HEADER)}")
+    for name, text in zip(HEADER[:3], row[:3], strict=True):
+        if not text:
+            raise ValueError(f"{name} is empty, expected a name")
     numbers = []
     for name, text, maximum in zip(HEADER[3:], row[3:], (1.0, math.inf), strict=True):
         try:
-            number = float(text)
+            number = float(text if "_" not in text else "")
         except ValueError:
-            raise ValueError(f"{name} is {text!r}, expected a number or nan") from None
+            raise ValueError(f"{name} is {text[:_SHOWN]!r}, expected a number or nan") from None
         if math.isinf(number) or number < 0 or number > maximum:
             wanted = "in [0, 1]" if maximum == 1 else "in mm, 0 or more"
-            raise ValueError(f"{name} is {text}, expected a number {wanted}, or nan")
+            raise ValueError(f"{name} is {text[:_SHOWN]}, expected a number {wanted}, or nan")
         numbers.append(number)
-    return Record(row[0], row[1], row[2], *numbers)
+    case, subset, region = map(_unescaped, row[:3])
+    return Record(case, subset, region, *numbers)
+
+
+def _is_formula(text: str) -> bool:
+    """Whether a spreadsheet would compute a cell with this text, without the apostrophes before it."""
+    return text.lstrip("'").startswith(_FORMULA)
+
+
+def escape_cell(text: str) -> str:
+    """A cell of a CSV file that a spreadsheet does not compute: an apostrophe comes before a formula.
+
+    Example:
+        >>> escape_cell("=1+1"), escape_cell("p1")
+        ("'=1+1", 'p1')
+    """
+    return f"'{text}" if _is_formula(text) else text
+
+
+def _unescaped(text: str) -> str:
+    return text[1:] if text.startswith("'") and _is_formula(text) else text
 
 
 def index_records(records: Sequence[Record], name: str) -> dict[tuple[str, str, str], Record]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 
-from prism_meta.data import cache
+from prism_meta.data import cache, cases
 from prism_meta.data.cases import Volume
 from prism_meta.data.layouts.folders import load_cases
 from prism_meta.modalities import BRATS
@@ -158,15 +158,15 @@ def cut(path: Path) -> None:
 
 
 def record_reads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """A list that receives the path of every file that nibabel opens from now on."""
+    """A list that receives the path of every NIfTI file whose header is read from now on."""
     opened: list[Path] = []
-    load = nib.load
+    read = cases.read_header
 
-    def recording(path: Path, *args: Any, **options: Any) -> Any:
+    def recording(path: Path) -> Any:
         opened.append(Path(path))
-        return load(path, *args, **options)
+        return read(path)
 
-    monkeypatch.setattr(nib, "load", recording)
+    monkeypatch.setattr(cases, "read_header", recording)
     return opened
 
 

@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from typer.core import TyperGroup
 
 from prism_meta.bilevel.strategies import ALL_STRATEGIES
 from prism_meta.cli import demo, workflow
-from prism_meta.errors import PrismError
+from prism_meta.cli.usage import ErrorLines, path, print_any_character
+from prism_meta.errors import CaseError, PrismError, raise_faults
 from prism_meta.files import writable_folder
 from prism_meta.report import compare
 from prism_meta.report.tables import comparison_table, results_table
@@ -38,7 +38,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise _Terminated
 
 
-class _Commands(TyperGroup):
+class _Commands(ErrorLines):
     """Ends every command alike: faults are a line each and code 2, signals a line and 128 + number."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -69,7 +69,8 @@ app = typer.Typer(
 )
 
 RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Run folder that prism-meta train wrote.")
+    Path,
+    typer.Argument(parser=path, metavar="RUN", help="Run folder that prism-meta train wrote."),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -89,12 +90,17 @@ Overrides = Annotated[
 )
 def run_demo(
     out: Annotated[
-        Path, typer.Option(help="Folder for the phantoms, the run, the report and the labels.")
+        Path,
+        typer.Option(
+            parser=path, help="Folder for the phantoms, the run, the report and the labels."
+        ),
     ] = Path("demo"),
     quick: Annotated[
         bool, typer.Option("--quick", help="Use tiny phantoms and finish in under a minute.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of phantoms and training.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Random seed of phantoms and training.")
+    ] = 0,
 ) -> None:
     """Draw phantoms with missing modalities, train on them, evaluate, and predict labels."""
     size = demo.QUICK if quick else demo.FULL
@@ -125,15 +131,21 @@ def run_demo(
 def run_train(
     root: Annotated[
         Path | None,
-        typer.Argument(metavar="CASES", help="Folder with one folder of NIfTI files per case."),
+        typer.Argument(
+            parser=path, metavar="CASES", help="Folder with one folder of NIfTI files per case."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Run folder to create. Defaults to runs/prism."),
+        typer.Option(
+            "--out", "-o", parser=path, help="Run folder to create. Defaults to runs/prism."
+        ),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", "-c", help="TOML file. Defaults to the built-in settings."),
+        typer.Option(
+            "--config", "-c", parser=path, help="TOML file. Defaults to the built-in settings."
+        ),
     ] = None,
     baseline: Annotated[
         str | None,
@@ -149,6 +161,7 @@ def run_train(
     resume: Annotated[
         Path | None,
         typer.Option(
+            parser=path,
             metavar="RUN",
             help="Resume the interrupted run in this folder. Give CASES only if they were moved.",
         ),
@@ -215,12 +228,19 @@ def run_evaluate(
     root: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[CASES]", help="Folder of cases. Defaults to the held-out cases of the run."
+            parser=path,
+            metavar="[CASES]",
+            help="Folder of cases. Defaults to the held-out cases of the run.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Folder for the report. Defaults to RUN/evaluation."),
+        typer.Option(
+            "--out",
+            "-o",
+            parser=path,
+            help="Folder for the report. Defaults to RUN/evaluation.",
+        ),
     ] = None,
 ) -> None:
     """Evaluate a run on every subset of modalities and write a table, CSV, JSON and an HTML report."""
@@ -235,9 +255,12 @@ def run_evaluate(
 def run_predict(
     run: RunFolder,
     root: Annotated[
-        Path, typer.Argument(metavar="CASES", help="Folder of cases with any modalities.")
+        Path,
+        typer.Argument(parser=path, metavar="CASES", help="Folder of cases with any modalities."),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the label volumes.")],
+    out: Annotated[
+        Path, typer.Argument(parser=path, metavar="OUT", help="Folder for the label volumes.")
+    ],
     subset: Annotated[
         str,
         typer.Option(
@@ -245,7 +268,7 @@ def run_predict(
         ),
     ] = "",
 ) -> None:
-    """Write one label volume per case, on the grid of the case's files."""
+    """Write one label volume per case, on the grid of its files, and a table of the volumes of regions."""
     names = [name.strip() for name in subset.replace("+", ",").split(",") if name.strip()]
     with progress_bars("predict") as advance:
         written = workflow.predict_folder(Run.open(run), root, out, advance, subset=names)
@@ -255,10 +278,17 @@ def run_predict(
 @app.command("compare", epilog="[bold]Examples[/bold]  prism-meta compare runs/first runs/second")
 def run_compare(
     first: Annotated[
-        Path, typer.Argument(metavar="A", help="Run folder that was evaluated, or its records.csv.")
+        Path,
+        typer.Argument(
+            parser=path, metavar="A", help="Run folder that was evaluated, or its records.csv."
+        ),
     ],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Another one, on the same cases.")],
-    seed: Annotated[int, typer.Option(min=0, help="Random seed for the bootstrap.")] = 0,
+    second: Annotated[
+        Path, typer.Argument(parser=path, metavar="B", help="Another one, on the same cases.")
+    ],
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Random seed for the bootstrap.")
+    ] = 0,
 ) -> None:
     """Show paired differences B - A over cases with a 95 % bootstrap interval."""
     comparison = compare(workflow.load_records(first), workflow.load_records(second), seed=seed)
@@ -267,6 +297,7 @@ def run_compare(
 
 def main() -> None:
     """Entry point of the ``prism-meta`` script."""
+    print_any_character()
     # Deprecation warnings inside MONAI would only break up the progress bars.
     warnings.filterwarnings("ignore", module=r"monai\..*")
     app()
@@ -316,6 +347,8 @@ def _evaluate(run: Run, *, root: Path | None = None, out: Path | None = None) ->
             title=f"{run.folder}: every subset of modalities",
             policy=result.policy,
             modalities=run.config.data.modalities,
+            faults=result.faults,
         )
     )
     console.print(f"report in {result.report}", soft_wrap=True)
+    raise_faults(CaseError, result.faults)  # the cases that were left out

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from prism_meta.data.cases import Case
-from prism_meta.errors import CaseError, ConfigError, PrismError, raise_faults
-from prism_meta.evaluation.saving import save_labels
-from prism_meta.files import writable_folder
+from prism_meta.data.cases import Case, Volume
+from prism_meta.errors import CaseError, ConfigError, OutputError, PrismError, raise_faults
+from prism_meta.evaluation.faults import no_label
+from prism_meta.evaluation.predictions import PredictionTable
+from prism_meta.evaluation.saving import region_volumes, save_labels
+from prism_meta.evaluation.subsets import in_order
+from prism_meta.files import atomic, kept_if_used, writable_folder
 from prism_meta.modalities import subset_name, subsets
 from prism_meta.records import Record, read_records
 from prism_meta.report import Summary, summarize
-from prism_meta.report.html import write_report
+from prism_meta.report.html import REPORT_FILES, write_report
 from prism_meta.report.overlays import OverlayCollector
-from prism_meta.training.cases import load_configured
+from prism_meta.training.cases import find_configured
 from prism_meta.training.config.schema import MetaConfig
 from prism_meta.training.run import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prism_meta.evaluation.predictor import Predictor
 
 #: Called during a long task with what is done, the total, and a note to show beside the bar.
 Progress = Callable[[int, int, str], None]
@@ -33,11 +41,13 @@ class Evaluation:
         report: the HTML file.
         summary: its numbers.
         policy: what an empty mask gives.
+        faults: what was wrong with the cases that were left out.
     """
 
     report: Path
     summary: Summary
     policy: str
+    faults: tuple[str, ...] = ()
 
 
 def evaluate_run(
@@ -50,45 +60,56 @@ def evaluate_run(
 ) -> Evaluation:
     """Evaluate a run on the cases it held out, or on all cases of another folder.
 
+    A case with a fault is left out, and the report says so.
+
     Raises:
-        PrismError: there is no case to evaluate on, or no weights, or nothing can be written.
+        PrismError: there is no case to evaluate on (the faults of all cases together), the files of
+            the run cannot be used, or nothing can be written.
     """
-    config = run.config
-    out = writable_folder(out or run.evaluation)
-    cases = _held_out(run) if root is None else load_configured(config, root)
-    predictor = run.predictor()
-    names = config.data.modalities
-    every = subsets(len(names))
-    total = sum(int((~(every & ~case.availability).any(1)).sum()) for case in cases)
-    collector = OverlayCollector()
-    done = 0
-
-    def predicted(case: Case, volume: Any, subset: str, truth: Any, prediction: Any) -> None:
-        nonlocal done
-        done += 1
-        collector(case, volume, subset, truth, prediction)
-        progress(done, total, f"{case.id}  {subset}")
-
-    records = predictor.evaluate(cases, on_prediction=predicted)
-    summary = summarize(records)
-    report = write_report(
-        out,
-        title=f"{run.folder.resolve().name}: {len(cases)} cases, every subset of modalities",
-        records=records,
-        modalities=names,
-        class_names=predictor.labels.names,
-        policy_statement=f"{predictor.empty.name}: {predictor.empty.statement}",
-        overlays=collector.overlays(_shown_subsets(summary, names)),
-        history=run.history(),
-        facts=_facts(run, cases, command),
+    # All files of the run are read first: a fault in one of them must not cost the predictions.
+    history, facts = run.history(), _facts(run, command)
+    cases, faults = (
+        _held_out(run) if root is None else find_configured(run.config, root, label=True)
     )
-    return Evaluation(report, summary, predictor.empty.statement)
+    faults += [no_label(case) for case in cases if not case.label]
+    cases = [case for case in cases if case.label]
+    if not cases:
+        raise_faults(CaseError, faults)
+    out = out or run.evaluation
+    _refuse_case_folder(out, root or Path(str(run.facts["data"])), cases)
+    predictor = run.predictor()
+    names = run.config.data.modalities
+    collector = OverlayCollector()
+    with kept_if_used(out):
+        writable_folder(out, files=REPORT_FILES)
+        records, more = _measure(predictor, cases, collector, progress)
+        faults += more
+        if not records:
+            raise_faults(CaseError, faults)
+        records = in_order(
+            records, [subset_name(row, names) for row in subsets(len(names)).tolist()]
+        )
+        measured = list(dict.fromkeys(record.case for record in records))
+        summary = summarize(records)
+        report = write_report(
+            out,
+            title=f"{run.folder.resolve().name}: {len(measured)} cases, every subset of modalities",
+            records=records,
+            modalities=names,
+            class_names=predictor.labels.names,
+            policy_statement=f"{predictor.empty.name}: {predictor.empty.statement}",
+            overlays=collector.overlays(_shown_subsets(summary, names)),
+            history=history,
+            facts={"test cases": ", ".join(measured), **facts},
+            faults=CaseError(faults).faults,
+        )
+    return Evaluation(report, summary, predictor.empty.statement, CaseError(faults).faults)
 
 
 def predict_folder(
     run: Run, root: Path, out: Path, progress: Progress, *, subset: Sequence[str] = ()
 ) -> list[Path]:
-    """Write a label volume for each case of ``root``.
+    """Write a label volume for each case of ``root``, and ``predictions.csv`` with their volumes.
 
     A case that cannot be predicted does not stop the others; all faults are raised at the end.
 
@@ -100,38 +121,45 @@ def predict_folder(
         subset: names of the modalities to use. Defaults to all that a case has.
 
     Returns:
-        The written files.
+        The written label volumes.
 
     Raises:
         PrismError: bad modality names, cases that cannot be read, or no permission to write.
     """
-    config = run.config
-    unknown = [name for name in subset if name not in config.data.modalities]
+    modalities = run.config.data.modalities
+    unknown = [name for name in subset if name not in modalities]
     if unknown:
         raise ConfigError(
-            f"subset: unknown modality {', '.join(unknown)}; use some of {', '.join(config.data.modalities)}"
+            f"subset: unknown modality {', '.join(unknown)}; use some of {', '.join(modalities)}"
         )
-    writable_folder(out)
     # Labels are not needed, so a damaged label file must not stop a prediction.
-    cases = [replace(case, label=None) for case in load_configured(config, root)]
+    found, faults = find_configured(run.config, root, label=False)
+    _refuse_case_folder(out, root, found)
     predictor = run.predictor()
+    labels = predictor.labels
+    table = PredictionTable(out, list(labels.regions))
     written: list[Path] = []
-    faults: list[str] = []
-    for number, case in enumerate(cases, start=1):
-        absent = [name for name in subset if name not in case.files]
-        wanted = [name in subset for name in case.modalities] if subset else None
-        try:
-            if absent:
-                raise CaseError(
-                    f"case {case.id}: has no {', '.join(absent)}; leave it out of the subset"
-                )
-            volume = predictor.predict(case, subset=wanted)
-        except CaseError as error:
-            faults.extend(error.faults)
-            continue
-        written.append(out / f"{case.id}.nii.gz")
-        save_labels(written[-1], volume, case)
-        progress(number, len(cases), case.id)
+    with kept_if_used(out):
+        writable_folder(out)
+        cases, refused = _writable(table, found, subset)
+        faults += refused
+        for number, case in enumerate(cases, start=1):
+            chosen = [name in (subset or case.files) for name in modalities]
+            try:
+                volume = predictor.predict(case, subset=chosen)
+                volumes = region_volumes(volume, case, labels)
+                # The table first: it marks the folder as an output before that holds a label volume.
+                with atomic(table.label_file(case.id)) as partial:
+                    save_labels(partial, volume, case)
+                    table.add(case.id, subset=subset_name(chosen, modalities), volumes=volumes)
+                written.append(table.label_file(case.id))
+            except CaseError as error:
+                faults += error.faults
+            except OutputError as error:  # the next file would not fit, either
+                raise PrismError([*faults, *error.faults]) from error
+            progress(number, len(cases), case.id)
+        if not written:
+            raise_faults(CaseError, faults)
     raise_faults(CaseError, faults)
     return written
 
@@ -146,15 +174,94 @@ def load_records(path: Path) -> list[Record]:
     return read_records(path)
 
 
-def _held_out(run: Run) -> list[Case]:
-    cases = [] if run.facts["data"] is None else load_configured(run.config, run.facts["data"])
-    cases = [case for case in cases if case.id in run.facts["test"]]
-    if not cases:
+def _writable(
+    table: PredictionTable, found: Sequence[Case], subset: Sequence[str]
+) -> tuple[list[Case], list[str]]:
+    """The cases that have a subset and whose labels can be written, and the faults of the others."""
+    cases, faults = [], []
+    for case in found:
+        lacks = [name for name in subset if name not in case.files]
+        own = [f"case {case.id}: has no {', '.join(lacks)}; leave it out of the subset"] * bool(
+            lacks
+        )
+        own += table.faults(case)
+        faults += own
+        cases += [] if own else [case]
+    return cases, faults
+
+
+def _measure(
+    predictor: Predictor, cases: Sequence[Case], collector: OverlayCollector, progress: Progress
+) -> tuple[list[Record], list[str]]:
+    """The records of the cases that can be measured, case by case, and the faults of the others."""
+    records: list[Record] = []
+    faults: list[str] = []
+    done = 0
+
+    def predicted(case: Case, volume: Volume, subset: str, truth: Tensor, classes: Tensor) -> None:
+        nonlocal done
+        done += 1
+        collector(case, volume, subset, truth, classes)
+        progress(done, total, f"{case.id}  {subset}")
+
+    total = sum(_subsets_of(case) for case in cases)
+    for number, case in enumerate(cases, start=1):
+        try:
+            records += predictor.evaluate_case(case, on_prediction=predicted)
+        except CaseError as error:
+            faults += error.faults
+            done = sum(_subsets_of(case) for case in cases[:number])
+            progress(done, total, f"{case.id}  left out")
+    return records, faults
+
+
+def _subsets_of(case: Case) -> int:
+    """The number of subsets that a case can show."""
+    return (1 << len(case.files)) - 1
+
+
+def _held_out(run: Run) -> tuple[list[Case], list[str]]:
+    """The cases that a run held out, and the faults of those among them that have one."""
+    data, test = run.facts["data"], run.facts["test"]
+    if data is None or not test:
         raise PrismError(
             f"{run.folder}: held no case out; give a folder of cases to evaluate on, or train "
             "with data.holdout"
         )
-    return cases
+    found, faults = find_configured(run.config, data, label=True)
+    cases = [case for case in found if case.id in test]
+    # Faults of other cases do not matter here.
+    mine = {name: [f for f in faults if f.startswith(f"case {name}:")] for name in test}
+    lost = set(test) - {case.id for case in cases} - {name for name in test if mine[name]}
+    gone = [
+        f"case {name}: was held out, but is not in {data}; restore it, or give a folder of cases"
+        for name in sorted(lost)
+    ]
+    if gone:  # a folder that cannot be read may be the reason
+        gone = [f for f in faults if not f.startswith("case ")] or gone
+    return cases, [*(fault for name in test for fault in mine[name]), *gone]
+
+
+def _refuse_case_folder(out: Path, root: Path, cases: Sequence[Case]) -> None:
+    """An output among the cases would hide them from the next search, which skips outputs."""
+    folders = {root} | {
+        folder
+        for case in cases
+        for file in case.files.values()
+        for folder in file.parents
+        if folder.is_relative_to(root)
+    }
+    if _real(out) in map(_real, folders):
+        raise OutputError(
+            f"{out}: holds the cases, or some of them; give another OUT, e.g. {out / 'out'}"
+        )
+
+
+def _real(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        return path.absolute()
 
 
 def _shown_subsets(summary: Summary, names: Sequence[str]) -> list[str]:
@@ -163,7 +270,7 @@ def _shown_subsets(summary: Summary, names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(shown))
 
 
-def _facts(run: Run, cases: Sequence[Case], command: Sequence[str]) -> dict[str, str]:
+def _facts(run: Run, command: Sequence[str]) -> dict[str, str]:
     meta, own = run.config.meta, run.facts.get("own", {})
     missing = {
         name: sum(name not in files for files in run.facts["train"].values())
@@ -173,7 +280,6 @@ def _facts(run: Run, cases: Sequence[Case], command: Sequence[str]) -> dict[str,
     return {
         "training cases": f"{count}, missing "
         + ", ".join(f"{n} in {k}" for n, k in missing.items()),
-        "test cases": ", ".join(case.id for case in cases),
         "strategy": own.get("strategy") or _strategy(meta),
         "masks": f"train {run.config.masks.train}, meta {run.config.masks.meta}",
         "steps": str(run.config.training.steps),

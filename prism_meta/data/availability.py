@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from prism_meta.errors import CaseError, Fault, raise_faults
+from prism_meta.errors import CaseError, ConfigError, Fault, raise_faults
 from prism_meta.modalities import BRATS
 
 if TYPE_CHECKING:  # ``cases`` imports this module
@@ -32,7 +33,8 @@ def draw_availability(n: int, rates: Sequence[float], *, seed: int = 0) -> Tenso
         bool (n, M); no row is empty.
 
     Raises:
-        ValueError: a rate is outside [0, 1), or the rates leave fewer files than cases.
+        ValueError: a rate is outside [0, 1).
+        ConfigError: the rates leave fewer files than cases.
 
     Source: the imbalanced missing rates of PASSION (Shi et al., ACM MM 2024).
 
@@ -46,10 +48,11 @@ def draw_availability(n: int, rates: Sequence[float], *, seed: int = 0) -> Tenso
         )
     present = [n - round(n * rate) for rate in rates]
     if sum(present) < n:
-        raise ValueError(
-            f"rates: {tuple(rates)} leave {sum(present)} files for {n} cases, "
-            "so some case would have no modality; use lower rates"
+        message = (
+            f"rates: {tuple(rates)} leave {sum(present)} files for {n} cases, so some case would have no "
+            "modality; use lower rates"
         )
+        raise ConfigError([Fault(message, "rates")])
     generator = torch.Generator().manual_seed(seed)
     available = torch.stack(
         [torch.randperm(n, generator=generator) < count for count in present], 1
@@ -68,7 +71,8 @@ def draw_availability(n: int, rates: Sequence[float], *, seed: int = 0) -> Tenso
 def read_availability(path: Path | str, modalities: Sequence[str]) -> dict[str, tuple[bool, ...]]:
     """Read an availability table from a CSV file.
 
-    Two forms are read:
+    The table may have lines for cases and columns for other facts that are not used. Names are
+    compared in one Unicode form (NFC). Two forms are read:
 
     - ``case,<modality>,...`` with 0 or 1 per modality, in any order of the columns;
     - the published imbalanced-split table ``data_name,mask_id,mask,pos_mask_ids``, whose masks are
@@ -94,37 +98,33 @@ def read_availability(path: Path | str, modalities: Sequence[str]) -> dict[str, 
         {'p0': (False, True)}
     """
     path = Path(path)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as handle:
-            rows = list(csv.DictReader(handle))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CaseError(
-            f"{path}: cannot be read as an availability table ({error}); give a CSV file in UTF-8"
-        ) from error
-    columns = set(rows[0]) if rows else set()
-    published = {"data_name", "mask"} <= columns
-    if not published and not {"case", *modalities} <= columns:
-        raise CaseError(
-            f"{path}: got the columns {', '.join(map(str, rows[0])) if rows else 'none'}; expected "
-            f"case,{','.join(modalities)} or data_name,mask_id,mask,pos_mask_ids"
-        )
+    columns, lines = _read_csv(path)
+    published = {"data_name", "mask"} <= set(columns)
+    names = [_composed(name) for name in modalities]
+    faults = _column_faults(columns, [] if published else ["case", *names], names)
+    if columns and not lines:
+        faults.append("has no line below the columns; add a line for each case")
+    raise_faults(CaseError, [f"{path}: {fault}" for fault in faults])
     table: dict[str, tuple[bool, ...]] = {}
-    faults: list[str] = []
-    for line, row in enumerate(rows, start=2):
+    for number, cells in lines:
+        row = dict(zip(columns, cells, strict=False))
+        name = row.get("data_name" if published else "case", "")
         if published:
-            name, cells = row["data_name"], _published_mask(row["mask"] or "", modalities)
+            mask = _published_mask(row.get("mask", ""), modalities)
         else:
-            name = row["case"]
-            cells = tuple({"0": False, "1": True}.get((row[m] or "").strip()) for m in modalities)
-        if cells is None or None in cells or not any(cells):
-            faults.append(
-                f"{path}, line {line} ({name}): expected 0 or 1 for each of {', '.join(modalities)}, "
-                "at least one 1"
-            )
+            mask = tuple({"0": False, "1": True}.get(row.get(m, "")) for m in names)
+        if not name:
+            fault = ": has no name of a case; add it"
+        elif len(cells) > len(columns):
+            fault = f" ({name}): has {len(cells)} cells for {len(columns)} columns; remove the rest"
+        elif mask is None or None in mask or not any(mask):
+            fault = f" ({name}): expected 0 or 1 for each of {', '.join(modalities)}; put at least one 1"
         elif name in table:
-            faults.append(f"{path}, line {line}: case {name} occurs twice; keep one line")
+            fault = f": case {name} occurs twice; keep one line"
         else:
-            table[name] = tuple(bool(c) for c in cells)
+            table[name] = tuple(bool(there) for there in mask)
+            continue
+        faults.append(f"{path}, line {number}{fault}")
     raise_faults(CaseError, faults)
     return table
 
@@ -145,17 +145,18 @@ def apply_availability(cases: Sequence[Case], table: Path | str) -> list[Case]:
     rows = read_availability(table, cases[0].modalities)
     faults, restricted = [], []
     for case in cases:
-        if case.id not in rows:
+        name = _composed(case.id)
+        if name not in rows:
             faults.append(f"case {case.id}: not in {table}; add a line for it")
             continue
-        listed = dict(zip(case.modalities, rows[case.id], strict=True))
+        listed = dict(zip(case.modalities, rows[name], strict=True))
         absent = [name for name, there in listed.items() if there and name not in case.files]
         if absent:
             faults.append(
                 f"case {case.id}: {table} lists {', '.join(absent)}, but there is no such file; "
                 "put 0 there"
             )
-        restricted.append(case.restrict(rows[case.id]))
+        restricted.append(case.restrict(rows[name]))
     raise_faults(CaseError, faults)
     return restricted
 
@@ -173,7 +174,7 @@ def drop_modalities(cases: Sequence[Case], rates: Sequence[float], *, seed: int)
 
     Raises:
         CaseError: a case would keep no modality, because the draw hides all files that it has.
-        ValueError: see ``draw_availability``.
+        ConfigError, ValueError: see ``draw_availability``.
     """
     drawn = draw_availability(len(cases), rates, seed=seed)
     faults = [
@@ -189,6 +190,40 @@ def drop_modalities(cases: Sequence[Case], rates: Sequence[float], *, seed: int)
     ]
     raise_faults(CaseError, faults)
     return [case.restrict(row) for case, row in zip(cases, drawn, strict=True)]
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The columns of a CSV file; and each line with its number. Empty lines are left out."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("no regular file")
+        with path.open(newline="", encoding="utf-8-sig") as handle:
+            reader = csv.reader(handle, strict=True)
+            rows = [(reader.line_num, [_composed(c.strip()) for c in row]) for row in reader]
+    except (OSError, ValueError, csv.Error) as error:  # ValueError: not UTF-8, or a NUL in the path
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise CaseError(
+            f"{path}: cannot be read as an availability table ({reason}); give a CSV file in UTF-8"
+        ) from error
+    rows = [(number, row) for number, row in rows if any(row)]
+    return (rows[0][1], rows[1:]) if rows else ([], [])
+
+
+def _column_faults(
+    columns: Sequence[str], wanted: Sequence[str], modalities: Sequence[str]
+) -> list[str]:
+    if not columns or not set(wanted) <= set(columns):
+        return [
+            f"got the columns {', '.join(columns) or 'none'}; expected case,{','.join(modalities)} or "
+            "data_name,mask_id,mask,pos_mask_ids, separated by commas"
+        ]
+    twice = sorted({name for name in columns if name and columns.count(name) > 1})
+    return [f"has the column {name} twice; keep one of them" for name in twice]
+
+
+def _composed(text: str) -> str:
+    """The form of letters with accents in which names are compared."""
+    return unicodedata.normalize("NFC", text)
 
 
 def _published_mask(text: str, modalities: Sequence[str]) -> tuple[bool | None, ...] | None:

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from prism_meta.data.cases import Case
 from prism_meta.data.labels import LabelSet
 from prism_meta.data.preprocessing import Prepared, Preprocessing
-from prism_meta.errors import CaseError, raise_faults
+from prism_meta.errors import CaseError, OutputError, raise_faults
 from prism_meta.files import atomic
 
 #: Candidate centres of patches stored per class. More would only make the cache larger.
 _CENTRES_PER_CLASS = 10_000
 #: Increase it when preprocessing changes, so that old caches are not used.
-_VERSION = 3
+_VERSION = 4
+#: Entry of a cached file's metadata.
+_CHECKSUM = "sha256"
+#: Bytes of a case's name in the name of its cached file. File systems take 255 in all.
+_LONGEST_NAME = 100
+#: Marks the folder as a cache for backup programs, and for the search for cases.
+_TAG = "CACHEDIR.TAG"
+_TAG_CONTENT = """Signature: 8a477f597d28d172789f06886806bc55
+# Prepared cases of prism-meta, which can be made again. See https://bford.info/cachedir/
+"""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,8 @@ def prepare(
 ) -> list[CachedCase]:
     """Preprocess cases and cache them on disk. Cases that are in the cache are not computed again.
 
+    A cached file is verified once, here, by its checksum. A damaged one is logged and made again.
+
     Args:
         cases: cases with label files.
         cache: folder of the preprocessed cases. It is created if needed, and runs may share it.
@@ -110,22 +124,18 @@ def _prepare_case(
     case: Case, preprocessing: Preprocessing, labels: LabelSet, cache: Path
 ) -> CachedCase:
     if case.label is None:
-        raise CaseError(f"case {case.id}: no label file; training and evaluation need one")
-    path = cache / f"{case.id}-{_fingerprint(case, preprocessing, labels)}.safetensors"
-    if not path.exists():
-        volume = case.read()
-        try:
-            ready = preprocessing(volume, labels)
-        except CaseError as error:
-            prefix = f"case {case.id}: {case.label.name}"
-            raise CaseError([fault.prefixed(prefix) for fault in error.faults]) from error
-        _store(path, case, ready, num_classes=len(labels.names))
-    with safe_open(path, framework="pt") as stored:
-        d, h, w = stored.get_slice("target").get_shape()
-    return CachedCase(case.id, case.availability, (d, h, w), path)
+        raise CaseError(
+            f"case {case.id}: no label file; training and evaluation need one, add it or remove the case"
+        )
+    path = cache / f"{_short(case.id)}-{_fingerprint(case, preprocessing, labels)}.safetensors"
+    shape = _verified_shape(path)
+    if shape is None:
+        ready = preprocessing(case.read(), labels)
+        shape = _store(path, case, ready, num_classes=len(labels.names))
+    return CachedCase(case.id, case.availability, shape, path)
 
 
-def _store(path: Path, case: Case, ready: Prepared, *, num_classes: int) -> None:
+def _store(path: Path, case: Case, ready: Prepared, *, num_classes: int) -> tuple[int, int, int]:
     if ready.target is None:
         raise CaseError(f"case {case.id}: no label was read; give a case with a label file")
     if not ready.brain.any():
@@ -144,10 +154,57 @@ def _store(path: Path, case: Case, ready: Prepared, *, num_classes: int) -> None
         flat = voxels.flatten().nonzero().flatten()
         every = max(1, len(flat) // _CENTRES_PER_CLASS)
         tensors[f"centres_{k}"] = flat[::every].contiguous() if k else _sample_slices_evenly(voxels)
-    content = save(tensors, metadata={"case": case.id, "centres": str(len(inside))})
+    metadata = {"case": case.id, "centres": str(len(inside))}
+    content = save(tensors, metadata={**metadata, _CHECKSUM: _checksum(save(tensors, metadata))})
+    if path.is_dir():
+        raise OutputError(f"{path}: is a folder, expected a prepared case; remove the folder")
     with atomic(path) as partial:
         # Not save_file: its errors are no OSError, so ``atomic`` could not explain them.
         partial.write_bytes(content)
+    _tag(path.parent)
+    d, h, w = ready.target.shape
+    return d, h, w
+
+
+def _tag(folder: Path) -> None:
+    """Mark a folder as a cache, unless it holds files of others."""
+    others = (path for path in folder.iterdir() if not path.name.startswith("."))
+    if all(path.suffix == ".safetensors" for path in others):
+        with atomic(folder / _TAG) as partial:
+            partial.write_text(_TAG_CONTENT, encoding="utf-8")
+
+
+def _verified_shape(path: Path) -> tuple[int, int, int] | None:
+    """The shape of the case in a cached file; None if there is none or it is damaged."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        content = path.read_bytes()
+        with safe_open(path, framework="pt") as stored:
+            if stored.metadata()[_CHECKSUM] != _checksum(content):
+                raise ValueError("its checksum differs")
+            d, h, w = stored.get_slice("target").get_shape()
+    # KeyError and TypeError: another program's metadata, or none.
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        _log.warning("%s is damaged (%s); the case is prepared again", path, reason)
+        return None
+    return d, h, w
+
+
+def _checksum(content: bytes) -> str:
+    """Checksum of a safetensors file without its own entry in the header."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"].pop(_CHECKSUM, None)
+    found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    found.update(memoryview(content)[start:])
+    return found.hexdigest()
+
+
+def _short(name: str) -> str:
+    """The start of a case's name, short enough for the name of a file; the fingerprint tells cases apart."""
+    return name.replace("/", "_").encode(errors="replace")[:_LONGEST_NAME].decode(errors="ignore")
 
 
 def _sample_slices_evenly(brain: Tensor) -> Tensor:
@@ -170,7 +227,7 @@ def _fingerprint(case: Case, preprocessing: Preprocessing, labels: LabelSet) -> 
     files = [*case.files.items(), ("label", case.label)]
     stats = [(n, str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for n, p in files if p]
     facts = (
-        _VERSION, case.modalities, stats, preprocessing.spacing, preprocessing.percentiles,
+        _VERSION, case.id, case.modalities, stats, preprocessing.spacing, preprocessing.percentiles,
         list(labels.values.items()),  # the order gives the class indices
     )  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -5,26 +5,22 @@ A modality without a file is missing. Nothing is read for it, and no placeholder
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import nibabel as nib
 import numpy as np
 import torch
-from nibabel.filebasedimages import ImageFileError
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prism_meta.data.memory import excess
+from prism_meta.data.nifti import NiftiError, NiftiHeader, read_header, read_voxels
 from prism_meta.errors import CaseError, raise_faults
 
-#: Exceptions of nibabel, gzip and zlib for damaged files. RGB voxels raise TypeError.
-_UNREADABLE = (
-    ImageFileError, HeaderDataError, OSError, EOFError, ValueError, TypeError, zlib.error
-)  # fmt: skip
+#: Voxels of an image: float32, or float64 if the file has values that float32 cannot hold.
+ImageArray: TypeAlias = NDArray[np.float32] | NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -32,17 +28,22 @@ class Volume:
     """The voxels of a case, on the case's own grid.
 
     Args:
-        images: modality -> (D, H, W) float32. It has only the modalities that were read.
+        images: modality -> (D, H, W) float32, or float64 if the file has 32-bit integers, float64 or
+            scaled voxels. It has only the modalities that were read.
         affine: (4, 4), from voxel indices to mm.
         shape: (D, H, W).
         label: (D, H, W) with the values of the label file. Defaults to None.
+        name: of the case, for messages. Defaults to "volume".
+        label_name: of the label file, for messages. Defaults to "label".
     """
 
-    images: dict[str, NDArray[np.float32]]
+    images: Mapping[str, ImageArray]
     _: KW_ONLY
     affine: NDArray[np.float64]
     shape: tuple[int, int, int]
     label: NDArray[Any] | None = None
+    name: str = "volume"
+    label_name: str = "label"
 
     @property
     def spacing(self) -> tuple[float, ...]:
@@ -85,42 +86,13 @@ class Case:
     def header_faults(self) -> list[str]:
         """Check the headers of the files and return the faults found. Reads no voxels."""
         faults: list[str] = []
-        reference: tuple[Path, tuple[int, ...], NDArray[np.float64]] | None = None
-        for path in [*self.files.values(), *([self.label] if self.label else [])]:
-            try:
-                image = _open(path)
-            except _UNREADABLE as error:
-                faults.append(self._unreadable(path, error))
-                continue
-            shape, affine = tuple(image.shape), np.asarray(image.affine, np.float64)
-            if len(shape) == 4 and shape[3] == 1:
-                shape = shape[:3]
-            if len(shape) != 3 or min(shape) < 1:
-                faults.append(
-                    f"case {self.id}: {path.name} has shape {shape}, expected 3-D (D, H, W); "
-                    "give one volume per file"
-                )
-            elif not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-                faults.append(
-                    f"case {self.id}: {path.name} has an invalid affine (its voxels have no "
-                    "volume); set its voxel sizes and axes"
-                )
-            elif reference is None:
-                reference = (path, shape, affine)
-            elif shape != reference[1]:
-                faults.append(
-                    f"case {self.id}: {path.name} has shape {shape}, but {reference[0].name} has "
-                    f"{reference[1]}; resample them to one grid"
-                )
-            elif not np.allclose(affine, reference[2], atol=1e-2):
-                faults.append(
-                    f"case {self.id}: {path.name} and {reference[0].name} have different affines "
-                    f"(by up to {np.abs(affine - reference[2]).max():.3g}); resample them to one grid"
-                )
+        self._headers(self._paths(with_label=True), faults)
         return faults
 
     def read(self, *, with_label: bool = True) -> Volume:
         """Read the voxels of every modality that exists, and of the label.
+
+        Compressed files are read to their end, so that the checksum is tested.
 
         Args:
             with_label: False skips the label file. Defaults to True.
@@ -131,49 +103,88 @@ class Case:
         """
         if not self.files:
             raise CaseError(f"case {self.id}: no modality to read; keep at least one")
-        raise_faults(CaseError, self.header_faults())
         faults: list[str] = []
-        images: dict[str, NDArray[np.float32]] = {}
-        label = None
-        for name, path in self.files.items():
-            try:
-                array = np.asarray(_open(path).dataobj, np.float32)
-            except _UNREADABLE as error:
-                faults.append(self._unreadable(path, error))
-                continue
-            bad = int(array.size - np.isfinite(array).sum())
-            if bad:
-                faults.append(
-                    f"case {self.id}: {path.name} has {bad} voxels that are NaN or infinite; "
-                    "repair the file or remove it (a missing modality is allowed)"
-                )
-            images[name] = array.reshape(array.shape[:3])
-        if with_label and self.label:
-            try:
-                label = np.asarray(_open(self.label).dataobj)
-                label = label.reshape(label.shape[:3])
-            except _UNREADABLE as error:
-                faults.append(self._unreadable(self.label, error))
+        headers = self._headers(self._paths(with_label=with_label), faults)
         raise_faults(CaseError, faults)
-        first = _open(next(iter(self.files.values())))
-        d, h, w = first.shape[:3]
-        affine = np.asarray(first.affine, np.float64)
-        return Volume(images, affine=affine, shape=(d, h, w), label=label)
-
-    def _unreadable(self, path: Path, error: Exception) -> str:
-        """The message for a file that nibabel cannot read."""
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if len(reason) > 120:
-            reason = reason[:117] + "..."
-        kind = "label" if path == self.label else "modality"
-        fix = (
-            "restore it"
-            if kind == "label"
-            else "restore it or remove it (a missing modality is allowed)"
+        first = next(iter(headers.values()))
+        d, h, w = first.shape
+        problem = excess(d * h * w * 8 * (len(headers) + 1))
+        if problem:
+            raise CaseError(
+                f"case {self.id}: {problem}; resample its files to a coarser grid or remove modalities"
+            )
+        images: dict[str, ImageArray] = {}
+        label = None
+        for name, path in [*self.files.items(), ("", self.label)]:
+            if path not in headers:
+                continue
+            try:
+                stored = read_voxels(path, headers[path])
+                if path == self.label:
+                    label = stored
+                else:
+                    images[name] = _as_image(stored)
+            except NiftiError as error:
+                faults.append(self._message(path, error))
+        raise_faults(CaseError, faults)
+        return Volume(
+            images,
+            affine=first.affine,
+            shape=first.shape,
+            label=label,
+            name=f"case {self.id}",
+            label_name="label" if self.label is None else self.label.name,
         )
-        return f"case {self.id}: {path.name} cannot be read as NIfTI ({reason}); {fix}"
+
+    def _paths(self, *, with_label: bool) -> list[Path]:
+        return [*self.files.values(), *([self.label] if self.label and with_label else [])]
+
+    def _headers(self, paths: Sequence[Path], faults: list[str]) -> dict[Path, NiftiHeader]:
+        """The headers of the files on one grid; appends the faults of the others."""
+        headers: dict[Path, NiftiHeader] = {}
+        for path in paths:
+            try:
+                header = read_header(path)
+            except NiftiError as error:
+                faults.append(self._message(path, error))
+                continue
+            first, reference = next(iter(headers.items()), (path, header))
+            if header.shape != reference.shape:
+                faults.append(
+                    f"case {self.id}: {path.name} has shape {header.shape}, but {first.name} has "
+                    f"{reference.shape}; resample them to one grid"
+                )
+            elif not np.allclose(header.affine, reference.affine, atol=1e-2):
+                difference = np.abs(header.affine - reference.affine).max()
+                faults.append(
+                    f"case {self.id}: {path.name} and {first.name} have different affines "
+                    f"(by up to {difference:.3g}); resample them to one grid"
+                )
+            else:
+                headers[path] = header
+        return headers
+
+    def _message(self, path: Path, error: NiftiError) -> str:
+        kept = " or remove it (a missing modality is allowed)" if path != self.label else ""
+        return f"case {self.id}: {path.name} {error.problem}; {error.fix or f'restore it{kept}'}"
 
 
-def _open(path: Path) -> Any:
-    """``nib.load``, whose result has no useful type."""
-    return nib.load(path)
+def _as_image(stored: NDArray[Any]) -> ImageArray:
+    """Voxels as float32 if it holds all their values, otherwise as float64.
+
+    Raises:
+        NiftiError: voxels are NaN or infinite.
+    """
+    image: ImageArray
+    if np.can_cast(stored.dtype, np.float32):
+        image = stored.astype(np.float32, copy=False)
+    else:
+        with np.errstate(over="ignore"):  # extended precision
+            image = stored.astype(np.float64, copy=False)
+    bad = int(image.size - np.isfinite(image).sum())
+    if bad:
+        raise NiftiError(
+            f"has {bad} voxels that are NaN or infinite",
+            "repair the file or remove it (a missing modality is allowed)",
+        )
+    return image

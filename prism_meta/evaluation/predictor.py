@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,18 +12,30 @@ from torch import Tensor, nn
 
 from prism_meta.data.cases import Case, Volume
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
-from prism_meta.data.preprocessing import Prepared, Preprocessing
+from prism_meta.data.preprocessing import Preprocessing, label_classes
 from prism_meta.data.restore import restore_classes
 from prism_meta.errors import CaseError, raise_faults
+from prism_meta.evaluation.faults import (
+    check_finite,
+    evaluation_faults,
+    memory_as_case_error,
+    no_label,
+)
 from prism_meta.evaluation.metrics import BratsEmpty, EmptyPolicy
-from prism_meta.evaluation.regions import measure, truth_of
+from prism_meta.evaluation.regions import measure
+from prism_meta.evaluation.subsets import (
+    Subset,
+    as_mask,
+    as_masks,
+    check_subsets,
+    in_order,
+    shown_rows,
+)
 from prism_meta.evaluation.windows import OVERLAP, Windows, by_box, evaluation_mode, patch_of
 from prism_meta.modalities import subset_name
 from prism_meta.modalities import subsets as all_subsets
 from prism_meta.records import Record
 
-#: A subset of modalities: a name such as ``flair+t1``, or bool (M,).
-Subset = str | Sequence[bool] | Tensor
 #: Called with the case, its volume, the subset's name, and truth and prediction as class indices.
 OnPrediction = Callable[[Case, Volume, str, Tensor, Tensor], None]
 
@@ -87,7 +100,7 @@ class Predictor:
             model, patch=patch_of(model, patch), overlap=overlap, batch_size=batch_size
         )
 
-    def predict(self, case: Case, *, subset: Subset | None = None) -> NDArray[np.int16]:
+    def predict(self, case: Case, *, subset: Subset | None = None) -> NDArray[np.integer[Any]]:
         """Predict the labels of one case.
 
         Args:
@@ -96,10 +109,10 @@ class Predictor:
                 modalities that the case has.
 
         Returns:
-            Label volume (D, H, W), int16, in the values of the label files, on the case's own grid.
+            Label volume (D, H, W) of integers, in the values of the label files, on the case's own grid.
 
         Raises:
-            CaseError: a file of the case cannot be read.
+            CaseError: a file of the case cannot be read, or the model's output is not finite.
             ValueError: the case lacks a modality of the subset, or the subset is empty.
         """
         shown = case.availability if subset is None else as_mask(subset, case.modalities)
@@ -107,7 +120,7 @@ class Predictor:
 
     def predict_subsets(
         self, case: Case, subsets: Tensor | Sequence[Subset]
-    ) -> list[NDArray[np.int16]]:
+    ) -> list[NDArray[np.integer[Any]]]:
         """Predict the labels of one case from each of several subsets of its modalities.
 
         Args:
@@ -118,13 +131,13 @@ class Predictor:
             S label volumes, see ``predict``.
 
         Raises:
-            CaseError: a file of the case cannot be read.
+            CaseError: see ``predict``.
             ValueError: the case lacks a modality of a subset, or a subset is empty.
         """
-        rows = self._rows(case, subsets)
-        volume = case.restrict(rows.any(0)).read(with_label=False)
-        prepared = self.preprocessing(volume)
-        classes = self._classes(case, volume, prepared, rows)
+        rows = shown_rows(case, subsets, self.modalities)
+        with memory_as_case_error(case):
+            volume = case.restrict(rows.any(0)).read(with_label=False)
+            classes = self._classes(case, volume, rows)
         return [self.labels.decode(prediction) for prediction in classes]
 
     def evaluate(
@@ -147,106 +160,102 @@ class Predictor:
             One record per case, subset and region; subset by subset in the order given.
 
         Raises:
-            CaseError: there is no case, a case has no label, or files cannot be read; all faults
-                are reported together.
+            CaseError: there is no case, or a case has a fault (see ``evaluate_case``). The faults of all
+                cases are reported together; those of headers are found before the first prediction.
         """
-        faults = [f"case {c.id}: no label file; evaluation needs one" for c in cases if not c.label]
         nothing = "cases: got none, expected at least one; give a folder of cases"
-        raise_faults(CaseError, faults if cases else [nothing])
+        raise_faults(CaseError, evaluation_faults(cases) if cases else [nothing])
         modalities = cases[0].modalities
         chosen = all_subsets(len(modalities)) if subsets is None else as_masks(subsets, modalities)
-        by_subset: list[list[Record]] = [[] for _ in chosen]
         for case in cases:
-            self._check(case, chosen)
-            volume = case.read()
-            truth = truth_of(case, volume, self.labels)
-            prepared = self.preprocessing(volume)
-            possible = (~(chosen & ~case.availability).any(1)).nonzero()[:, 0]
-            predictions = self._classes(case, volume, prepared, chosen[possible])
-            for row, prediction in zip(possible.tolist(), predictions, strict=True):
-                name = subset_name(chosen[row].tolist(), case.modalities)
+            check_subsets(case, chosen, self.modalities)
+        records: list[Record] = []
+        faults: list[str] = []
+        for case in cases:
+            try:
+                if (
+                    faults
+                ):  # the records are lost, so that other cases are only read, for their faults
+                    self._read(case)
+                else:
+                    records += self.evaluate_case(case, chosen, on_prediction=on_prediction)
+            except CaseError as error:
+                faults += error.faults
+        raise_faults(CaseError, faults)
+        return in_order(records, [subset_name(row, modalities) for row in chosen.tolist()])
+
+    def evaluate_case(
+        self,
+        case: Case,
+        subsets: Tensor | Sequence[Subset] | None = None,
+        *,
+        on_prediction: OnPrediction | None = None,
+    ) -> list[Record]:
+        """Measure Dice and HD95 of one case from each subset whose modalities it has.
+
+        ``evaluate`` calls it for every case. Call it yourself to keep the records of other cases when
+        a case has a fault, or to store them as soon as they are there.
+
+        Args:
+            case: a case with a label.
+            subsets: see ``evaluate``.
+            on_prediction: see ``evaluate``.
+
+        Returns:
+            One record per subset and region; subset by subset in the order given.
+
+        Raises:
+            CaseError: the case has no label, its files cannot be read, its label has unknown values,
+                or the model's output is not finite.
+        """
+        names = case.modalities
+        chosen = all_subsets(len(names)) if subsets is None else as_masks(subsets, names)
+        check_subsets(case, chosen, self.modalities)
+        possible = chosen[~(chosen & ~case.availability).any(1)]
+        records: list[Record] = []
+        with memory_as_case_error(case):
+            volume, truth = self._read(case)
+            predictions = self._classes(case, volume, possible)
+            for shown, prediction in zip(possible.tolist(), predictions, strict=True):
+                name = subset_name(shown, names)
                 measured = measure(prediction, truth, volume, labels=self.labels, empty=self.empty)
-                by_subset[row] += [Record(case.id, name, r, *both) for r, both in measured.items()]
+                records += [
+                    Record(case.id, name, region, *both) for region, both in measured.items()
+                ]
                 if on_prediction is not None:
                     on_prediction(case, volume, name, truth, prediction)
-        return [record for records in by_subset for record in records]
+        return records
 
-    @torch.inference_mode()
-    def _classes(self, case: Case, volume: Volume, prepared: Prepared, subsets: Tensor) -> Tensor:
+    def _read(self, case: Case) -> tuple[Volume, Tensor]:
+        """The voxels of a case and its true classes."""
+        if not case.label:
+            raise CaseError(no_label(case))
+        volume = case.read()
+        return volume, label_classes(volume, self.labels)
+
+    def _classes(self, case: Case, volume: Volume, subsets: Tensor) -> Tensor:
         """Class indices, uint8 (S, D, H, W) on the case's own grid, for subsets, bool (S, M).
 
         Each equals the prediction for a case that has only the modalities of that subset.
         """
+        prepared = self.preprocessing(volume)
         image = torch.zeros(subsets.shape[1], *prepared.brain.shape)
         for name, channel in zip(prepared.names, prepared.image, strict=True):
             image[case.modalities.index(name)] = channel
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         result = torch.zeros(len(subsets), *volume.shape, dtype=torch.uint8)
         # The box is that of the shown modalities, so a hidden one cannot influence the result.
-        with evaluation_mode(self.model):
+        with torch.inference_mode(), evaluation_mode(self.model):
             for box, rows in by_box(image != 0, subsets).items():
                 span = tuple(slice(*ends) for ends in box)
                 inputs = image[(slice(None), *span)].to(device)
                 count = self.windows.at_a_time(inputs, num_classes=len(self.labels.names))
                 for some in rows.split(count):
                     logits = self.windows.logits(inputs, subsets[some].to(device))
+                    check_finite(logits, case)
                     for row, maps in zip(some.tolist(), logits, strict=True):
                         result[row] = restore_classes(maps, span, prepared=prepared, volume=volume)
         return result
-
-    def _rows(self, case: Case, subsets: Tensor | Sequence[Subset]) -> Tensor:
-        """The subsets as bool (S, M), each of which the case can show."""
-        rows = as_masks(subsets, case.modalities)
-        self._check(case, rows)
-        for shown in rows:
-            if (shown & ~case.availability).any():
-                raise ValueError(
-                    f"subset: {subset_name(shown.tolist(), case.modalities)} has modalities that case "
-                    f"{case.id} lacks; it has {', '.join(case.files)}"
-                )
-        return rows
-
-    def _check(self, case: Case, subsets: Tensor) -> None:
-        if self.modalities not in (None, case.modalities):
-            raise ValueError(
-                f"case {case.id}: has the modalities {', '.join(case.modalities)}, but the model was "
-                f"trained on {', '.join(self.modalities or ())}; load it with these names in this order"
-            )
-        if subsets.ndim != 2 or subsets.shape[1] != len(case.modalities):
-            raise ValueError(
-                f"subsets: got {tuple(subsets.shape)}, expected (S, {len(case.modalities)}), a column "
-                f"for each of {', '.join(case.modalities)}"
-            )
-        if not subsets.any(1).all():
-            raise ValueError("subset: got no modality, expected at least one")
-
-
-def as_mask(subset: Subset, modalities: Sequence[str]) -> Tensor:
-    """A subset as bool (M,).
-
-    Raises:
-        ValueError: a name is not one of ``modalities``.
-
-    Example:
-        >>> as_mask("flair+t1", ("flair", "t1ce", "t1")).tolist()
-        [True, False, True]
-    """
-    if not isinstance(subset, str):
-        return torch.as_tensor(subset).bool()
-    names = subset.split("+") if subset else []
-    unknown = [name for name in names if name not in modalities]
-    if unknown:
-        raise ValueError(
-            f"subset: unknown modality {', '.join(unknown)}; use some of {', '.join(modalities)}"
-        )
-    return torch.tensor([name in names for name in modalities])
-
-
-def as_masks(subsets: Tensor | Sequence[Subset], modalities: Sequence[str]) -> Tensor:
-    """Several subsets as bool (S, M); see ``as_mask``."""
-    if isinstance(subsets, Tensor):
-        return subsets.bool()
-    return torch.stack([as_mask(subset, modalities) for subset in subsets])
 
 
 def predict(
@@ -258,7 +267,7 @@ def predict(
     labels: LabelSet = BRATS_LABELS,
     patch: Sequence[int] | None = None,
     overlap: float = OVERLAP,
-) -> NDArray[np.int16]:
+) -> NDArray[np.integer[Any]]:
     """Predict the labels of one case from any subset of its modalities.
 
     Args:

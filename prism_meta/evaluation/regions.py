@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from prism_meta.data.cases import Case, Volume
+from prism_meta.data.cases import Volume
 from prism_meta.data.labels import LabelSet
-from prism_meta.errors import CaseError
 from prism_meta.evaluation.metrics import EmptyPolicy, dice_hd95
 from prism_meta.evaluation.windows import box_or_whole
 
@@ -35,17 +34,3 @@ def measure(
         )
         for region in labels.regions
     }
-
-
-def truth_of(case: Case, volume: Volume, labels: LabelSet) -> Tensor:
-    """Class indices, uint8 (D, H, W), of a case's label file.
-
-    Raises:
-        CaseError: the case has no label, or its label has unknown values.
-    """
-    if volume.label is None:
-        raise CaseError(f"case {case.id}: no label file; evaluation needs one")
-    try:
-        return labels.encode(volume.label)
-    except CaseError as error:
-        raise CaseError([f"case {case.id}: {fault}" for fault in error.faults]) from error

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prism_meta.errors import one_line
 from prism_meta.files import atomic, writable_folder
 from prism_meta.modalities import subset_name
 from prism_meta.records import Record, write_records
@@ -27,6 +29,9 @@ from prism_meta.report.text import (
     undefined_note,
 )
 
+#: Names of the files of a report.
+REPORT_FILES = ("records.csv", "summary.json", "report.html")
+
 
 def write_report(
     folder: Path | str,
@@ -39,6 +44,7 @@ def write_report(
     overlays: Sequence[Overlay] = (),
     history: Sequence[Mapping[str, Any]] = (),
     facts: Mapping[str, str] | None = None,
+    faults: Sequence[str] = (),
 ) -> Path:
     """Write ``records.csv``, ``summary.json`` and ``report.html`` into ``folder``.
 
@@ -53,13 +59,14 @@ def write_report(
         history: rows of ``metrics.jsonl``. The keys ``step``, ``epoch``, ``train_loss``,
             ``meta_loss`` and ``terms`` are plotted if they exist.
         facts: how the numbers were made, e.g. config, versions, seed, command.
+        faults: one line per fault of the cases that were left out. The page shows them.
 
     Returns:
         The path of ``report.html``.
 
     Raises:
         PrismError: the inputs do not match (all faults together). Nothing is written then.
-        OutputError: the folder cannot be written.
+        OutputError: a file cannot be written. The old files are then kept, all three.
 
     Example:
         >>> import tempfile
@@ -73,12 +80,18 @@ def write_report(
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    folder = writable_folder(folder)
+    folder = writable_folder(folder, files=REPORT_FILES)
+    records = [replace(r, case=one_line(r.case), region=one_line(r.region)) for r in records]
     summary = summarize(records)
     shown = shown_modalities(summary, modalities)
     check_overlays(overlays, class_names)
     drawn = [draw_overlay(overlay, modalities) for overlay in overlays]
-    summary_dict = {"title": title, "empty_masks": policy_statement, **summary.to_dict()}
+    summary_dict = {
+        "title": title,
+        "empty_masks": policy_statement,
+        "left_out": list(faults),
+        **summary.to_dict(),
+    }
 
     environment = Environment(
         loader=PackageLoader("prism_meta.report"),
@@ -107,11 +120,13 @@ def write_report(
         overlays=list(zip(overlays, drawn, strict=True)),
         classes=[(name, class_colour(i)) for i, name in enumerate(class_names) if i > 0],
         facts=dict(facts or {}),
+        faults=faults,
     )
-    write_records(folder / "records.csv", records)
-    with atomic(folder / "summary.json") as partial:
-        text = json.dumps(summary_dict, indent=2, allow_nan=False, ensure_ascii=False)
-        partial.write_text(text + "\n", encoding="utf-8")
-    with atomic(folder / "report.html") as partial:
-        partial.write_text(html, encoding="utf-8")
-    return folder / "report.html"
+    text = json.dumps(summary_dict, indent=2, allow_nan=False, ensure_ascii=False)
+    table, numbers, page = (folder / name for name in REPORT_FILES)
+    # All three or none; a name that is no UTF-8 is escaped, as JSON does it, too.
+    with atomic(table) as a, atomic(numbers) as b, atomic(page) as c:
+        write_records(a, records)
+        b.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        c.write_text(html, encoding="utf-8", errors="backslashreplace")
+    return page

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def results_table(summary: Summary, *, title: str, policy: str, modalities: Sequence[str]) -> Table:
+def results_table(
+    summary: Summary,
+    *,
+    title: str,
+    policy: str,
+    modalities: Sequence[str],
+    faults: Sequence[str] = (),
+) -> Table:
     """Build the table of one evaluation: a row per subset, then the averages. The worst is marked.
 
     Args:
@@ -29,6 +36,7 @@ def results_table(summary: Summary, *, title: str, policy: str, modalities: Sequ
         title: title of the table.
         policy: the scores of empty masks, ``EmptyPolicy.statement``; part of the caption.
         modalities: names of all M modalities, in order. Each gets a column of ● (shown) and ○ (hidden).
+        faults: one line per fault of the cases that were left out; part of the caption.
 
     Raises:
         PrismError: a subset names a modality that is not in ``modalities``.
@@ -55,6 +63,8 @@ def results_table(summary: Summary, *, title: str, policy: str, modalities: Sequ
         f"Empty masks: {policy}.{undefined_note(summary)}\n"
         f"Worst subset: {summary.worst}, mean Dice {format_dice(worst.dice)} %."
     )
+    if faults:
+        caption += "\n".join(["\nCases that were left out:", *faults])
     # Without padding and with short headers, four modalities and three regions fit 80 columns.
     table = Table(
         title=Text(title, style="bold"),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -37,19 +36,16 @@ from prism_meta.objective import losses
 from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights, RelativePreference, Weighting
 from prism_meta.training.config import Config
+from prism_meta.training.config.data import DataConfig
 from prism_meta.training.config.keys import ARGUMENT_KEYS
 from prism_meta.training.config.schema import (
-    DataConfig,
     EvaluationConfig,
-    FabricConfig,
     MaskConfig,
     MetaConfig,
     ObjectiveConfig,
 )
+from prism_meta.training.devices import build_fabric as build_fabric
 from prism_meta.training.outer import Outer, outer_step
-
-if TYPE_CHECKING:  # it takes two seconds to import
-    from lightning_fabric import Fabric
 
 
 @contextmanager
@@ -213,18 +209,6 @@ def build_predictor(config: Config, model: nn.Module) -> Predictor:
         patch=config.data.patch,
         overlap=config.evaluation.overlap,
         empty=build_empty_policy(config.evaluation),
-    )
-
-
-def build_fabric(fabric: FabricConfig) -> Fabric:
-    """The devices and processes, not launched yet."""
-    from lightning_fabric import Fabric
-
-    return Fabric(
-        accelerator=fabric.accelerator,
-        devices=fabric.devices,
-        num_nodes=fabric.nodes,
-        precision=fabric.precision,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from prism_meta.data.availability import apply_availability, drop_modalities
 from prism_meta.data.cache import CachedCase, prepare
 from prism_meta.data.cases import Case
-from prism_meta.data.layouts.folders import load_cases
+from prism_meta.data.layouts.folders import find_cases, load_cases
 from prism_meta.errors import ConfigError
 from prism_meta.files import writable_folder
 from prism_meta.training.build import build_label_set, build_preprocessing, configuration_keys
@@ -23,6 +23,20 @@ def load_configured(config: Config, root: Path | str) -> list[Case]:
     """Load the cases of a folder with the modalities and the label that the configuration names."""
     with configuration_keys():
         return load_cases(Path(root), config.data.modalities, label=config.data.label)
+
+
+def find_configured(
+    config: Config, root: Path | str, *, label: bool
+) -> tuple[list[Case], list[str]]:
+    """The cases of a folder without faults, and the faults of the others; see ``load_configured``.
+
+    Args:
+        config: names of the modalities and of the label.
+        root: the folder.
+        label: False leaves the labels out, so that a damaged one is no fault.
+    """
+    data = config.data
+    return find_cases(Path(root), data.modalities, label=data.label if label else None)
 
 
 def split(config: Config, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:

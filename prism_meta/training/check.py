@@ -7,7 +7,6 @@ through it and through the objective, which takes milliseconds, whatever the siz
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +21,7 @@ from prism_meta.errors import ConfigError
 from prism_meta.modalities import Batch
 from prism_meta.training.build import build_model, build_objective
 from prism_meta.training.config import Config
+from prism_meta.training.devices import memory_of
 
 #: Copies of the parameters: the weights, their gradient, and the two moments of AdamW.
 _COPIES = 4
@@ -117,17 +117,6 @@ def _check_memory(config: Config, parameters: int, activations: int) -> None:
         f"for a batch of {data.batch_size} patches of {' x '.join(map(str, data.patch))}, but there are "
         f"{decimal(available)} of memory; make some of the four smaller"
     )
-
-
-def memory_of(accelerator: str) -> int | None:
-    """Bytes of memory of the device that ``accelerator`` names; None if they are unknown."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        devices = range(torch.cuda.device_count())
-        return max(torch.cuda.get_device_properties(device).total_memory for device in devices)
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not POSIX
-        return None
 
 
 class _Shapes(TorchDispatchMode):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from commands import run
 
-from broken import Broken, cases, runs
+from broken import Broken, cases, predictions, runs, tables
 
-BROKEN = [*cases.BROKEN, *runs.BROKEN]
+BROKEN = [*cases.BROKEN, *predictions.BROKEN, *runs.BROKEN, *tables.BROKEN]
 
 
 def files(folder: Path) -> dict[str, bytes | None]:

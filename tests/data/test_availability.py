@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import unicodedata
 from pathlib import Path
 
 import niftis
@@ -81,7 +83,7 @@ def test_cells_are_never_evaluated(tmp_path: Path, column: str) -> None:
     else:
         path = table(tmp_path, f'case,flair,t1ce,t1,t2\np0,1,1,1,"{attack}"\n')
     assert faults_of(lambda: read_availability(path, BRATS)) == (
-        f"{path}, line 2 (p0): expected 0 or 1 for each of flair, t1ce, t1, t2, at least one 1",
+        f"{path}, line 2 (p0): expected 0 or 1 for each of flair, t1ce, t1, t2; put at least one 1",
     )
     assert not target.exists()
 
@@ -101,7 +103,7 @@ def test_cells_are_never_evaluated(tmp_path: Path, column: str) -> None:
 def test_bad_cells_of_an_own_table(tmp_path: Path, row: str) -> None:
     path = table(tmp_path, f"case,flair,t1ce,t1,t2\np1,1,0,0,0\n{row}\n")
     assert faults_of(lambda: read_availability(path, BRATS)) == (
-        f"{path}, line 3 (p0): expected 0 or 1 for each of flair, t1ce, t1, t2, at least one 1",
+        f"{path}, line 3 (p0): expected 0 or 1 for each of flair, t1ce, t1, t2; put at least one 1",
     )
 
 
@@ -125,36 +127,101 @@ def test_bad_cells_of_an_own_table(tmp_path: Path, row: str) -> None:
 def test_bad_masks_of_a_published_table(tmp_path: Path, mask: str | None) -> None:
     path = table(tmp_path, HEADER + ("p0,1\n" if mask is None else f"p0,1,{mask},[1]\n"))
     assert faults_of(lambda: read_availability(path, BRATS)) == (
-        f"{path}, line 2 (p0): expected 0 or 1 for each of flair, t1ce, t1, t2, at least one 1",
+        f"{path}, line 2 (p0): expected 0 or 1 for each of flair, t1ce, t1, t2; put at least one 1",
     )
 
 
 def test_all_faults_of_a_table_are_reported_together(tmp_path: Path) -> None:
     path = table(tmp_path, "case,t1,t2\np0,1,0\np1,x,0\np0,1,1\np2,0,0\n")
     assert faults_of(lambda: read_availability(path, ("t1", "t2"))) == (
-        f"{path}, line 3 (p1): expected 0 or 1 for each of t1, t2, at least one 1",
+        f"{path}, line 3 (p1): expected 0 or 1 for each of t1, t2; put at least one 1",
         f"{path}, line 4: case p0 occurs twice; keep one line",
-        f"{path}, line 5 (p2): expected 0 or 1 for each of t1, t2, at least one 1",
+        f"{path}, line 5 (p2): expected 0 or 1 for each of t1, t2; put at least one 1",
     )
 
 
 @pytest.mark.parametrize(
     ("text", "got"),
-    [("", "none"), ("name,t1,t2\np0,1,1\n", "name, t1, t2"), ("case,t1\np0,1\n", "case, t1")],
+    [
+        ("", "none"),
+        ("\n\n,,\n", "none"),
+        ("name,t1,t2\np0,1,1\n", "name, t1, t2"),
+        ("case,t1\np0,1\n", "case, t1"),
+        ("case;t1;t2\np0;1;1\n", "case;t1;t2"),
+        ("case\tt1\tt2\np0\t1\t1\n", r"case\tt1\tt2"),
+    ],
 )
 def test_columns_of_neither_form(tmp_path: Path, text: str, got: str) -> None:
     path = table(tmp_path, text)
     assert faults_of(lambda: read_availability(path, ("t1", "t2"))) == (
         f"{path}: got the columns {got}; "
-        "expected case,t1,t2 or data_name,mask_id,mask,pos_mask_ids",
+        "expected case,t1,t2 or data_name,mask_id,mask,pos_mask_ids, separated by commas",
     )
+
+
+def test_columns_without_lines_and_columns_twice(tmp_path: Path) -> None:
+    path = table(tmp_path, "case,t1,t2,t1,case,x,,\n,,\n")
+    assert faults_of(lambda: read_availability(path, ("t1", "t2"))) == (
+        f"{path}: has the column case twice; keep one of them",
+        f"{path}: has the column t1 twice; keep one of them",
+        f"{path}: has no line below the columns; add a line for each case",
+    )
+
+
+def test_ragged_lines_and_lines_without_a_name(tmp_path: Path) -> None:
+    path = table(tmp_path, 'case,t1,t2,note\np0,1,0,"two\nlines"\np1,1,0,x,1\n,1,0\np2,1\np3,1,1\n')
+    assert faults_of(lambda: read_availability(path, ("t1", "t2"))) == (
+        f"{path}, line 4 (p1): has 5 cells for 4 columns; remove the rest",
+        f"{path}, line 5: has no name of a case; add it",
+        f"{path}, line 6 (p2): expected 0 or 1 for each of t1, t2; put at least one 1",
+    )
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_are_compared_in_one_unicode_form(tmp_path: Path, form: str) -> None:
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    case, modality = "Jos\u00e9", "t\u00e9"
+    write_case(
+        tmp_path / "cases" / unicodedata.normalize(form, case),
+        modalities=("t1", unicodedata.normalize(form, modality)),
+    )
+    header = f"case,t1,{unicodedata.normalize(other, modality)}"
+    path = table(tmp_path, f"{header}\n{unicodedata.normalize(other, case)},0,1\n")
+    for names in (("t1", unicodedata.normalize(form, modality)), ("t1", modality)):
+        (found,) = load_cases(tmp_path / "cases", names, availability=path)
+        assert list(found.files) == [names[1]]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"PK\x03\x04\xff\xfe", "'utf-8' codec can't decode"),
+        ("case,t1,t2\np0,1,1\n".encode("utf-16"), "'utf-8' codec can't decode"),
+        (b'case,t1,t2\np0,1,"1\n', "unexpected end of data"),
+        (b"case,t1,t2\n" + b"x" * 200_000 + b",1,1\n", "field larger than field limit"),
+    ],
+)
+def test_content_that_is_no_table(tmp_path: Path, content: bytes, said: str) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes(content)
+    (fault,) = faults_of(lambda: read_availability(path, ("t1", "t2")))
+    assert fault.startswith(f"{path}: cannot be read as an availability table ({said}")
+    assert fault.endswith("; give a CSV file in UTF-8")
+
+
+def test_what_is_no_file_is_no_table(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("a\0b"), tmp_path / ("x" * 300)):
+        (fault,) = faults_of(lambda path=path: read_availability(path, ("t1", "t2")))
+        assert "cannot be read as an availability table (" in fault
+        assert "\0" not in fault
 
 
 def test_table_that_cannot_be_read(tmp_path: Path) -> None:
     absent = tmp_path / "absent.csv"
     assert faults_of(lambda: read_availability(absent, BRATS)) == (
         f"{absent}: cannot be read as an availability table "
-        f"([Errno 2] No such file or directory: '{absent}')",
+        "(No such file or directory); give a CSV file in UTF-8",
     )
     sheet = tmp_path / "sheet.csv"
     sheet.write_bytes(b"PK\x03\x04\xff\xfe")

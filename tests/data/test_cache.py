@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from niftis import SHAPE, write_case, write_cases
+from safetensors.torch import load, save_file
 
-from prism_meta.data.cache import prepare
+from prism_meta.data.cache import CachedCase, prepare
 from prism_meta.data.cases import Case
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.layouts.folders import load_cases
@@ -146,7 +147,7 @@ def test_faults_of_all_cases_are_collected_and_nothing_is_half_written(tmp_path:
     with pytest.raises(CaseError) as caught:
         prepare(cases, tmp_path / "cache", preprocessing=Preprocessing(OWN), labels=BRATS_LABELS)
     assert caught.value.faults == (
-        "case a: no label file; training and evaluation need one",
+        "case a: no label file; training and evaluation need one, add it or remove the case",
         "case b: b_seg.nii.gz: label values 3 are not in the label set "
         "{0: background, 1: necrotic, 2: oedema, 4: enhancing}; correct the file or the label set",
         "case c: t1.nii.gz has 2 voxels that are NaN or infinite; "
@@ -156,7 +157,113 @@ def test_faults_of_all_cases_are_collected_and_nothing_is_half_written(tmp_path:
         "restore it or remove it (a missing modality is allowed)",
         "case f: all voxels are 0 in t1.nii.gz, t2.nii.gz; restore the files or remove the case",
     )
-    assert [p.name.split("-")[0] for p in (tmp_path / "cache").iterdir()] == ["d"]
+    assert [p.name.split("-")[0] for p in sorted((tmp_path / "cache").iterdir(), reverse=True)] == [
+        "d",
+        "CACHEDIR.TAG",
+    ]
+
+
+def assert_equal(path: Path, whole: dict[str, torch.Tensor]) -> None:
+    stored = load(path.read_bytes())
+    assert stored.keys() == whole.keys()
+    assert all(torch.equal(stored[name], whole[name]) for name in whole)
+
+
+def flip(place: float) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        content = bytearray(path.read_bytes())
+        content[int(place * (len(content) - 1))] ^= 4
+        path.write_bytes(content)
+
+    return damage
+
+
+def truncate(share: float) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
+
+def without_checksum(path: Path) -> None:
+    save_file({"target": torch.zeros(2, 2, 2)}, path)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    **{f"bit at {place}": flip(place) for place in (0, 1e-5, 1e-4, 1e-3, 0.01, 0.3, 0.7, 1)},
+    **{f"truncated to {share}": truncate(share) for share in (0, 1e-4, 0.01, 0.5, 0.9999)},
+    "garbage": lambda path: path.write_bytes(b"\xff" * 1000),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"0"),
+    "another file": without_checksum,
+    "a link to nothing": lambda path: (path.unlink(), path.symlink_to("lost")),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_file_is_prepared_again(
+    cases: list[Case], tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def prepared() -> CachedCase:
+        options = {"preprocessing": Preprocessing(OWN), "labels": BRATS_LABELS}
+        return prepare(cases[:1], tmp_path / "cache", **options)[0]
+
+    case = prepared()
+    whole, content = load(case.path.read_bytes()), case.path.read_bytes()
+    DAMAGES[name](case.path)
+    assert not case.path.exists() or case.path.read_bytes() != content
+    assert prepared().path == case.path
+    assert_equal(case.path, whole)
+    (message,) = caplog.messages
+    assert message.startswith(f"{case.path} is damaged (")
+    assert message.endswith("); the case is prepared again")
+    prepared()
+    assert len(caplog.messages) == 1
+
+
+def test_a_file_that_cannot_be_read_is_prepared_again(cases: list[Case], tmp_path: Path) -> None:
+    (case,) = prepare(
+        cases[:1], tmp_path / "cache", preprocessing=Preprocessing(OWN), labels=BRATS_LABELS
+    )
+    whole = load(case.path.read_bytes())
+    case.path.chmod(0)
+    prepare(cases[:1], tmp_path / "cache", preprocessing=Preprocessing(OWN), labels=BRATS_LABELS)
+    assert_equal(case.path, whole)
+
+
+def test_a_folder_in_the_place_of_a_file(cases: list[Case], tmp_path: Path) -> None:
+    (case,) = prepare(
+        cases[:1], tmp_path / "cache", preprocessing=Preprocessing(OWN), labels=BRATS_LABELS
+    )
+    case.path.unlink()
+    case.path.mkdir()
+    with pytest.raises(OutputError) as caught:
+        prepare(cases, tmp_path / "cache", preprocessing=Preprocessing(OWN), labels=BRATS_LABELS)
+    assert str(caught.value) == (
+        f"{case.path}: is a folder, expected a prepared case; remove the folder"
+    )
+
+
+def test_long_names(tmp_path: Path) -> None:
+    names = ["\u00e9" * 110 + end for end in "ab"]
+    for name in names:
+        write_case(tmp_path / "cases" / name, names="{modality}.nii.gz")
+    cached = prepare(
+        load_cases(tmp_path / "cases"),
+        tmp_path / "cache",
+        preprocessing=Preprocessing(OWN),
+        labels=BRATS_LABELS,
+    )
+    assert [case.id for case in cached] == names
+    assert len({case.path for case in cached}) == 2
+
+
+def test_only_a_folder_of_its_own_is_marked_as_a_cache(cases: list[Case], tmp_path: Path) -> None:
+    for folder in ("cases", "cases/cache"):
+        prepare(cases, tmp_path / folder, preprocessing=Preprocessing(OWN), labels=BRATS_LABELS)
+    assert (
+        (tmp_path / "cases/cache/CACHEDIR.TAG")
+        .read_text()
+        .startswith("Signature: 8a477f597d28d172789f06886806bc55\n")
+    )
+    assert not (tmp_path / "cases/CACHEDIR.TAG").exists()
+    assert [case.id for case in load_cases(tmp_path / "cases")] == ["p0", "p1"]
 
 
 def test_an_interrupted_write_leaves_nothing(

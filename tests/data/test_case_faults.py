@@ -187,45 +187,37 @@ def spoil_type(path: Path) -> None:
     path.write_bytes(content)
 
 
-def store_colour(path: Path) -> None:
-    colour = np.zeros(SHAPE, [("R", "u1"), ("G", "u1"), ("B", "u1")])
-    save(colour, path, niftis.affine_of((1, 1, 1)))
-
-
-# Damage, suffix of the file, and a word of the reason that nibabel or gzip gives.
+UNREADABLE = "cannot be read as NIfTI ("
+# Damage, suffix of the file, and what is said of it.
 DAMAGES = [
-    (cut, ".nii.gz", "end-of-stream"),
-    (cut, ".nii", "Expected"),
-    (cut_in_header, ".nii.gz", "Cannot work out file type"),
-    (cut_in_header, ".nii", "Cannot work out file type"),
-    (write_text, ".nii.gz", "is not a gzip file"),
-    (write_text, ".nii", "Cannot work out file type"),
-    (empty, ".nii.gz", "Empty file"),
-    (empty, ".nii", "Empty file"),
-    (spoil_start, ".nii.gz", ""),
-    (spoil_type, ".nii", "data code 999"),
+    (cut, ".nii.gz", UNREADABLE + "Compressed file ended before the end-of-stream"),
+    (cut, ".nii", "is too short for its shape (20, 24, 16) of "),
+    (cut_in_header, ".nii.gz", UNREADABLE),
+    (cut_in_header, ".nii", UNREADABLE + "it has no NIfTI header)"),
+    (write_text, ".nii.gz", UNREADABLE + "it has no NIfTI header)"),
+    (write_text, ".nii", UNREADABLE + "it has no NIfTI header)"),
+    (empty, ".nii.gz", "is empty, expected a NIfTI file"),
+    (empty, ".nii", "is empty, expected a NIfTI file"),
+    (spoil_middle, ".nii.gz", UNREADABLE),
+    (spoil_start, ".nii.gz", UNREADABLE),
+    (spoil_type, ".nii", UNREADABLE + "data code 999"),
 ]
 DAMAGED = [(which, *damage) for which in ("t1", "seg") for damage in DAMAGES]
-# gzip and nibabel notice no change within the code words of an image; a label has few of them.
-DAMAGED.append(("seg", spoil_middle, ".nii.gz", "Error -3"))
-# A label in colour can be read; its values are then not in the label set.
-DAMAGED.append(("t1", store_colour, ".nii.gz", "DType"))
 
 
-@pytest.mark.parametrize(("which", "damage", "suffix", "reason"), DAMAGED)
+@pytest.mark.parametrize(("which", "damage", "suffix", "problem"), DAMAGED)
 def test_damaged_files(
-    tmp_path: Path, which: str, damage: Callable[[Path], None], suffix: str, reason: str
+    tmp_path: Path, which: str, damage: Callable[[Path], None], suffix: str, problem: str
 ) -> None:
     folder = write_case(tmp_path / "p0", names="{modality}" + suffix)
     damage(folder / f"{which}{suffix}")
     fix = KEEP if which == "t1" else "restore it"
     (fault,) = faults_of(lambda: [case.read() for case in load_cases(tmp_path)])
-    start, end = f"case p0: {which}{suffix} cannot be read as NIfTI (", f"); {fix}"
-    assert fault.startswith(start)
+    start, end = f"case p0: {which}{suffix} ", f"; {fix}"
+    assert fault.startswith(start + problem)
     assert fault.endswith(end)
-    said = fault.removeprefix(start).removesuffix(end)
-    assert said and reason in said
-    assert len(said) <= 120, "one line, however much the reader says"
+    said = fault.removeprefix(start).removesuffix(end).removeprefix(UNREADABLE)
+    assert said and len(said) <= 121, "one line, however much the reader says"
 
 
 def test_file_that_vanishes_after_the_search(tmp_path: Path) -> None:
@@ -249,9 +241,9 @@ def test_all_faults_of_all_cases_are_reported_together(tmp_path: Path) -> None:
     faults = faults_of(lambda: load_cases(tmp_path))
     assert [fault.split(" (/")[0].split("; ")[0] for fault in faults] == [
         "case p0: no modality",
-        "case p3: 2 files for 't2' (p3_t2.nii.gz, x_t2.nii.gz)",
         "case p1: t1.nii.gz has shape (20, 24, 15), but flair.nii.gz has (20, 24, 16)",
-        f"case p1: t2.nii.gz cannot be read as NIfTI (Empty file: '{folder.parent}/p1/t2.nii.gz')",
+        "case p1: t2.nii.gz is empty, expected a NIfTI file",
+        "case p3: 2 files for 't2' (p3_t2.nii.gz, x_t2.nii.gz)",
     ]
 
 

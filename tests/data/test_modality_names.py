@@ -55,6 +55,14 @@ def test_names_of_the_same_files(first: str, second: str) -> None:
     ]
 
 
+def test_a_label_that_ends_like_a_modality() -> None:
+    assert modality_faults(("t1", "t2"), "lesion_t2w") == [
+        "label: 'lesion_t2w' ends like modality 't2', so that label files could be taken for it; "
+        "give the label files another name"
+    ]
+    assert modality_faults(("t1_seg",), "seg") == []
+
+
 def test_all_faults_of_the_names_come_together() -> None:
     assert modality_faults((), "seg") == [
         "modalities: got none, expected at least one name; name the modalities of your files"

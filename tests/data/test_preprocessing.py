@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import niftis
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from helpers import faults_of
 from niftis import BIG, ORIENTATIONS, OWN, SHAPE, world, written
 
+from prism_meta.data import memory
 from prism_meta.data.cases import Volume
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.preprocessing import Preprocessing
-from prism_meta.errors import CaseError
+from prism_meta.errors import CaseError, ConfigError
 from prism_meta.modalities import BRATS
 
 
@@ -128,6 +132,76 @@ def test_label_is_left_out_unless_the_label_set_is_given(tmp_path: Path) -> None
     volume = written(tmp_path)
     assert Preprocessing(OWN)(volume).target is None
     with pytest.raises(
-        CaseError, match=r"^label values 4 are not in the label set \{0: background"
+        CaseError,
+        match=r"^case p0: p0_seg.nii.gz: label values 4 are not in the label set \{0: background",
     ):
         Preprocessing(OWN)(volume, LabelSet({"a": 1, "b": 2}))
+
+
+# Statistics
+
+
+def z_scores(image: npt.NDArray[Any]) -> torch.Tensor:
+    return Preprocessing(OWN)(Volume({"t1": image}, affine=np.eye(4), shape=SHAPE)).image
+
+
+@pytest.mark.parametrize("scale", [1e15, 1e30, 3e35, 1e-15, 1e-25, 1e-33])
+def test_z_scores_do_not_depend_on_the_unit(scale: float) -> None:
+    image = niftis.draw_image()
+    scaled = (image.astype(np.float64) * scale).astype(np.float32)
+    torch.testing.assert_close(z_scores(scaled), z_scores(image), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [1e40, 1e200, 1e305, 1e-60, 1e-200, 1e-300])
+def test_z_scores_of_values_beyond_float32(scale: float) -> None:
+    image = niftis.draw_image().astype(np.float64)
+    torch.testing.assert_close(z_scores(image * scale), z_scores(image), atol=1e-5, rtol=0)
+
+
+def test_z_scores_do_not_depend_on_a_constant() -> None:
+    image = niftis.draw_image().astype(np.float64)
+    moved = np.where(image != 0, image + 2.0**40, 0)
+    torch.testing.assert_close(z_scores(moved), z_scores(image), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_results_that_are_not_finite_are_faults(value: float) -> None:
+    image = niftis.draw_image()
+    image[10, 12, 8] = value
+    volume = Volume({"t1": image}, affine=np.eye(4), shape=SHAPE, name="case p0")
+    assert faults_of(lambda: Preprocessing(OWN)(volume)) == (
+        "case p0: t1 has voxels that are NaN or infinite; repair the file or remove it (a missing "
+        "modality is allowed)",
+    )
+
+
+# Bounds
+
+
+def test_the_models_grid_must_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "memory_size", lambda: 64e9)
+    image = niftis.draw_image()
+    affine = niftis.affine_of((99, 99, 99))
+    volume = Volume({"t1": image}, affine=affine, shape=SHAPE, name="case p0")
+    (fault,) = faults_of(lambda: Preprocessing((0.1, 0.1, 0.1))(volume))
+    assert fault == (
+        "case p0: measures 1980 x 2376 x 1584 mm and, at a spacing of (0.1, 0.1, 0.1) mm, needs about "
+        "3.58e+05 GB of memory, but there are 64 GB; correct the voxel sizes in its headers, or use a "
+        "coarser spacing"
+    )
+    assert fault.arguments == ("spacing",)
+
+
+@pytest.mark.parametrize("spacing", [(1e-6, 1, 1), (1, 0, 1), (1, 1, 1e9), (np.nan, 1, 1), (1, 1)])
+def test_spacings_that_no_grid_has(spacing: tuple[float, float, float]) -> None:
+    (fault,) = faults_of(lambda: Preprocessing(spacing), ConfigError)
+    assert fault.startswith(
+        f"spacing: got {spacing}, expected three voxel sizes of 0.01 to 100 mm; "
+    )
+    assert fault.arguments == ("spacing",)
+
+
+@pytest.mark.parametrize("percentiles", [(-1, 99), (99, 1), (5, 5), (0, 101), (np.nan, 99)])
+def test_percentiles_in_no_order(percentiles: tuple[float, float]) -> None:
+    (fault,) = faults_of(lambda: Preprocessing(percentiles=percentiles), ConfigError)
+    assert fault.startswith(f"percentiles: got {percentiles}, expected 0 <= low < high <= 100; ")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from prism_meta.data.cases import Case, Volume
 from prism_meta.data.labels import BRATS_LABELS
 from prism_meta.data.layouts.folders import load_cases
+from prism_meta.data.nifti import read_voxels
 from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.evaluation import windows
 from prism_meta.evaluation.metrics import DiagonalEmpty, EmptyPolicy, NanEmpty, dice_hd95
@@ -167,12 +168,12 @@ def test_files_are_read_once_and_only_those_that_a_subset_shows(
 ) -> None:
     case = write(tmp_path)
     read: list[str] = []
-    data = nib.Nifti1Image.dataobj
-    monkeypatch.setattr(
-        nib.Nifti1Image,
-        "dataobj",
-        property(lambda self: read.append(Path(self.get_filename()).name) or data.fget(self)),
-    )
+
+    def recording(path: Path, header: Any) -> Any:
+        read.append(path.name)
+        return read_voxels(path, header)
+
+    monkeypatch.setattr("prism_meta.data.cases.read_voxels", recording)
     shown = torch.tensor([[True, False, False], [False, False, True], [True, False, True]])
     Predictor(Stacked(), **options((9, 11))).predict_subsets(case, shown)
     assert read == ["flair.nii.gz", "t2.nii.gz"]

@@ -212,7 +212,9 @@ def test_bad_lines_are_reported_together(tmp_path: Path) -> None:
     with pytest.raises(PrismError) as caught:
         read_records(path)
     assert len(caught.value.faults) == 11
-    assert caught.value.faults[-1].endswith("and 4 more invalid lines")
+    assert caught.value.faults[-1].endswith(
+        "and 4 more invalid lines; restore the file or evaluate again"
+    )
 
 
 def test_files_that_are_no_records(tmp_path: Path) -> None:
@@ -221,7 +223,7 @@ def test_files_that_are_no_records(tmp_path: Path) -> None:
     with pytest.raises(PrismError, match=r"other\.csv, line 1: got 'name,dice', expected 'case,"):
         read_records(path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(PrismError, match=r"other\.csv: .*give a CSV file in UTF-8"):
+    with pytest.raises(PrismError, match=r"other\.csv, line 1: .*give a CSV file in UTF-8"):
         read_records(path)
     with pytest.raises(PrismError, match=r"cannot read .*none\.csv: no such file"):
         read_records(tmp_path / "none.csv")

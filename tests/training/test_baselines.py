@@ -91,7 +91,7 @@ def test_the_file_and_then_the_overrides_come_after_the_baseline(tmp_path: Path)
     assert (config.masks.train, config.masks.meta) == ("static", "balanced")
     assert (config.training.steps, config.data.batch_size) == (5, 2)
     path.write_text("model = 3\n")
-    with pytest.raises(ConfigError, match=r"^model: got 3; "):
+    with pytest.raises(ConfigError, match=r"^model: got 3, expected a section of keys; "):
         load_config(path, baseline="zero_fill")
 
 

@@ -59,9 +59,14 @@ def test_an_overrides_value_is_toml_or_a_bare_word(override: str, value: Any) ->
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        ("seed", "'seed': expected section.key=value, e.g. training.steps=500"),
-        (" =3", "' =3': expected section.key=value, e.g. training.steps=500"),
-        ("seed.a=3", "seed.a: seed is a value, not a section"),
+        ("seed", "'seed': expected section.key=value; write e.g. training.steps=500"),
+        (" =3", "' =3': expected section.key=value; write e.g. training.steps=500"),
+        ("seed.a=3", "seed.a: seed is a value, not a section; leave out what follows seed"),
+        (
+            "first.name=b\nseed=3",
+            "'first.name=b\\nseed=3': has a line break or another character that is not printed; give "
+            "one --set per key",
+        ),
         ("first.nme=b", "first.nme: unknown key; did you mean first.name?"),
     ],
 )
@@ -74,16 +79,25 @@ def test_all_faults_are_reported_together() -> None:
     overrides = ["seed=x", "first.rate=[]", "second.nam=b"]
     action = partial(read_config, Schema, overrides=overrides, start={})
     assert faults_of(action, ConfigError) == (
-        "seed: got 'x'; input should be a valid integer, unable to parse string as an integer",
-        "first.rate: got []; input should be a valid number",
+        "seed: got 'x', expected a whole number; e.g. seed = 0",
+        "first.rate: got [], expected a number; e.g. first.rate = 0.5",
         "second.nam: unknown key; did you mean second.name?",
     )
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(None, "No such file or directory"), (b"[first\n", "at line"), (b"\xff\xfe", "'utf-8' codec")],
-    ids=["absent", "no TOML", "no text"],
+    [
+        (None, "No such file or directory"),
+        (b"[first\n", "at line"),
+        (b"a = \xc3(\n", "'utf-8' codec"),
+        ("seed = 1\n".encode("utf-16"), "UTF-16, expected UTF-8"),
+        (b"seed = 1\nseed = 2\n", "already exists"),
+        (b"seed = " + b"1" * 5000, "cannot be read"),
+        (b"seed = " + b"[" * 5000, "cannot be read"),
+        (b"#" * 10**6 + b"#", "more than 1000000 bytes"),
+    ],
+    ids=["absent", "no TOML", "no text", "UTF-16", "twice", "digits", "nested", "long"],
 )
 def test_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None, reason: str) -> None:
     path = tmp_path / "c.toml"
@@ -98,3 +112,34 @@ def test_a_written_config_is_read_back(tmp_path: Path) -> None:
     assert config != Config()
     (tmp_path / "c.toml").write_text(config.to_toml())
     assert load_config(tmp_path / "c.toml") == config
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_bytes(b"\xef\xbb\xbfseed = 4\n")
+    assert read_config(Schema, tmp_path / "c.toml", start={}).seed == 4
+
+
+def test_the_last_override_of_a_key_counts() -> None:
+    overrides = ["seed=1", "first={rate=1}", "seed=2", "first={name='x'}"]
+    read = read_config(Schema, overrides=overrides, start={"first": {"sizes": [3]}})
+    assert read == Schema(seed=2, first=Section(sizes=(3,), name="x", rate=1))
+
+
+def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    data = load_config(overrides=["data.availability=a/b.csv", "data.cache=~/cache"]).data
+    assert (data.availability, data.cache) == (tmp_path / "a" / "b.csv", Path("/home/me/cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.toml").write_text("seed = 7\n")
+    assert load_config("~/c.toml").seed == 7
+
+
+@pytest.mark.parametrize("value", ["5.0", '"5"', "true", "inf", "nan", "1e3", "[5]"])
+def test_a_number_of_another_type_is_refused(value: str) -> None:
+    (fault,) = faults_of(partial(load_config, overrides=[f"training.steps={value}"]), ConfigError)
+    assert fault.endswith(", expected a whole number; e.g. training.steps = 1000")
+
+
+def test_a_whole_number_can_be_a_rate() -> None:
+    assert load_config(overrides=["training.lr=1"]).training.lr == 1.0

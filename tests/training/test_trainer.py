@@ -269,7 +269,8 @@ def test_the_config_refuses_learned_weights_exactly_if_they_would_not_learn(
         ),
         (
             ["objective.weighting=learned", "objective.beta=[0.1, 0.0, 0.1, 0.1]"],
-            "objective: beta, delta: learned weights start at numbers > 0, because softplus is never 0",
+            "objective: beta, delta: learned weights start at numbers > 0, because softplus is never 0; "
+            "use larger ones",
         ),
     ],
 )

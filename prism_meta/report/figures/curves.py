@@ -13,7 +13,7 @@ from prism_meta.report.figures.style import (
     INK,
     class_colour,
     data_uri,
-    escape_math,
+    figure_text,
     new_figure,
     style_axes,
 )
@@ -34,6 +34,7 @@ _WEIGHT_TITLES = {
 
 def training_curves(history: Sequence[Mapping[str, Any]], modalities: Sequence[str]) -> str | None:
     """Plot losses and terms against the step, a panel each. Returns None if there is nothing to plot."""
+    history = _rows(history)
     losses: _Lines = {}
     for i, row in enumerate(history):
         for name in ("train", "meta"):
@@ -57,6 +58,7 @@ def weight_curves(history: Sequence[Mapping[str, Any]], modalities: Sequence[str
     Each point is the mean over the steps of an epoch that showed the modality. If the rows of
     ``history`` have no ``epoch``, each point is one step. Returns None if all weights were fixed.
     """
+    history = _rows(history)
     over = "epoch" if any("epoch" in row for row in history) else "step"
     found = _terms([_hide_unshown(row) for row in history], modalities, over)
     panels = {
@@ -110,24 +112,45 @@ def _hide_unshown(row: Mapping[str, Any]) -> Mapping[str, Any]:
         {'shown': [0, 2], 'beta': [1.0, 1.0], 'delta': [None, 0.5]}
     """
     terms = row.get("terms")
-    if not isinstance(terms, Mapping) or not isinstance(terms.get("shown"), Sequence):
+    if not isinstance(terms, Mapping) or not isinstance(terms.get("shown"), (list, tuple)):
         return row
+    shown = terms["shown"]
     kept = {
-        term: [v if n else None for v, n in zip(terms[term], terms["shown"], strict=True)]
+        term: [value if n else None for value, n in zip(terms[term], shown, strict=False)]
         for term in ("preference", "delta")
-        if isinstance(terms.get(term), Sequence)
+        if isinstance(terms.get(term), (list, tuple))
     }
     return {**row, "terms": {**terms, **kept}}
 
 
+def _rows(history: Sequence[Any]) -> list[Mapping[str, Any]]:
+    """The lines that are objects; ``metrics.jsonl`` may come from elsewhere."""
+    return [row for row in history if isinstance(row, Mapping)]
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None.
+
+    Example:
+        >>> [_number(value) for value in (2, 0.5, 10**400, math.nan, "1", None)]
+        [2.0, 0.5, None, None, None, None]
+    """
+    try:
+        number = float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _place(row: Mapping[str, Any], over: str, index: int) -> float:
-    place = row.get(over)
-    return place if isinstance(place, (int, float)) else index
+    place = _number(row.get(over))
+    return index if place is None else place
 
 
 def _add_point(lines: _Lines, line: str, place: float, value: Any) -> None:
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        lines.setdefault(line, []).append((place, float(value)))
+    number = _number(value)
+    if number is not None:
+        lines.setdefault(line, []).append((place, number))
 
 
 def _mean_per_place(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -157,7 +180,7 @@ def _panels(panels: Mapping[str, _Lines], x: str, modalities: Sequence[str]) -> 
             if len(lines) <= 2:
                 axes.plot(places, values, color=colour, alpha=0.25, linewidth=0.7)
             smooth = _smooth(values)
-            axes.plot(places, smooth, color=colour, linewidth=1.6, label=escape_math(name))
+            axes.plot(places, smooth, color=colour, linewidth=1.6, label=figure_text(name))
         style_axes(axes, title, x, "")
     return figure
 

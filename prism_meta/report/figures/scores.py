@@ -12,7 +12,7 @@ from prism_meta.report.averages import Summary
 from prism_meta.report.figures.style import (
     class_colour,
     data_uri,
-    escape_math,
+    figure_text,
     new_figure,
     style_axes,
 )
@@ -56,7 +56,7 @@ def dice_by_count(summary: Summary, shown: Mapping[str, tuple[bool, ...]]) -> st
         )  # fmt: skip
         axes.plot(
             [x + shift for x in places], line, color=class_colour(i), linewidth=1.8, marker="o",
-            markersize=6, markeredgecolor="white", label=escape_math(region),
+            markersize=6, markeredgecolor="white", label=figure_text(region),
         )  # fmt: skip
     style_axes(axes, "", "number of shown modalities", "Dice, %")
     axes.set_xticks(counts)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
+
+from prism_meta.errors import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,14 +39,17 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
 def data_uri(figure: Figure, kind: str, **options: Any) -> str:
     """Encode a figure as a data URI. As an image, its ids cannot clash with those of other figures."""
     stream = io.BytesIO()
-    figure.savefig(stream, format=kind, **options)
+    with warnings.catch_warnings():
+        # A name in letters that the font lacks; the tables of the page show it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(stream, format=kind, **options)
     mime = {"svg": "image/svg+xml", "png": "image/png"}[kind]
     return f"data:{mime};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
 
 
 def style_axes(axes: Axes, title: str, x: str, y: str) -> None:
     """Apply the common style to axes: title, labels, two spines, a faint horizontal grid."""
-    axes.set_title(escape_math(title), fontsize=10, color=INK, loc="left", fontweight="bold")
+    axes.set_title(figure_text(title), fontsize=10, color=INK, loc="left", fontweight="bold")
     axes.set_xlabel(x, fontsize=9, color=INK)
     axes.set_ylabel(y, fontsize=9, color=INK)
     axes.tick_params(labelsize=8.5, colors=INK, length=3)
@@ -53,9 +59,9 @@ def style_axes(axes: Axes, title: str, x: str, y: str) -> None:
     axes.set_axisbelow(True)
 
 
-def escape_math(text: str) -> str:
-    """Escape dollar signs. Matplotlib would parse $...$ as a formula and fail on an invalid one."""
-    return text.replace("$", r"\$")
+def figure_text(text: str) -> str:
+    """A name as matplotlib can draw it: it parses $...$ as a formula, and fails on invalid characters."""
+    return one_line(text).replace("$", r"\$")
 
 
 def class_colour(index: int) -> str:

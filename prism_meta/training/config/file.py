@@ -5,9 +5,10 @@ The module knows no section and no key; ``schema`` defines them.
 
 from __future__ import annotations
 
+import codecs
 import copy
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,8 +17,11 @@ from pydantic import BaseModel, ValidationError
 from tomlkit.exceptions import TOMLKitError
 
 from prism_meta.errors import ConfigError
+from prism_meta.training.config.messages import messages
 
 _Schema = TypeVar("_Schema", bound=BaseModel)
+#: No configuration is as long as this, in bytes; a volume or a device is.
+_LONGEST = 10**6
 
 
 def read_config(
@@ -32,7 +36,8 @@ def read_config(
     Args:
         schema: a pydantic model; its fields may be models, the sections.
         path: TOML file. Defaults to no file.
-        overrides: values are TOML (``[64, 64]``, ``true``, ``0.1``); a bare word is a string.
+        overrides: values are TOML (``[64, 64]``, ``true``, ``0.1``); a bare word is a string. The last
+            one of a key counts.
         start: initial values by section. The file and then the overrides replace them.
 
     Raises:
@@ -57,15 +62,50 @@ def read_config(
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        raise ConfigError([_explain(fault, schema) for fault in error.errors()]) from error
+        raise ConfigError(messages(error, schema)) from error
+
+
+def user_path(value: object) -> object:
+    """A path as the user means it: ``~`` is the home folder, a relative path starts at the current folder.
+
+    Args:
+        value: of a key; anything but a string or a path is returned as it is.
+
+    Raises:
+        ConfigError: no file can have this path.
+
+    Example:
+        >>> user_path("/data/../tables/a.csv")
+        PosixPath('/data/../tables/a.csv')
+    """
+    if not isinstance(value, (str, Path)):
+        return value
+    text = str(value)
+    if not text.strip() or any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+        raise ConfigError(f"got {text!r}, expected the path of a file or folder; give one")
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:  # a user who has no home
+        raise ConfigError(
+            f"got {text!r}, whose home folder is unknown; give the whole path"
+        ) from error
 
 
 def _read(path: Path | str) -> dict[str, Any]:
     try:
-        return dict(tomlkit.parse(Path(path).read_text(encoding="utf-8")).unwrap())
-    except (OSError, UnicodeDecodeError, TOMLKitError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{path}: cannot be read as TOML ({reason}); correct the file") from error
+        with Path(path).expanduser().open("rb") as file:
+            content = file.read(_LONGEST + 1)
+        if len(content) > _LONGEST:
+            raise ValueError(f"more than {_LONGEST} bytes")
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError("UTF-16, expected UTF-8")
+        return dict(tomlkit.parse(content.decode("utf-8-sig")).unwrap())
+    # ValueError: also a path with a NUL, no UTF-8, or a number of thousands of digits.
+    except (OSError, ValueError, TOMLKitError, RecursionError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise ConfigError(
+            f"{path}: cannot be read as TOML ({reason}); correct the file".replace("\0", "\\0")
+        ) from error
 
 
 def _merged(values: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,46 +119,31 @@ def _merged(values: dict[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise ConfigError(f"{override!r}: expected section.key=value, e.g. training.steps=500")
-    try:
-        value = tomlkit.parse(f"value = {text}").unwrap()["value"]
-    except TOMLKitError:
-        value = text.strip()
-    *sections, last = key.strip().split(".")
+    key = key.strip()
+    if not equals or not all(key.split(".")):
+        raise ConfigError(
+            f"{override!r}: expected section.key=value; write e.g. training.steps=500"
+        )
+    if any(unicodedata.category(character) in ("Cc", "Cs") for character in override):
+        raise ConfigError(
+            f"{override!r}: has a line break or another character that is not printed; give one --set "
+            "per key"
+        )
+    value = _value(text)
+    *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"{key.strip()}: {section} is a value, not a section")
-    values[last] = value
+            raise ConfigError(
+                f"{key}: {section} is a value, not a section; leave out what follows {section}"
+            )
+    both = not sections and isinstance(value, dict) and isinstance(values.get(last), dict)
+    values[last] = {**values[last], **value} if both else value
 
 
-def _explain(fault: Any, schema: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] == "extra_forbidden":
-        return f"{key}: unknown key; did you mean {_nearest(key, list(_keys(schema)))}?"
-    message = fault["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if fault["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: got {fault['input']!r}; {message}"
-
-
-def _nearest(key: str, known: Sequence[str]) -> str:
-    """The known key most like ``key``, first by its whole path, then by its last part."""
-    found = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if not found:
-        last = {k.rpartition(".")[2]: k for k in known}
-        found = [
-            last[n]
-            for n in difflib.get_close_matches(key.rpartition(".")[2], last, n=1, cutoff=0.0)
-        ]
-    return found[0]
-
-
-def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, info in section.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _keys(info.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name
+def _value(text: str) -> Any:
+    """The value of an override."""
+    try:
+        return tomlkit.parse(f"value = {text}").unwrap()["value"]
+    except (TOMLKitError, ValueError, RecursionError):
+        return text.strip()

@@ -11,90 +11,40 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tomlkit
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from prism_meta.bilevel.strategies import FirstOrder, MetaStrategy
 from prism_meta.bilevel.strategies.registry import ALL_STRATEGIES, strategy_named
-from prism_meta.data.episodes import DEFAULT_FOREGROUND
-from prism_meta.data.labels import BRATS_LABELS, LabelSet
-from prism_meta.data.preprocessing import DEFAULT_SPACING
-from prism_meta.errors import PrismError
-from prism_meta.evaluation.windows import OVERLAP, PATCHES
-from prism_meta.modalities import BRATS
+from prism_meta.errors import ConfigError, raise_faults
+from prism_meta.evaluation.windows import OVERLAP
 from prism_meta.objective import losses
 from prism_meta.objective.weighting import BETA, DELTA
 from prism_meta.training.config.baselines import read_baseline
+from prism_meta.training.config.data import DataConfig
 from prism_meta.training.config.file import read_config
+from prism_meta.training.config.types import (
+    NotNegative,
+    Positive,
+    Rate,
+    Repeats,
+    Section,
+    Share,
+    Size,
+    Steps,
+)
 from prism_meta.training.outer import ALPHA, HYPER_LR, LR, WEIGHT_DECAY
 
-# Numbers are strict, so that ``steps = true`` and ``steps = "5"`` are faults. Upper bounds lie beyond any
-# use; they keep a slip of the keyboard from running for ever.
-Rate = Annotated[float, Field(strict=True, ge=0, lt=1)]
-Share = Annotated[float, Field(strict=True, ge=0, le=1)]
-Positive = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(strict=True, ge=0, allow_inf_nan=False)]
-Steps = Annotated[int, Field(strict=True, ge=1, le=10**8)]
-Repeats = Annotated[int, Field(strict=True, ge=1, le=10_000)]
-Size = Annotated[int, Field(strict=True, ge=1, le=4096)]
 Mask = Literal["dynamic", "static", "full", "single", "balanced"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataConfig(_Section):
-    """Cases, their labels, and the patches drawn from them."""
-
-    modalities: tuple[str, ...] = BRATS
-    label: str = "seg"
-    labels: dict[str, int] = dict(BRATS_LABELS.values)
-    #: Region -> classes. Defaults to WT, TC and ET for the BraTS labels, otherwise to one per class.
-    regions: dict[str, tuple[str, ...]] = {}
-    #: Voxel size of the model's grid in mm.
-    spacing: tuple[Positive, Positive, Positive] = DEFAULT_SPACING
-    #: Voxels; two numbers train on slices, three on volumes.
-    patch: Annotated[tuple[Size, ...], Field(min_length=2, max_length=3)] = PATCHES[2]
-    batch_size: Annotated[int, Field(strict=True, ge=1, le=10**6)] = 8
-    #: Share of patches centred on a foreground class.
-    foreground: Share = DEFAULT_FOREGROUND
-    #: CSV that says which modalities to use, see ``read_availability``.
-    availability: Path | None = None
-    #: Rates at which modalities are made missing in the training cases, instead of a table.
-    missing_rates: tuple[Rate, ...] | None = None
-    #: Cases that are held out for ``evaluate``, by name; or their number, drawn with the seed.
-    test_cases: tuple[str, ...] = ()
-    holdout: Annotated[int, Field(strict=True, ge=0, le=10**6)] = 0
-    #: Folder of prepared volumes. Defaults to a folder beside the run folder.
-    cache: Path | None = None
-    #: Number of additional processes that load data.
-    workers: Annotated[int, Field(strict=True, ge=0, le=256)] = 0
-
-    @model_validator(mode="after")
-    def _consistent(self) -> DataConfig:
-        if len(set(self.modalities)) != len(self.modalities) or not self.modalities:
-            raise ValueError("modalities: give different names, at least one")
-        if self.missing_rates is not None and len(self.missing_rates) != len(self.modalities):
-            raise ValueError(f"missing_rates: give {len(self.modalities)} rates, one per modality")
-        if self.missing_rates is not None and self.availability is not None:
-            raise ValueError("missing_rates, availability: give one of the two")
-        if self.test_cases and self.holdout:
-            raise ValueError("test_cases, holdout: give one of the two")
-        try:
-            LabelSet(self.labels, self.regions)
-        except PrismError as error:
-            raise ValueError("; ".join(error.faults)) from error
-        return self
-
-
-class MaskConfig(_Section):
+class MaskConfig(Section):
     """The mask policies of the two batches of an episode."""
 
     train: Mask = "dynamic"
     meta: Mask = "dynamic"
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The network and its size."""
 
     #: PRISM's network, or MONAI's U-Net with residual units and InstanceNorm, wrapped by ``wrap``.
@@ -114,7 +64,7 @@ class ModelConfig(_Section):
         return self
 
 
-class ObjectiveConfig(_Section):
+class ObjectiveConfig(Section):
     """Weights and options of the objective (E10)."""
 
     beta: NotNegative | tuple[NotNegative, ...] = BETA
@@ -139,8 +89,9 @@ class ObjectiveConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ObjectiveConfig:
+        faults = []
         if not self.unimodal and self.weighting != "fixed":
-            raise ValueError(
+            faults.append(
                 f"weighting: {self.weighting} has nothing to weigh without unimodal; use fixed"
             )
         if self.weighting == "learned" and not all(
@@ -148,13 +99,15 @@ class ObjectiveConfig(_Section):
             for weights in (self.beta, self.delta)
             for weight in (weights if isinstance(weights, tuple) else (weights,))
         ):
-            raise ValueError(
-                "beta, delta: learned weights start at numbers > 0, because softplus is never 0"
+            faults.append(
+                "beta, delta: learned weights start at numbers > 0, because softplus is never 0; "
+                "use larger ones"
             )
+        raise_faults(ConfigError, faults)
         return self
 
 
-class MetaConfig(_Section):
+class MetaConfig(Section):
     """The two levels: the strategy, its inner steps, and the pull of E2."""
 
     #: Name of a registered strategy, see ``register_strategy``.
@@ -200,7 +153,8 @@ class MetaConfig(_Section):
     def _consistent(self) -> MetaConfig:
         if self.inner_state == "shared" and self.inner != "adamw":
             raise ValueError(
-                "inner_state: shared needs inner = adamw, the optimizer of the outer step"
+                "inner_state: shared needs inner = adamw, the optimizer of the outer step; use it, or "
+                "fresh or carried"
             )
         if self.inner_state == "shared" and (not self.kind.adapts or self.prescribes_outer):
             raise ValueError(
@@ -215,7 +169,7 @@ class MetaConfig(_Section):
         return self
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     """The outer optimizer (AdamW with a polynomial decay to 0) and the length of training."""
 
     steps: Steps = 1000
@@ -227,23 +181,25 @@ class TrainingConfig(_Section):
     checkpoint_every: Steps = 100
 
 
-class FabricConfig(_Section):
+class FabricConfig(Section):
     """Devices and precision, as Lightning Fabric names them."""
 
     accelerator: str = "auto"
-    devices: int | str = 1
+    #: A number of devices, -1 or "auto" for all, or a list of their indices such as "0,2".
+    devices: Annotated[int, Field(strict=True, ge=-1, le=1024)] | str = 1
     nodes: Repeats = 1
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    #: 16-mixed is half precision with a scaler, on GPUs only.
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
 
 
-class EvaluationConfig(_Section):
+class EvaluationConfig(Section):
     """The sliding window, and what an empty mask gives."""
 
     overlap: Rate = OVERLAP
     empty: Literal["brats", "nan", "diagonal"] = "brats"
 
 
-class Config(_Section):
+class Config(Section):
     """A whole configuration; every key has a default.
 
     Example:
@@ -267,13 +223,15 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        modalities, faults = len(self.data.modalities), []
         for name, weights in (("beta", self.objective.beta), ("delta", self.objective.delta)):
-            if isinstance(weights, tuple) and len(weights) != len(self.data.modalities):
-                raise ValueError(
-                    f"objective.{name}: give one weight, or {len(self.data.modalities)}, one per modality"
+            if isinstance(weights, tuple) and len(weights) != modalities:
+                faults.append(
+                    f"objective.{name}: got {len(weights)} weights for {modalities} modalities; give one "
+                    "for all, or one for each"
                 )
         if self.objective.weighting == "learned" and not self.meta.kind.has_meta_gradient:
-            raise ValueError(
+            faults.append(
                 f"objective.weighting: learned weights follow the gradient of the meta loss through "
                 f"the inner steps, and meta.strategy {self.meta.strategy} has none; use first_order or "
                 "second_order, or weighting fixed or preference"
@@ -282,10 +240,11 @@ class Config(_Section):
         if self.model.network == "unet" and (
             any(n % factor for n in patch) or max(patch) == factor
         ):
-            raise ValueError(
+            faults.append(
                 f"data.patch: the U-Net halves it {self.model.depth - 1} times; give multiples of "
                 f"{factor}, one of them larger, or a smaller model.depth"
             )
+        raise_faults(ConfigError, faults)
         return self
 
     def to_toml(self) -> str:

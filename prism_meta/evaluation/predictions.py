@@ -1,0 +1,110 @@
+"""The table of a folder of predicted labels: one row per case, with the volume of each region."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from prism_meta.data.cases import Case
+from prism_meta.errors import OutputError
+from prism_meta.files import atomic
+from prism_meta.records import escape_cell
+
+#: Name of the table. A folder that holds it is an output, which the search for cases skips.
+TABLE = "predictions.csv"
+
+
+class PredictionTable:
+    """``predictions.csv`` in a folder of label volumes: case, file, subset, and ml per region.
+
+    Rows of an earlier call are kept, unless a row of the same case replaces them.
+
+    Args:
+        folder: folder of the label volumes. It need not exist yet.
+        regions: names of the regions.
+
+    Raises:
+        OutputError: there is a table that cannot be read, or of other columns.
+
+    Example:
+        >>> import tempfile
+        >>> table = PredictionTable(Path(tempfile.mkdtemp()), ["WT"])
+        >>> table.add("p1", subset="flair+t1", volumes={"WT": 12.5})
+        >>> print(table.path.read_text().strip())
+        case,file,subset,WT_ml
+        p1,p1.nii.gz,flair+t1,12.500
+    """
+
+    def __init__(self, folder: Path, regions: Sequence[str]) -> None:
+        self.path = folder / TABLE
+        self.header = ["case", "file", "subset", *(escape_cell(f"{r}_ml") for r in regions)]
+        self._rows = self._read()
+
+    def label_file(self, case: str) -> Path:
+        """The file of a case's labels."""
+        return self.path.with_name(f"{case}.nii.gz")
+
+    def faults(self, case: Case) -> list[str]:
+        """What keeps the labels of a case from being written. Neither its own files are replaced, nor
+        any file in a folder that has no table yet.
+        """
+        file, another = self.label_file(case.id), "or give another OUT"
+        try:
+            file.lstat()
+        except FileNotFoundError:
+            return []
+        except OSError as error:  # the name or the path is too long, for example
+            reason = (error.strerror or str(error)).lower()
+            return [
+                f"case {case.id}: cannot write {file}: {reason}; give its folder a shorter name"
+            ]
+        if file.is_dir():
+            return [f"case {case.id}: cannot write {file}: is a directory; remove it, {another}"]
+        if not self.path.exists() or file.resolve() in {
+            path.resolve() for path in case.files.values()
+        }:
+            return [
+                f"case {case.id}: {file} exists, and is no output of predict; move it away, {another}"
+            ]
+        return []
+
+    def add(self, case: str, *, subset: str, volumes: Mapping[str, float]) -> None:
+        """Add the row of a case, or replace it, and write the table.
+
+        Args:
+            case: name of the case.
+            subset: name of the subset that the labels were predicted from.
+            volumes: region -> ml, in the order of the columns.
+
+        Raises:
+            OutputError: the table cannot be written.
+        """
+        name = escape_cell(case)
+        row = [name, escape_cell(self.label_file(case).name), escape_cell(subset)]
+        self._rows[name] = [*row, *(f"{ml:.3f}" for ml in volumes.values())]
+        with atomic(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([self.header, *self._rows.values()])
+
+    def _read(self) -> dict[str, list[str]]:
+        fix = "move it away, or give another OUT"
+        try:
+            with self.path.open(newline="", encoding="utf-8-sig") as file:
+                header, *rows = csv.reader(file)
+        except FileNotFoundError:
+            return {}
+        except (
+            NotADirectoryError
+        ):  # the folder is a file, which whoever makes the folder says better
+            return {}
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise OutputError(f"cannot read {self.path}: {reason}; {fix}") from error
+        except (ValueError, csv.Error) as error:  # no line at all, or not UTF-8
+            raise OutputError(f"{self.path}: is no table of predictions; {fix}") from error
+        if header != self.header or any(len(row) != len(header) for row in rows):
+            raise OutputError(
+                f"{self.path}: has the columns {','.join(header)}, expected {','.join(self.header)}, "
+                f"those of this run; {fix}"
+            )
+        return {row[0]: row for row in rows}

@@ -1,0 +1,70 @@
+"""The section ``data`` of a configuration: cases, their labels, and the patches drawn from them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from prism_meta.data.episodes import DEFAULT_FOREGROUND
+from prism_meta.data.labels import BRATS_LABELS, LabelSet
+from prism_meta.data.preprocessing import DEFAULT_SPACING
+from prism_meta.errors import ConfigError, PrismError, raise_faults
+from prism_meta.evaluation.windows import PATCHES
+from prism_meta.modalities import BRATS, modality_faults
+from prism_meta.training.config.types import Class, Rate, Section, Share, Size, Spacing, UserPath
+
+
+def _label_faults(labels: dict[str, int], regions: dict[str, tuple[str, ...]]) -> list[str]:
+    try:
+        LabelSet(labels, regions)
+    except PrismError as error:
+        return list(error.faults)
+    return []
+
+
+class DataConfig(Section):
+    """Cases, their labels, and the patches drawn from them."""
+
+    modalities: tuple[str, ...] = BRATS
+    label: str = "seg"
+    labels: dict[str, Class] = Field(default=dict(BRATS_LABELS.values))
+    #: Region -> classes. Defaults to WT, TC and ET for the BraTS labels, otherwise to one per class.
+    regions: dict[str, tuple[str, ...]] = Field(default={})
+    #: Voxel size of the model's grid in mm.
+    spacing: tuple[Spacing, Spacing, Spacing] = DEFAULT_SPACING
+    #: Voxels; two numbers train on slices, three on volumes.
+    patch: Annotated[tuple[Size, ...], Field(min_length=2, max_length=3)] = PATCHES[2]
+    batch_size: Annotated[int, Field(strict=True, ge=1, le=10**6)] = 8
+    #: Share of patches centred on a foreground class.
+    foreground: Share = DEFAULT_FOREGROUND
+    #: CSV that says which modalities to use, see ``read_availability``. As in every path of a configuration,
+    #: ``~`` is the home folder, and a relative path starts at the current folder. A run stores it absolute.
+    availability: UserPath | None = None
+    #: Rates at which modalities are made missing in the training cases, instead of a table.
+    missing_rates: tuple[Rate, ...] | None = None
+    #: Cases that are held out for ``evaluate``, by name; or their number, drawn with the seed.
+    test_cases: tuple[str, ...] = ()
+    holdout: Annotated[int, Field(strict=True, ge=0, le=10**6)] = 0
+    #: Folder of prepared volumes. Defaults to a folder beside the run folder.
+    cache: UserPath | None = None
+    #: Number of additional processes that load data.
+    workers: Annotated[int, Field(strict=True, ge=0, le=256)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        faults = modality_faults(self.modalities, self.label)
+        if self.missing_rates is not None and len(self.missing_rates) != len(self.modalities):
+            faults.append(
+                f"missing_rates: got {len(self.missing_rates)} rates; give {len(self.modalities)}, one per "
+                "modality"
+            )
+        if self.missing_rates is not None and self.availability is not None:
+            faults.append("missing_rates, availability: got both; leave out one of the two")
+        if self.test_cases and self.holdout:
+            faults.append("test_cases, holdout: got both; leave out one of the two")
+        if len(set(self.test_cases)) < len(self.test_cases):
+            faults.append("test_cases: a case occurs twice; give each name once")
+        faults += _label_faults(self.labels, self.regions)
+        raise_faults(ConfigError, faults)
+        return self
