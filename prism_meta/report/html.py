@@ -113,5 +113,5 @@ def write_report(
         text = json.dumps(summary_dict, indent=2, allow_nan=False, ensure_ascii=False)
         partial.write_text(text + "\n", encoding="utf-8")
     with atomic(folder / "report.html") as partial:
-        partial.write_text(html, encoding="utf-8")
+        partial.write_text(html, encoding="utf-8", errors="backslashreplace")
     return folder / "report.html"

@@ -166,16 +166,10 @@ def test_files_are_read_once_and_only_those_that_a_subset_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = write(tmp_path)
-    read: list[str] = []
-    data = nib.Nifti1Image.dataobj
-    monkeypatch.setattr(
-        nib.Nifti1Image,
-        "dataobj",
-        property(lambda self: read.append(Path(self.get_filename()).name) or data.fget(self)),
-    )
+    read = niftis.record_reads(monkeypatch)
     shown = torch.tensor([[True, False, False], [False, False, True], [True, False, True]])
     Predictor(Stacked(), **options((9, 11))).predict_subsets(case, shown)
-    assert read == ["flair.nii.gz", "t2.nii.gz"]
+    assert [path.name for path in read] == ["flair.nii.gz", "t2.nii.gz"]
 
 
 def test_fewer_at_a_time_where_memory_is_short(
