@@ -18,7 +18,7 @@ from torch import Tensor
 from prism_meta.data.cases import Case
 from prism_meta.data.labels import LabelSet
 from prism_meta.data.preprocessing import Prepared, Preprocessing
-from prism_meta.errors import CaseError, OutputError, raise_faults
+from prism_meta.errors import CaseError, OutputError, one_line, raise_faults
 from prism_meta.files import atomic
 
 #: Candidate centres of patches stored per class. More would only make the cache larger.
@@ -186,8 +186,8 @@ def _verified_shape(path: Path) -> tuple[int, int, int] | None:
             d, h, w = stored.get_slice("target").get_shape()
     # KeyError and TypeError: another program's metadata, or none.
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        _log.warning("%s is damaged (%s); the case is prepared again", path, reason)
+        reason = one_line(" ".join(str(error).split())[:120])
+        _log.warning("%s is damaged (%s); the case is prepared again", one_line(str(path)), reason)
         return None
     return d, h, w
 

@@ -94,6 +94,13 @@ def read_header(path: Path) -> NiftiHeader:
             raise NiftiError("is empty, expected a NIfTI file")
         with _opened(path) as (stream, compressed):
             header = _checked(_parse(stream))
+    if compressed != path.name.lower().endswith(".gz"):
+        # nibabel and most programs go by the name.
+        right = f"{path.name}.gz" if compressed else path.name[: -len(".gz")]
+        raise NiftiError(
+            f"is {'' if compressed else 'not '}compressed, which its name does not say",
+            f"rename it to {right}",
+        )
     limit = size * _MAX_COMPRESSION if compressed else size
     if header.end > limit:
         raise NiftiError(f"is too short for its shape {header.shape} of {header.dtype} voxels")
@@ -150,7 +157,7 @@ def _unreadable_as_fault() -> Iterator[None]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
-    """The content of a file, and whether it is compressed. The name of the file does not matter."""
+    """The content of a file, decompressed; and whether it was compressed."""
     with path.open("rb") as raw:
         compressed = raw.read(len(_GZIP)) == _GZIP
         raw.seek(0)

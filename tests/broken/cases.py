@@ -126,6 +126,14 @@ FOLDERS = {
     "a name that is not UTF-8": (_rename(b"p\xff1"), r"case p\udcff1: the name of the folder"),
     "a name with a new line": (_rename(b"p\n1"), r"case p\n1: the name of the folder"),
     "a name with an escape": (_rename(b"p\x1b[2J1"), r"case p\x1b[2J1: the name of the folder"),
+    "compressed, but its name does not say so": (
+        lambda root: (root / IMAGE).rename(root / "p1/p1_t1.nii"),
+        "case p1: p1_t1.nii is compressed, which its name does not say; rename it to p1_t1.nii.gz",
+    ),
+    "not compressed, but its name says so": (
+        at(IMAGE, damage.content(gzip.decompress)), "case p1: p1_t1.nii.gz is not compressed"
+    ),
+    "a name of 240 bytes": (_rename(b"p" * 240), "the name has 240 bytes, expected at most 200"),
     "no voxels but 0": (blank, "case p1: all voxels are 0 in p1_flair.nii.gz"),
     "no cases": (lambda root: [shutil.rmtree(root / p) for p in ("p0", "p1", "p2")], "no case found"),
     "no folder": (shutil.rmtree, "no such folder"),

@@ -241,7 +241,7 @@ def test_a_folder_in_the_place_of_a_file(cases: list[Case], tmp_path: Path) -> N
 
 
 def test_long_names(tmp_path: Path) -> None:
-    names = ["\u00e9" * 110 + end for end in "ab"]
+    names = ["\u00e9" * 95 + end for end in "ab"]
     for name in names:
         write_case(tmp_path / "cases" / name, names="{modality}.nii.gz")
     cached = prepare(

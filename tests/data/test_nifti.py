@@ -69,24 +69,30 @@ def test_truncated_files(tmp_path: Path, share: float, suffix: str) -> None:
 
 
 def test_too_long_files(tmp_path: Path) -> None:
-    path = save(niftis.draw_image(), tmp_path / "t1.nii", GRID)
-    plain = path.read_bytes()
-    long = "is longer than its shape \\(20, 24, 16\\) of float32 voxels needs"
-    for content in (plain + b"\0", gzip.compress(plain + b"garbage")):
-        path.write_bytes(content)
-        with pytest.raises(NiftiError, match=long):
+    plain, packed = tmp_path / "t1.nii", tmp_path / "t1.nii.gz"
+    content = save(niftis.draw_image(), plain, GRID).read_bytes()
+    plain.write_bytes(content + b"\0")
+    packed.write_bytes(gzip.compress(content + b"garbage"))
+    for path in (plain, packed):
+        with pytest.raises(
+            NiftiError, match=r"longer than its shape \(20, 24, 16\) of float32 voxels"
+        ):
             read(path)
-    path.write_bytes(gzip.compress(plain) + b"garbage")
+    packed.write_bytes(gzip.compress(content) + b"garbage")
     with pytest.raises(NiftiError, match="Not a gzipped file"):
-        read(path)
+        read(packed)
 
 
-def test_names_do_not_say_whether_a_file_is_compressed(tmp_path: Path) -> None:
+def test_names_must_say_whether_a_file_is_compressed(tmp_path: Path) -> None:
     image = niftis.draw_image()
     plain, packed = save(image, tmp_path / "a.nii", GRID), save(image, tmp_path / "b.nii.gz", GRID)
-    for path, content in ((plain, packed.read_bytes()), (packed, plain.read_bytes())):
-        path.write_bytes(content)
-        np.testing.assert_array_equal(read(path), image)
+    plain, packed = packed.rename(tmp_path / "t1.nii"), plain.rename(tmp_path / "t2.NII.GZ")
+    assert case_of(plain).header_faults() == [
+        "case p0: t1.nii is compressed, which its name does not say; rename it to t1.nii.gz"
+    ]
+    assert case_of(packed).header_faults() == [
+        "case p0: t2.NII.GZ is not compressed, which its name does not say; rename it to t2.NII"
+    ]
 
 
 def test_nifti_2_and_big_endian(tmp_path: Path) -> None:
@@ -182,7 +188,8 @@ def test_a_header_cannot_ask_for_more_than_the_file_can_hold(tmp_path: Path, suf
     path = save(niftis.draw_image(), tmp_path / "t1.nii", GRID)
     patched(42, "3h", 30000, 30000, 30000)(path)
     if suffix == ".nii.gz":
-        path.write_bytes(gzip.compress(path.read_bytes()))
+        (tmp_path / "t1.nii.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path = tmp_path / "t1.nii.gz"
     with pytest.raises(NiftiError, match=r"is too short for its shape \(30000, 30000, 30000\)"):
         read_header(path)
 

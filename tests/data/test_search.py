@@ -121,6 +121,17 @@ def test_names_that_tables_cannot_hold(tmp_path: Path, name: bytes) -> None:
     assert fault.endswith("expected a name that tables can hold; rename the folder")
 
 
+def test_names_that_are_too_long_for_outputs(tmp_path: Path) -> None:
+    write_case(tmp_path / ("\u00e9" * 101), names="{modality}.nii.gz")
+    write_case(tmp_path / ("\u00e9" * 100), names="{modality}.nii.gz")
+    cases, (fault,) = find_cases(tmp_path)
+    assert [case.id for case in cases] == ["\u00e9" * 100]
+    assert fault.endswith(
+        ": the name has 202 bytes, expected at most 200, because outputs are named after the case; "
+        "rename the folder"
+    )
+
+
 def test_a_file_belongs_to_the_longest_name(tmp_path: Path) -> None:
     names = ("t1", "post_t1", "x_seg")
     write_case(tmp_path / "p0", modalities=names)

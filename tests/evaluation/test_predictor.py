@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from prism_meta.data.cases import Case, Volume
 from prism_meta.data.labels import BRATS_LABELS
 from prism_meta.data.layouts.folders import load_cases
-from prism_meta.data.nifti import read_voxels
 from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.evaluation import windows
 from prism_meta.evaluation.metrics import DiagonalEmpty, EmptyPolicy, NanEmpty, dice_hd95
@@ -167,16 +166,10 @@ def test_files_are_read_once_and_only_those_that_a_subset_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = write(tmp_path)
-    read: list[str] = []
-
-    def recording(path: Path, header: Any) -> Any:
-        read.append(path.name)
-        return read_voxels(path, header)
-
-    monkeypatch.setattr("prism_meta.data.cases.read_voxels", recording)
+    read = niftis.record_reads(monkeypatch)
     shown = torch.tensor([[True, False, False], [False, False, True], [True, False, True]])
     Predictor(Stacked(), **options((9, 11))).predict_subsets(case, shown)
-    assert read == ["flair.nii.gz", "t2.nii.gz"]
+    assert [path.name for path in read] == ["flair.nii.gz", "t2.nii.gz"]
 
 
 def test_fewer_at_a_time_where_memory_is_short(

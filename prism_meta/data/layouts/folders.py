@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from prism_meta.data.cases import Case
 from prism_meta.data.layouts.search import FoundFolder, output_mark, search_folders
 from prism_meta.errors import CaseError, one_line, raise_faults
 from prism_meta.modalities import BRATS, file_tokens
+
+#: Bytes. File systems take 255, of which the names of outputs need some for suffixes.
+_LONGEST_NAME = 200
 
 
 def find_cases(
@@ -138,6 +142,12 @@ def _examine(
         faults.append(
             f"case {name}: the name of the folder is not UTF-8, or has control characters, expected a "
             "name that tables can hold; rename the folder"
+        )
+    size = len(os.fsencode(name))
+    if size > _LONGEST_NAME:
+        faults.append(
+            f"case {name}: the name has {size} bytes, expected at most {_LONGEST_NAME}, because outputs "
+            "are named after the case; rename the folder"
         )
     found = _assign(folder.files, modalities if label is None else (*modalities, label))
     for key, matches in found.items():

@@ -67,7 +67,7 @@ def search_folders(root: Path, faults: list[str]) -> Iterator[FoundFolder]:
             seen.add(identity)
             mark = None if folder == root else output_mark(folder)
             if mark is not None:
-                _log.info("%s is skipped: it has %s, so it is no folder of cases", folder, mark)
+                _log.info("%s is skipped: it has %s, an output", one_line(str(folder)), mark)
                 continue
             with os.scandir(folder) as entries:
                 listed = sorted((e for e in entries if not e.name.startswith(".")), key=_name)
