@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from commands import run
 
-from broken import Broken, cases
+from broken import Broken, cases, commands, configs, records
 
-BROKEN = [*cases.BROKEN]
+BROKEN = [*cases.BROKEN, *configs.BROKEN, *records.BROKEN, *commands.BROKEN]
 
 
 def files(folder: Path) -> dict[str, bytes | None]:
