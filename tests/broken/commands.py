@@ -94,10 +94,6 @@ FOLDERS: dict[str, tuple[Command, tuple[str, ...]]] = {
         _with_run("predict", "RUN", "CASES", "OUT", "--subset", "flair+pet"),
         ("pet",),
     ),
-    "predict a modality twice": (
-        _with_run("predict", "RUN", "CASES", "OUT", "--subset", "t1+t1"),
-        ("t1",),
-    ),
     "compare with an empty folder": (_with_run("compare", "RUN", "EMPTY"), ("no records.csv",)),
     "compare a run without evaluation": (_with_run("compare", "RUN", "RUN"), ("evaluate",)),
     "compare a text": (_with_run("compare", "FILE", "FILE"), ("file", "line 1")),

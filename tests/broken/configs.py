@@ -1,4 +1,4 @@
-"""Configurations that cannot be used: every key with bad values, keys that contradict each other, TOML files."""
+"""Configurations that cannot be used: bad values of every key, contradictions, and damaged files."""
 
 from __future__ import annotations
 
@@ -147,7 +147,10 @@ TOGETHER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("data.pach=[8, 8]",),
         ("data.pach: unknown key; did you mean data.patch?",),
     ),
-    "an unknown section": (("trainning.steps=5",), ("did you mean training.steps?",)),
+    "an unknown section": (
+        ("trainning.steps=5",),
+        ("trainning: unknown section; did you mean training?",),
+    ),
     "a section that is a value": (("data=5",), ("data: got 5, expected a section of keys",)),
     "a value that is a section": (("training.steps.x=5",), ("training.steps",)),
     "half precision on a CPU": (
@@ -275,6 +278,6 @@ BROKEN = [
     *_of_names(),
     *(Broken(name, _set(*overrides), says) for name, (overrides, says) in TOGETHER.items()),
     *(Broken(f"a file: {name}", _file(content), ()) for name, content in FILES.items()),
-    Broken("an absent file", _absent, ("absent.toml: cannot be read", "no such file")),
+    Broken("an absent file", _absent, ("absent.toml: cannot be read", "No such file")),
     Broken("a folder for a file", _a_folder, ("cannot be read", "directory")),
 ]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from prism_meta.records import Record, write_records
-
 from broken import Broken
+from prism_meta.records import Record, write_records
 
 _HEADER = b"case,subset,region,dice,hd95_mm"
 _LINE = b"p0,t1,WT,0.5,1.0\n"
@@ -91,9 +90,9 @@ BROKEN = [
         for column, values in CELLS.items()
         for value in values
     ),
-    Broken("records of another case", _other(_FIRST, Record("p1", "t1", "WT", 0.5, 1)), ("p1",)),
-    Broken("records of another subset", _other(_FIRST, Record("p0", "t2", "WT", 0.5, 1)), ("t2",)),
-    Broken("records of another region", _other(_FIRST, Record("p0", "t1", "ET", 0.5, 1)), ("ET",)),
+    Broken("records of another case", _other(_FIRST, Record("p1", "t1", "WT", 0.5, 1)), ("do not pair",)),
+    Broken("records of another subset", _other(_FIRST, Record("p0", "t2", "WT", 0.5, 1)), ("do not pair",)),
+    Broken("records of another region", _other(_FIRST, Record("p0", "t1", "ET", 0.5, 1)), ("do not pair",)),
     Broken("a folder named records.csv", _folder, ("records.csv", "directory")),
     Broken("absent records", _absent, ("none.csv", "no such file")),
     Broken("a folder without records", _empty_folder, ("no records.csv here", "evaluate")),
