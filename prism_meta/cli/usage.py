@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 _UsageError: Any = typer.BadParameter.__base__
 
 
-def path(text: str) -> Path:
+def path(text: str | Path) -> Path:
     """A path on the command line; ``~`` is the home folder also where no shell expands it.
 
     Raises:
@@ -26,6 +26,7 @@ def path(text: str) -> Path:
         >>> path("runs/a")
         PosixPath('runs/a')
     """
+    text = str(text)  # defaults are paths already
     if not text.strip() or "\0" in text:
         raise typer.BadParameter(f"got {text!r}, expected a file or folder")
     try:

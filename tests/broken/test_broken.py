@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from commands import run
 
-from broken import Broken, cases, predictions, runs, tables
+from broken import Broken, cases, commands, configs, predictions, records, runs, tables
 
-BROKEN = [*cases.BROKEN, *predictions.BROKEN, *runs.BROKEN, *tables.BROKEN]
+KINDS = (cases, commands, configs, predictions, records, runs, tables)
+BROKEN = [broken for kind in KINDS for broken in kind.BROKEN]
 
 
 def files(folder: Path) -> dict[str, bytes | None]:

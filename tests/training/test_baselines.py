@@ -122,7 +122,7 @@ def test_an_unknown_baseline_lists_the_known_ones(cases: Path, tmp_path: Path) -
         2,
         [
             "baseline: got 'unet', expected one of zero_fill, modality_dropout, prism, "
-            "meta_drop_first_order, meta_drop_second_order"
+            "meta_drop_first_order, meta_drop_second_order; choose one of them"
         ],
     )
     assert not (tmp_path / "run").exists()
@@ -132,7 +132,10 @@ def test_a_resumed_run_keeps_its_own_baseline(tmp_path: Path) -> None:
     code, output = run("train", "--resume", tmp_path, "--baseline", "prism")
     assert (code, errors(output)) == (
         2,
-        ["train --resume: uses the run's own config; leave --config, --baseline and --set out"],
+        [
+            "train --resume: uses the run's own folder and config; leave --out, --config, --baseline and "
+            "--set out"
+        ],
     )
 
 

@@ -7,12 +7,13 @@ from typing import get_args
 
 import pytest
 import torch
+from broken import configs
 
 from prism_meta.errors import ConfigError
 from prism_meta.networks.fusion import AttentionFusion, Fusion, MeanFusion, RegionAwareFusion
 from prism_meta.networks.prism import PrismNet
 from prism_meta.training.build import build_model
-from prism_meta.training.config.schema import ModelConfig, load_config
+from prism_meta.training.config.schema import Config, ModelConfig, load_config
 
 SMALL = ("model.width=2", "model.depth=2")
 FUSIONS: dict[str, type[Fusion]] = {
@@ -56,3 +57,13 @@ def test_a_unet_has_no_fusion(name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
         load_config(overrides=[fusion], baseline="zero_fill")
     load_config(overrides=["model.fusion=region_aware"], baseline="zero_fill")
+
+
+def test_every_key_has_broken_values() -> None:
+    sections = {name: info.annotation for name, info in Config.model_fields.items()}
+    keys = {
+        f"{name}.{key}"
+        for name, section in sections.items()
+        for key in getattr(section, "model_fields", ())
+    }
+    assert {"seed", *keys} == configs.KEYS

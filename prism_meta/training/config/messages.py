@@ -69,7 +69,9 @@ def messages(error: ValidationError, schema: type[BaseModel]) -> list[str]:
 def _explain(key: str, faults: Sequence[Any], fields: Mapping[str, FieldInfo]) -> Iterator[str]:
     first = faults[0]
     if first["type"] == "extra_forbidden":
-        yield f"{key}: unknown key; did you mean {_nearest(key, list(fields))}?"
+        sections = dict.fromkeys(name.rpartition(".")[0] for name in fields if "." in name)
+        kind, known = ("section", sections) if isinstance(first["input"], dict) else ("key", fields)
+        yield f"{key}: unknown {kind}; did you mean {_nearest(key, list(known or fields))}?"
         return
     if first["type"] == "value_error":
         raised = first["ctx"]["error"]

@@ -16,7 +16,7 @@ Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 Positive = Annotated[float, Field(strict=True, gt=0, le=10**6, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(strict=True, ge=0, le=10**6, allow_inf_nan=False)]
 #: Size of a voxel in mm.
-Spacing = Annotated[float, Field(strict=True, ge=0.05, le=100)]
+Spacing = Annotated[float, Field(strict=True, ge=0.001, le=100)]
 Steps = Annotated[int, Field(strict=True, ge=1, le=10**8)]
 Repeats = Annotated[int, Field(strict=True, ge=1, le=10_000)]
 Size = Annotated[int, Field(strict=True, ge=1, le=4096)]

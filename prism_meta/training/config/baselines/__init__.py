@@ -30,6 +30,8 @@ def read_baseline(name: str) -> dict[str, Any]:
         {'strategy': 'single_level'}
     """
     if name not in BASELINES:
-        raise ConfigError(f"baseline: got {name!r}, expected one of {', '.join(BASELINES)}")
+        raise ConfigError(
+            f"baseline: got {name!r}, expected one of {', '.join(BASELINES)}; choose one of them"
+        )
     text = files(__name__).joinpath(f"{name}.toml").read_text(encoding="utf-8")
     return dict(tomlkit.parse(text).unwrap())

@@ -1,0 +1,125 @@
+"""Command lines that make no sense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from broken import Broken, whole
+
+#: Arguments as they are, and what is said of them.
+PLAIN: dict[str, tuple[str, ...]] = {
+    "trian": ("no such command 'trian'",),
+    "train": ("got no cases", "--resume"),
+    "train --fast": ("no such option: --fast",),
+    "train a b": ("unexpected extra argument",),
+    "train --out": ("--out",),
+    "train --set": ("--set",),
+    "train a --extend 5": ("--resume",),
+    "train a --extend x": ("--extend",),
+    "train a --time-limit soon": ("soon",),
+    "evaluate": ("missing argument 'RUN'",),
+    "evaluate a b c": ("unexpected extra argument",),
+    "predict": ("missing argument",),
+    "predict a": ("missing argument 'CASES'",),
+    "predict a b": ("missing argument 'OUT'",),
+    "predict a b c d": ("unexpected extra argument",),
+    "compare": ("missing argument",),
+    "compare a": ("missing argument 'B'",),
+    "compare a b --seed x": ("--seed",),
+    "compare a b --seed -1": ("--seed",),
+    "compare a b --seed 99999999999999": ("--seed",),
+    "demo --seed 1.5": ("--seed",),
+    "demo --seed 99999999999999": ("--seed",),
+    "demo quick": ("unexpected extra argument",),
+    "evaluate ~nobody-here/run": ("home folder is unknown",),
+}
+#: Overrides that are no ``section.key=value``.
+OVERRIDES = ("", "=", "=5", "seed", ".=3", ".seed=3", "training.=3", "a..b=3", "seed=1\nseed=2",
+             "data.label=a\tb", "data.label=\x00", "data.label=\udcff")  # fmt: skip
+#: Paths that no file has.
+PATHS = ("", " ", "a\0b")
+
+Command = Callable[[Path], Sequence[object]]
+
+
+def _with_run(*arguments: str) -> Command:
+    """Words in capitals are paths below the folder."""
+
+    def command(folder: Path) -> Sequence[object]:
+        whole.trained(folder)
+        whole.cases(folder)
+        (folder / "file").write_text("text")
+        (folder / "empty").mkdir()
+        return [folder / word.lower() if word.isupper() else word for word in arguments]
+
+    return command
+
+
+#: Commands on a folder with the run RUN, three CASES, an EMPTY folder and a FILE.
+FOLDERS: dict[str, tuple[Command, tuple[str, ...]]] = {
+    "train on a file": (_with_run("train", "FILE", "--out", "OUT"), ("file",)),
+    "train on an empty folder": (_with_run("train", "EMPTY", "--out", "OUT"), ("empty",)),
+    "train on an absent folder": (_with_run("train", "NONE", "--out", "OUT"), ("none",)),
+    "train into a run": (_with_run("train", "CASES", "--out", "RUN"), ("run",)),
+    "train into a file": (_with_run("train", "CASES", "--out", "FILE"), ("file",)),
+    "resume a file": (_with_run("train", "--resume", "FILE"), ("file", "no run in this folder")),
+    "resume an empty folder": (_with_run("train", "--resume", "EMPTY"), ("no run in this folder",)),
+    "resume an absent folder": (_with_run("train", "--resume", "NONE"), ("no run in this folder",)),
+    "resume with --out": (_with_run("train", "--resume", "RUN", "--out", "OUT"), ("--out",)),
+    "resume with --set": (_with_run("train", "--resume", "RUN", "--set", "seed=3"), ("--set",)),
+    "resume with --config": (
+        _with_run("train", "--resume", "RUN", "--config", "FILE"),
+        ("--config",),
+    ),
+    "resume with --baseline": (
+        _with_run("train", "--resume", "RUN", "--baseline", "prism"),
+        ("--baseline",),
+    ),
+    "an unknown baseline": (
+        _with_run("train", "CASES", "--out", "OUT", "--baseline", "best"),
+        ("baseline: got 'best'",),
+    ),
+    "evaluate a file": (_with_run("evaluate", "FILE"), ("no run in this folder",)),
+    "evaluate an empty folder": (_with_run("evaluate", "EMPTY"), ("no run in this folder",)),
+    "evaluate on a file": (_with_run("evaluate", "RUN", "FILE"), ("file",)),
+    "evaluate on an empty folder": (_with_run("evaluate", "RUN", "EMPTY"), ("empty",)),
+    "evaluate into a file": (_with_run("evaluate", "RUN", "CASES", "--out", "FILE"), ("file",)),
+    "predict with a file": (_with_run("predict", "FILE", "CASES", "OUT"), ("no run",)),
+    "predict a file": (_with_run("predict", "RUN", "FILE", "OUT"), ("file",)),
+    "predict an empty folder": (_with_run("predict", "RUN", "EMPTY", "OUT"), ("empty",)),
+    "predict an absent folder": (_with_run("predict", "RUN", "NONE", "OUT"), ("none",)),
+    "predict into a file": (_with_run("predict", "RUN", "CASES", "FILE"), ("file",)),
+    "predict an unknown subset": (
+        _with_run("predict", "RUN", "CASES", "OUT", "--subset", "flair+pet"),
+        ("pet",),
+    ),
+    "compare with an empty folder": (_with_run("compare", "RUN", "EMPTY"), ("no records.csv",)),
+    "compare a run without evaluation": (_with_run("compare", "RUN", "RUN"), ("evaluate",)),
+    "compare a text": (_with_run("compare", "FILE", "FILE"), ("file", "line 1")),
+}
+
+
+def _set(override: str) -> Command:
+    return lambda folder: whole.train(folder, whole.cases(folder), "--set", override)
+
+
+def _path(*arguments: str) -> Command:
+    return lambda folder: arguments
+
+
+BROKEN = [
+    *(Broken(f"prism-meta {line}", _path(*line.split()), says) for line, says in PLAIN.items()),
+    *(Broken(f"--set {override!r}", _set(override), ()) for override in OVERRIDES),
+    *(
+        Broken(f"{command} {path!r}", _path(command, path, *more), ("expected a file or folder",))
+        for path in PATHS
+        for command, more in (
+            ("train", ()),
+            ("evaluate", ()),
+            ("predict", ("a", "b")),
+            ("compare", ("a",)),
+        )
+    ),
+    *(Broken(name, command, says) for name, (command, says) in FOLDERS.items()),
+]
