@@ -174,6 +174,23 @@ class MetaLearner:
         names = [id for batch in (*batches, meta) for id in getattr(batch, "case_ids", ())]
         return replace(result, case_ids=tuple(dict.fromkeys(names)))
 
+    def needed(self, result: MetaGradient) -> MetaGradient:
+        """``result`` without the parts that ``apply`` does not read.
+
+        Several processes have to average only what is left: with ``alpha=0`` and a fresh inner state,
+        gradients and the buffers that the model keeps.
+        """
+        pulls = self.alpha > 0 or self.inner_state == "shared"
+        return replace(
+            result,
+            adapted=result.adapted if pulls else {},
+            state={} if self.inner_state == "fresh" else result.state,
+            buffers=result.buffers if self.buffers == "outer" else {},
+            inner_buffers=result.inner_buffers if self.buffers == "inner" else {},
+            hyper_gradient=result.hyper_gradient if self._hyper else {},
+            weight_gradient=result.weight_gradient if self._weights else {},
+        )
+
     @torch.no_grad()
     def apply(self, result: MetaGradient) -> Tensor:
         """The second half: E2. Anything in between, e.g. averaging over processes, is up to the caller.
@@ -209,7 +226,7 @@ class MetaLearner:
         shared = self.inner_state == "shared"
         # The pull is taken at phi_0, before the optimizer moves it; or before it moves phi~.
         weight = self.alpha - 1 if shared else self.alpha
-        pulls = {n: weight * (result.adapted[n] - p) for n, p in params.items()}
+        pulls = {n: weight * (result.adapted[n] - p) for n, p in params.items() if weight != 0}
         if shared:
             self._share(result.state, params)
             for name, param in params.items():
@@ -219,8 +236,8 @@ class MetaLearner:
         for name in result.unused & params.keys():
             params[name].grad = None
         self._optimize([target for target in targets if target.grad is not None])
-        for name, param in params.items():
-            param.add_(pulls[name])
+        for name, pull in pulls.items():
+            params[name].add_(pull)
         for name, buffer in self.model.named_buffers():
             if name in buffers:
                 buffer.copy_(buffers[name])

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from prism_meta.bilevel.functional.trees import Params
 from prism_meta.bilevel.learner import MetaLearner
 from prism_meta.bilevel.strategies import MetaGradient
 from prism_meta.errors import PrismError
 from prism_meta.files import atomic
 from prism_meta.modalities import Batch
+from prism_meta.training.communication import mean_over_processes, mean_state
 
 if TYPE_CHECKING:  # it takes two seconds to import
     from lightning_fabric import Fabric
@@ -188,27 +188,24 @@ class Trainer:
         if self.fabric.world_size == 1:
             return result
 
-        def mean(values: Any) -> Any:
-            return self.fabric.all_reduce(values, reduce_op="mean")
-
-        def floating(buffers: Params) -> Params:
-            return {n: b for n, b in buffers.items() if b.is_floating_point()}
-
+        result = self.learner.needed(result)
         # A parameter is unused only if no process used it; otherwise only some processes would step.
         names = list(result.gradient)
-        flags = torch.tensor([float(n in result.unused) for n in names], device=self.fabric.device)
-        everywhere = mean(flags).eq(1).tolist()
-        return replace(
-            result,
-            unused=frozenset(n for n, unused in zip(names, everywhere, strict=True) if unused),
-            gradient=mean(result.gradient),
-            adapted=mean(result.adapted),
-            hyper_gradient=mean(result.hyper_gradient),
-            weight_gradient=mean(result.weight_gradient),
-            state=mean(result.state),
-            buffers={**result.buffers, **mean(floating(result.buffers))},
-            inner_buffers={**result.inner_buffers, **mean(floating(result.inner_buffers))},
-        )
+        unused = torch.tensor([float(n in result.unused) for n in names])
+        averaged: dict[str, Any] = {
+            "gradient": result.gradient,
+            "adapted": result.adapted,
+            "hyper_gradient": result.hyper_gradient,
+            "weight_gradient": result.weight_gradient,
+            "buffers": result.buffers,
+            "inner_buffers": result.inner_buffers,
+        }
+        averaged, unused = mean_over_processes((averaged, unused), self.fabric)
+        if result.state:
+            averaged["state"] = mean_state(result.state, self.fabric)
+        everywhere = unused > 1 - 0.5 / self.fabric.world_size  # a mean of ones may be rounded
+        unused_names = (n for n, u in zip(names, everywhere.tolist(), strict=True) if u)
+        return replace(result, unused=frozenset(unused_names), **averaged)
 
     def _gather(self, objective: Adaptive) -> None:
         """Give all processes the same state of the objective.
