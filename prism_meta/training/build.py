@@ -27,7 +27,7 @@ from prism_meta.data.masking import (
     StaticMask,
 )
 from prism_meta.data.preprocessing import Preprocessing
-from prism_meta.errors import PrismError
+from prism_meta.errors import ConfigError, PrismError
 from prism_meta.evaluation.metrics import BratsEmpty, DiagonalEmpty, EmptyPolicy, NanEmpty
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.networks.fusion import AttentionFusion, Fusion, MeanFusion, RegionAwareFusion
@@ -217,9 +217,19 @@ def build_predictor(config: Config, model: nn.Module) -> Predictor:
 
 
 def build_fabric(fabric: FabricConfig) -> Fabric:
-    """The devices and processes, not launched yet."""
+    """The devices and processes, not launched yet.
+
+    Raises:
+        ConfigError: float16 on the CPU.
+    """
     from lightning_fabric import Fabric
 
+    on_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if fabric.precision == "16-mixed" and (fabric.accelerator == "cpu" or not on_gpu):
+        raise ConfigError(  # Fabric would take bfloat16 instead
+            "fabric.precision: 16-mixed (float16) needs a GPU, and this run is on the CPU; use bf16-mixed "
+            "or 32-true"
+        )
     return Fabric(
         accelerator=fabric.accelerator,
         devices=fabric.devices,

@@ -175,11 +175,14 @@ class Trainer:
             ]
         result = self._averaged(MetaGradient.mean(results))
         if self.objective is not None:
-            for each in results:
-                self.objective.observe(each.terms)
             # Learned weights are not among the terms, because the meta loss does not use them.
             result = replace(result, terms={**self.objective.weights(), **result.terms})
         norm = self.learner.apply(result)
+        if self.learner.scaler is not None and not norm.isfinite():
+            return result, norm  # the scaler skipped the step in all processes
+        if self.objective is not None:
+            for each in results:
+                self.objective.observe(each.terms)
         self.scheduler.step()
         return result, norm
 
@@ -193,6 +196,8 @@ class Trainer:
         names = list(result.gradient)
         unused = torch.tensor([float(n in result.unused) for n in names])
         averaged: dict[str, Any] = {
+            "train_loss": result.train_loss,
+            "meta_loss": result.meta_loss,
             "gradient": result.gradient,
             "adapted": result.adapted,
             "hyper_gradient": result.hyper_gradient,
@@ -232,12 +237,14 @@ class Trainer:
             }
             for step, lr, result, norm in pending
         ]
+        scaler = self.learner.scaler
         for line in lines:
-            if (
-                not torch.tensor([line["train_loss"], line["meta_loss"], line["gradient_norm"]])
-                .isfinite()
-                .all()
-            ):
+            finite = torch.tensor([line["train_loss"], line["meta_loss"], line["gradient_norm"]])
+            if finite.isfinite().all():
+                continue
+            line["skipped"] = True
+            # A scaler skips a step and halves its scale until gradients fit into half precision.
+            if scaler is None or scaler.get_scale() < 1:
                 raise PrismError(
                     f"training diverged at step {line['step']}: losses {line['train_loss']:g} and "
                     f"{line['meta_loss']:g}, gradient norm {line['gradient_norm']:g}; lower the inner or "

@@ -86,7 +86,8 @@ def sizes(fabric: Fabric, **options: Any) -> tuple[list[int], int, int]:
     episode = (problem.train, problem.meta)
     Trainer(learner, [episode], fabric=counting).fit()  # type: ignore[arg-type]
     buffers = [b.numel() for b in problem.model.buffers() if b.is_floating_point()]
-    return counting.sent, sum(p.numel() for p in problem.model.parameters()), sum(buffers)
+    params = [p.numel() for p in problem.model.parameters()]
+    return counting.sent, sum(params), sum(buffers)
 
 
 def one_rank(fabric: Fabric, folder: str) -> None:
@@ -156,12 +157,12 @@ def test_only_what_the_outer_step_reads_is_sent(both: Any) -> None:
     for found in both:
         sent, params, buffers = found["sizes isolated"]
         flags = len(list(batch_norm().model.parameters()))
-        # One buffer of float64 for the model, one of float32 for the flags of unused parameters.
-        assert sorted(sent) == [flags, params]
-        assert params > flags
-        assert sorted(found["sizes outer"][0]) == [flags, params + buffers]
-        assert sorted(found["sizes inner"][0]) == [flags, params + buffers]
-        assert sorted(found["sizes pull"][0]) == [flags, 2 * params]
+        # One buffer of float64 for two losses and the model, one of float32 for the flags of unused
+        # parameters.
+        assert sent == [2 + params, flags]
+        assert found["sizes outer"][0] == [2 + params + buffers, flags]
+        assert found["sizes inner"][0] == [2 + params + buffers, flags]
+        assert found["sizes pull"][0] == [2 + 2 * params, flags]
 
 
 @pytest.mark.parametrize("inner_state", ["fresh", "carried"])

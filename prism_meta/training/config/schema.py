@@ -229,7 +229,7 @@ class FabricConfig(_Section):
     accelerator: str = "auto"
     devices: int | str = 1
     nodes: Count = 1
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
 
 
 class EvaluationConfig(_Section):
