@@ -17,9 +17,10 @@ The model of a step of n processes is
          + 2 (n - 1) (latency + bytes / (n bandwidth))        (a ring all-reduce)
 
 Computations are drawn with replacement from those that were measured, relative to their median, because a
-step waits for the slowest process. ``--speedup`` divides the seconds of a computation: 1 is one thread of
-this CPU. A GPU computes many times faster and sends the same bytes, so that communication weighs more; 100
-is an assumed value, not a measured one. Efficiency is T(1) / T(n): each process has its own episode.
+step waits for the slowest process. They are seconds of the processor, without those of other work on this
+machine. ``--speedup`` divides them: 1 is one thread of this CPU. A GPU computes many times faster and sends
+the same bytes, so that communication weighs more; 100 is an assumed value, not a measured one. Efficiency is
+T(1) / T(n): each process has its own episode.
 
 The check: two processes take steps alone and steps together in turns. The slower of the two alone, plus
 what calls and bytes were measured to cost, predicts the step together. The seconds are wall-clock, because
@@ -85,7 +86,7 @@ def check(name: str, ranks: Sequence[dict[str, Any]], per_byte: float) -> dict[s
     return {
         "strategy": name,
         "sent": sent,
-        "alone": [seconds for rank in steps for seconds in rank["alone"]],
+        "compute": [seconds for rank in steps for seconds in rank["alone (processor)"]],
         "together": slower(steps, "together"),
         "predicted": [seconds + added for seconds in slower(steps, "alone")],
         "communication": added,
@@ -115,8 +116,8 @@ def simulate(
     found: dict[str, Any], calls: float, speedups: Sequence[float], seed: int
 ) -> list[dict[str, Any]]:
     """T(n) and efficiency for every speed of computing, network, and choice of what is sent."""
-    compute = statistics.median(found["alone"])
-    slowest = {n: slowest_of(n, found["alone"], seed) for n in RANKS}
+    compute = statistics.median(found["compute"])
+    slowest = {n: slowest_of(n, found["compute"], seed) for n in RANKS}
     rows = []
     for speedup, (network, speed), (what, size) in itertools.product(
         speedups, NETWORKS.items(), found["sent"].items()
@@ -143,21 +144,20 @@ def show(console: Console, results: Sequence[dict[str, Any]]) -> None:
     table = Table(title="one outer step", title_justify="left")
     for column in (
         "strategy", "compute / first order", "MB sent: gradient", "with a pull",
-        "2 processes / predicted", "2 processes / 1",
+        "2 processes / predicted",
     ):  # fmt: skip
         table.add_column(column, justify="left" if column == "strategy" else "right")
     base = statistics.median(
-        next(r["alone"] for r in results if r["strategy"] == pm.FirstOrder.name)
+        next(r["compute"] for r in results if r["strategy"] == pm.FirstOrder.name)
     )
     for found in results:
         ratios = [t / p for t, p in zip(found["together"], found["predicted"], strict=True)]
-        compute = statistics.median(found["alone"])
+        compute = statistics.median(found["compute"])
         table.add_row(
             found["strategy"],
             f"{compute / base:.2f}",
             *(f"{found['sent'][what] / 1e6:.2f}" for what in ALPHAS),
             with_spread(ratios),
-            f"{statistics.median(found['together']) / compute:.2f}",
         )
     console.print(table)
     for speedup in dict.fromkeys(row["speedup"] for row in results[0]["simulated"]):

@@ -78,15 +78,20 @@ def tiny(fabric: Any, steps: int = 1) -> Trainer:
 
 
 def in_turns(fabric: Fabric, trainers: dict[str, Trainer], rounds: int) -> dict[str, list[float]]:
-    """Wall-clock seconds of one outer step of each trainer in every round."""
-    found: dict[str, list[float]] = {key: [] for key in trainers}
+    """Seconds of one outer step of each trainer in every round.
+
+    They are wall-clock seconds. Under the name with " (processor)" are the seconds of the processor, which
+    other work on the machine hardly changes.
+    """
+    found: dict[str, list[float]] = {}
     for number in range(rounds + 1):
         for key, step in trainers.items():
             fabric.barrier()
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             step.fit(steps=1)
             if number:  # the first round warms up
-                found[key].append(time.perf_counter() - start)
+                found.setdefault(key, []).append(time.perf_counter() - start)
+                found.setdefault(f"{key} (processor)", []).append(time.process_time() - busy)
     return found
 
 
