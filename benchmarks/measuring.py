@@ -22,7 +22,7 @@ class Peak:
     """Context that measures the peak of the resident set above its start, sampled every millisecond."""
 
     def __enter__(self) -> Peak:
-        self.base = self.value = _resident()
+        self.base = self.value = resident()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -30,7 +30,7 @@ class Peak:
 
     def _watch(self) -> None:
         while not self._stop.wait(0.001):
-            self.value = max(self.value, _resident())
+            self.value = max(self.value, resident())
 
     def __exit__(self, *error: Any) -> None:
         self._stop.set()
@@ -41,9 +41,9 @@ class Peak:
         return (self.value - self.base) / 2**20
 
 
-def _resident() -> int:
-    """Current size of the resident set, in bytes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+def resident(process: str = "self") -> int:
+    """Current size of the resident set of a process, in bytes."""
+    pages = int(Path("/proc", process, "statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 

@@ -174,6 +174,22 @@ class MetaLearner:
         names = [id for batch in (*batches, meta) for id in getattr(batch, "case_ids", ())]
         return replace(result, case_ids=tuple(dict.fromkeys(names)))
 
+    def needed(self, result: MetaGradient) -> MetaGradient:
+        """``result`` without the parts that ``apply`` does not read.
+
+        Several processes have to average only what is left: with ``alpha=0`` and a fresh inner state,
+        gradients and the buffers that the model keeps.
+        """
+        return replace(
+            result,
+            adapted=result.adapted if self._reads_adapted else {},
+            state={} if self.inner_state == "fresh" else result.state,
+            buffers=result.buffers if self.buffers == "outer" else {},
+            inner_buffers=result.inner_buffers if self.buffers == "inner" else {},
+            hyper_gradient=result.hyper_gradient if self._hyper else {},
+            weight_gradient=result.weight_gradient if self._weights else {},
+        )
+
     @torch.no_grad()
     def apply(self, result: MetaGradient) -> Tensor:
         """The second half: E2. Anything in between, e.g. averaging over processes, is up to the caller.
@@ -182,7 +198,7 @@ class MetaLearner:
         moments nor weight decay move them.
 
         Returns:
-            The norm of the meta-gradient before it is clipped.
+            The norm of the meta-gradient before it is clipped; infinite if a scaler skipped the step.
 
         Raises:
             NonFiniteError: a loss, a gradient or a buffer is not finite; nothing was changed. A scaler
@@ -200,16 +216,21 @@ class MetaLearner:
         norm = torch.nn.utils.get_total_norm(gradients)
         kept = {"outer": result.buffers, "inner": result.inner_buffers, "isolated": Params()}
         buffers = kept[self.buffers]
-        if self.scaler is None:
-            self._refuse_non_finite(result, buffers)
-        elif not norm.isfinite():
+        wrong = self._not_finite(result, buffers)
+        if wrong and self.scaler is not None:
             self._skip(targets)
-            return norm
+            return torch.full_like(norm, torch.inf)
+        if wrong:
+            cases = f" on cases {', '.join(result.case_ids)}" if result.case_ids else ""
+            raise NonFiniteError(
+                f"outer step: not finite{cases}: {', '.join(wrong)}; the parameters were left as they "
+                "are; check the images and targets, or lower the inner or outer rate"
+            )
         factor = None if self.clip_norm is None else (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
         shared = self.inner_state == "shared"
         # The pull is taken at phi_0, before the optimizer moves it; or before it moves phi~.
         weight = self.alpha - 1 if shared else self.alpha
-        pulls = {n: weight * (result.adapted[n] - p) for n, p in params.items()}
+        pulls = {n: weight * (result.adapted[n] - p) for n, p in params.items() if weight != 0}
         if shared:
             self._share(result.state, params)
             for name, param in params.items():
@@ -219,8 +240,8 @@ class MetaLearner:
         for name in result.unused & params.keys():
             params[name].grad = None
         self._optimize([target for target in targets if target.grad is not None])
-        for name, param in params.items():
-            param.add_(pulls[name])
+        for name, pull in pulls.items():
+            params[name].add_(pull)
         for name, buffer in self.model.named_buffers():
             if name in buffers:
                 buffer.copy_(buffers[name])
@@ -253,22 +274,20 @@ class MetaLearner:
             refuse_constant(phi, functional.evaluate(phi, batch).loss)
         self._checked = True
 
-    def _refuse_non_finite(self, result: MetaGradient, buffers: Params) -> None:
-        """Raise if anything that the step would write is not finite: its one device synchronisation."""
+    def _not_finite(self, result: MetaGradient, buffers: Params) -> list[str]:
+        """What the step would write and is not finite: its one device synchronisation."""
         scalars = {"train loss": result.train_loss, "meta loss": result.meta_loss}
         groups = {
             "gradient of": result.gradient,
             "hyper-gradient of": {**result.hyper_gradient, **result.weight_gradient},
-            "phi~ of": result.adapted if self.alpha > 0 else {},
+            "phi~ of": result.adapted if self._reads_adapted else {},
             "buffer": {n: b for n, b in buffers.items() if b.is_floating_point()},
         }
-        wrong = not_finite(scalars, result.terms, groups)
-        if wrong:
-            cases = f" on cases {', '.join(result.case_ids)}" if result.case_ids else ""
-            raise NonFiniteError(
-                f"outer step: not finite{cases}: {', '.join(wrong)}; the parameters were left as they "
-                "are; check the images and targets, or lower the inner or outer rate"
-            )
+        return not_finite(scalars, result.terms, groups)
+
+    @property
+    def _reads_adapted(self) -> bool:
+        return self.alpha > 0 or self.inner_state == "shared"
 
     def _optimize(self, targets: Sequence[Tensor]) -> None:
         """The optimizer's step on ``targets``, those of its parameters that have a gradient."""

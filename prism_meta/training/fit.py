@@ -154,6 +154,7 @@ def fit(
             inner_state=inner_state,
             buffers=buffers,
             clip_norm=clip_norm,
+            scaler=getattr(fabric.strategy.precision, "scaler", None),  # of float16 only
         ),
         episodes,  # type: ignore[arg-type]
         fabric=fabric,

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
-from prism_meta.bilevel.functional.trees import Params
 from prism_meta.bilevel.learner import MetaLearner
 from prism_meta.bilevel.strategies import MetaGradient
 from prism_meta.errors import PrismError
 from prism_meta.modalities import Batch
 from prism_meta.training import log
 from prism_meta.training.checkpoint import load_checkpoint, save_checkpoint
+from prism_meta.training.communication import mean_over_processes, mean_state
 from prism_meta.training.processes import Processes
 from prism_meta.training.stopping import TrainingStopped
 
@@ -195,11 +195,14 @@ class Trainer:
             ]
         result = self._averaged(MetaGradient.mean(results))
         if self.objective is not None:
-            for each in results:
-                self.objective.observe(each.terms)
             # Learned weights are not among the terms, because the meta loss does not use them.
             result = replace(result, terms={**self.objective.weights(), **result.terms})
         norm = self.learner.apply(result)
+        if self.learner.scaler is not None and not norm.isfinite():
+            return result, norm  # the scaler skipped the step in all processes
+        if self.objective is not None:
+            for each in results:
+                self.objective.observe(each.terms)
         self.scheduler.step()
         return result, norm
 
@@ -208,27 +211,26 @@ class Trainer:
         if self.fabric.world_size == 1:
             return result
 
-        def mean(values: Any) -> Any:
-            return self.fabric.all_reduce(values, reduce_op="mean")
-
-        def floating(buffers: Params) -> Params:
-            return {n: b for n, b in buffers.items() if b.is_floating_point()}
-
+        result = self.learner.needed(result)
         # A parameter is unused only if no process used it; otherwise only some processes would step.
         names = list(result.gradient)
-        flags = torch.tensor([float(n in result.unused) for n in names], device=self.fabric.device)
-        everywhere = mean(flags).eq(1).tolist()
-        return replace(
-            result,
-            unused=frozenset(n for n, unused in zip(names, everywhere, strict=True) if unused),
-            gradient=mean(result.gradient),
-            adapted=mean(result.adapted),
-            hyper_gradient=mean(result.hyper_gradient),
-            weight_gradient=mean(result.weight_gradient),
-            state=mean(result.state),
-            buffers={**result.buffers, **mean(floating(result.buffers))},
-            inner_buffers={**result.inner_buffers, **mean(floating(result.inner_buffers))},
-        )
+        unused = torch.tensor([float(n in result.unused) for n in names])
+        averaged: dict[str, Any] = {
+            "train_loss": result.train_loss,
+            "meta_loss": result.meta_loss,
+            "gradient": result.gradient,
+            "adapted": result.adapted,
+            "hyper_gradient": result.hyper_gradient,
+            "weight_gradient": result.weight_gradient,
+            "buffers": result.buffers,
+            "inner_buffers": result.inner_buffers,
+        }
+        averaged, unused = mean_over_processes((averaged, unused), self.fabric)
+        if result.state:
+            averaged["state"] = mean_state(result.state, self.fabric)
+        everywhere = unused > 1 - 0.5 / self.fabric.world_size  # a mean of ones may be rounded
+        unused_names = (n for n, u in zip(names, everywhere.tolist(), strict=True) if u)
+        return replace(result, unused=frozenset(unused_names), **averaged)
 
     def _gather(self, objective: Adaptive) -> None:
         """Give all processes the same state of the objective.
@@ -256,12 +258,14 @@ class Trainer:
             for step, lr, result, norm in pending
         ]
         lines = [log.mean(of_step) for of_step in zip(*self.processes.gather(lines), strict=True)]
+        scaler = self.learner.scaler
         for line in lines:
-            if (
-                not torch.tensor([line["train_loss"], line["meta_loss"], line["gradient_norm"]])
-                .isfinite()
-                .all()
-            ):
+            finite = torch.tensor([line["train_loss"], line["meta_loss"], line["gradient_norm"]])
+            if finite.isfinite().all():
+                continue
+            line["skipped"] = True
+            # A scaler skips a step and halves its scale until gradients fit into half precision.
+            if scaler is None or scaler.get_scale() < 1:
                 raise PrismError(
                     f"training diverged at step {line['step']}: losses {line['train_loss']:g} and "
                     f"{line['meta_loss']:g}, gradient norm {line['gradient_norm']:g}; lower the inner or "
