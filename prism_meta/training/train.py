@@ -140,7 +140,8 @@ def train(
     own = _Own(model, objective, strategy)
     if model is not None:
         build_predictor(config, model)  # refuses a model that does not fit before any work is done
-    check_configuration(config, model=model)
+    if not isinstance(cases, Dataset):  # which has patches of its own
+        check_configuration(config, model=model)
     fabric = fabric or build_fabric(config.fabric)
     root = Path(cases) if isinstance(cases, (Path, str)) else None
     training, test = _split(config, cases)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from niftis import write_cases
 from safetensors.torch import load_file
@@ -60,8 +65,10 @@ def settings(*more: str) -> list[str]:
     return [part for setting in (*SETTINGS, *more) for part in ("--set", setting)]
 
 
-def trained_in_one_process(run: Run, folder: Path) -> dict[str, torch.Tensor]:
-    """Weights after the same episodes in one process: those of both ranks at each outer step."""
+def trained_in_one_process(
+    run: Run, folder: Path
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Weights and log of the same episodes in one process: those of both ranks at each outer step."""
     config = load_config(overrides=[*SETTINGS, "meta.episodes=2"])
     cases = load_cases(run.facts["data"])
     data = config.data
@@ -79,7 +86,7 @@ def trained_in_one_process(run: Run, folder: Path) -> dict[str, torch.Tensor]:
     objective = build_objective(config.objective, missing_rates(cached))
     strategy = build_strategy(config.meta, inner_lr, weight_decay=config.training.weight_decay)
     outer = build_outer(config, model, objective, strategy, steps=2)
-    fit(
+    log = fit(
         model,
         objective,
         strategy,
@@ -94,7 +101,7 @@ def trained_in_one_process(run: Run, folder: Path) -> dict[str, torch.Tensor]:
         fabric=build_fabric(config.fabric),
         seed=config.seed,
     )
-    return model.state_dict()
+    return model.state_dict(), log
 
 
 def test_two_processes_take_the_mean_step_and_resume(tmp_path: Path) -> None:
@@ -106,10 +113,14 @@ def test_two_processes_take_the_mean_step_and_resume(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "run")
     assert [line["step"] for line in run.history()] == [1, 2]
     (tmp_path / "one_process").mkdir()
-    weights, expected = (
-        load_file(run.weights),
-        trained_in_one_process(run, tmp_path / "one_process"),
-    )
+    weights = load_file(run.weights)
+    expected, log = trained_in_one_process(run, tmp_path / "one_process")
+    for line, other in zip(run.history(), log, strict=True):
+        for name in ("train_loss", "meta_loss"):
+            assert line[name] == pytest.approx(other[name], rel=1e-5), "the mean over the processes"
+        assert line["terms"].keys() == other["terms"].keys()
+        for name, term in line["terms"].items():
+            assert term == pytest.approx(other["terms"][name], rel=1e-4), name
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6, msg=name)
@@ -130,3 +141,80 @@ def test_bad_input_ends_before_another_process_starts(tmp_path: Path) -> None:
         f"error: {tmp_path / 'run'}: holds a run already; continue it with --resume, or give "
         "another --out"
     )
+
+
+FAILING = textwrap.dedent(
+    """
+    import sys
+    import torch
+    import prism_meta as pm
+    from lightning_fabric import Fabric
+    from prism_meta.errors import CaseError
+
+    class Failing(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, step):
+            if step == 2 and fabric.global_rank == int(sys.argv[1]):
+                raise CaseError("case p7: p7_t1.nii.gz is damaged; restore it")
+            batch = pm.Batch(torch.randn(2, 4, 8, 8), torch.ones(2, 4).bool(), torch.ones(2, 8, 8).long())
+            return batch, batch
+
+    fabric = Fabric(accelerator="cpu", devices=2)
+    config = pm.load_config(overrides=["data.patch=[8, 8]", "model.width=2", "model.depth=2"])
+    try:
+        pm.train(Failing(), config, fabric=fabric, out=sys.argv[2], progress=False)
+    except pm.PrismError as error:
+        print(f"rank {fabric.global_rank}: {error}", flush=True)
+        sys.exit(2)
+    """
+)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_process_meets_is_raised_by_all(tmp_path: Path, rank: int) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(FAILING)
+    done = subprocess.run(
+        [sys.executable, script, str(rank), tmp_path / "run"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 2, done.stderr
+    for each in (0, 1):
+        assert f"rank {each}: case p7: p7_t1.nii.gz is damaged; restore it" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_signal_to_one_process_stops_all(tmp_path: Path) -> None:
+    write_cases(tmp_path / "cases", 4)
+    out = tmp_path / "run"
+    options = settings(
+        "fabric.devices=2", "training.steps=100000", "training.checkpoint_every=100000"
+    )
+    arguments = [
+        sys.executable,
+        "-m",
+        "prism_meta",
+        "train",
+        tmp_path / "cases",
+        "--out",
+        out,
+        *options,
+    ]
+    with subprocess.Popen(
+        arguments, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, output = process.communicate(timeout=60)
+    assert process.returncode == 143, output
+    assert "stopped by SIGTERM after step" in output and "Traceback" not in output
+    assert f"prism-meta train --resume {out}" in output
+    steps = len(Run.open(out).history())
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == steps >= 10
