@@ -140,7 +140,8 @@ def train(
     own = _Own(model, objective, strategy)
     if model is not None:
         build_predictor(config, model)  # refuses a model that does not fit before any work is done
-    if not isinstance(cases, Dataset):  # which has patches of its own
+    if isinstance(cases, (Path, str)) or _only(cases, (Case, CachedCase)):
+        # A dataset of episodes has patches of its own.
         check_configuration(config, model=model)
     fabric = fabric or build_fabric(config.fabric)
     root = Path(cases) if isinstance(cases, (Path, str)) else None
@@ -298,7 +299,7 @@ def _split(config: Config, cases: Cases) -> tuple[Any, list[Case]]:
     return split(config, files)
 
 
-def _only(cases: Any, kind: type[_T]) -> list[_T]:
+def _only(cases: Any, kind: type[_T] | tuple[type[_T], ...]) -> list[_T]:
     """The cases as a list if all of them are of this kind, otherwise an empty list."""
     if isinstance(cases, Sequence) and all(isinstance(case, kind) for case in cases):
         return list(cases)
