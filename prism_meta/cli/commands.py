@@ -22,8 +22,9 @@ from prism_meta.report.tables import comparison_table, results_table
 from prism_meta.training.build import build_fabric
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.config.baselines import BASELINES
+from prism_meta.training.facts import command_line
 from prism_meta.training.progress import progress_bars
-from prism_meta.training.run import Run, command_line
+from prism_meta.training.run import Run
 from prism_meta.training.stopping import StopRequest, TrainingStopped, duration
 from prism_meta.training.train import train
 

@@ -12,17 +12,13 @@ weights.safetensors      the model's weights
 from __future__ import annotations
 
 import json
-import platform
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import nn
@@ -35,23 +31,8 @@ from prism_meta.training import log
 from prism_meta.training.build import build_model, build_predictor
 from prism_meta.training.checkpoint import load_checkpoint
 from prism_meta.training.config import Config, load_config
+from prism_meta.training.facts import changed_keys, command_line, read_facts, versions
 from prism_meta.training.lock import LOCK
-
-
-class _Facts(BaseModel):
-    """The schema of ``run.json``."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    started: str
-    command: list[str]
-    seed: int
-    versions: dict[str, str]
-    data: str | None
-    train: dict[str, list[str]]
-    test: list[str]
-    own: dict[str, str] = {}
-    config: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -138,7 +119,7 @@ class Run:
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "command": command_line(),
             "seed": config.seed,
-            "versions": _versions(),
+            "versions": versions(),
             "data": None if root is None else str(root.resolve()),
             "train": {case.id: sorted(case.files) for case in train},
             "test": [case.id for case in test],
@@ -158,15 +139,8 @@ class Run:
             PrismError: there is none, or its files cannot be read.
         """
         folder = Path(folder)
-        path = folder / "run.json"
         try:
-            facts = _Facts.model_validate_json(path.read_bytes()).model_dump()
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise PrismError(
-                f"{path}: is damaged ({where}: {first['msg'].lower()}); restore it, or train again"
-            ) from error
+            facts = read_facts(folder / "run.json")
         except OSError as error:
             if isinstance(error, FileNotFoundError) and (folder / LOCK).exists():
                 raise PrismError(
@@ -186,11 +160,11 @@ class Run:
         Raises:
             ConfigError: keys of ``config.toml`` were changed.
         """
-        now = _flat(self.config.model_dump(mode="json"))
-        then, before = (_flat(self.facts.get(key) or {}) for key in ("config", "config_before"))
-        changed = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-        if changed and now != before:
-            listed = ", ".join(f"{key} from {then.get(key)} to {now.get(key)}" for key in changed)
+        now = self.config.model_dump(mode="json")
+        changed = changed_keys(self.facts["config"], now)
+        before = self.facts.get("config_before")
+        if changed and (before is None or changed_keys(before, now)):
+            listed = ", ".join(f"{key} from {a} to {b}" for key, (a, b) in changed.items())
             raise ConfigError(
                 f"{self.folder / 'config.toml'}: was changed since the run was started ({listed}); undo "
                 "that, and use --extend for more steps, or start a new run"
@@ -321,32 +295,3 @@ class Run:
             PrismError: the file cannot be read, or has lines of another form.
         """
         return log.read(self.metrics)
-
-
-def command_line() -> list[str]:
-    """The command line of this process, with the program's name instead of its path."""
-    program = Path(sys.argv[0])
-    if program.name == "__main__.py":
-        return ["python", "-m", program.parent.name, *sys.argv[1:]]
-    return [program.name, *sys.argv[1:]]
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("prism-meta", "torch", "monai", "nibabel", "numpy", "lightning-fabric"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a source folder that was not installed
-            found[package] = "not installed"
-    return found
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by ``section.key``; a key that is not set equals None."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and name not in ("labels", "regions"):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -9,34 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Dataset
 
 from prism_meta.bilevel.strategies import MetaStrategy, Objective
 from prism_meta.data.cache import CachedCase
 from prism_meta.data.cases import Case
-from prism_meta.data.episodes import Episodes
 from prism_meta.errors import ConfigError, PrismError
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.files import kept_if_used, writable_folder
 from prism_meta.modalities import Batch
 from prism_meta.training.build import (
-    build_episodes,
     build_fabric,
-    build_model,
-    build_objective,
-    build_outer,
     build_predictor,
-    build_strategy,
-    missing_rates,
 )
 from prism_meta.training.cases import load_configured, prepare_configured, split
 from prism_meta.training.check import check_configuration
 from prism_meta.training.config import Config
-from prism_meta.training.fit import OnStep, fit
+from prism_meta.training.fit import OnStep
 from prism_meta.training.lock import LOCK, locked
-from prism_meta.training.outer import Outer
+from prism_meta.training.parts import Own, build_parts, only
 from prism_meta.training.processes import Processes
 from prism_meta.training.progress import progress_bars
 from prism_meta.training.run import Run
@@ -137,17 +129,17 @@ def train(
     """
     run = _resumed(out, config, extend) if resume else None
     config = run.config if run is not None else config or Config()
-    own = _Own(model, objective, strategy)
+    own = Own(model, objective, strategy)
     if model is not None:
         build_predictor(config, model)  # refuses a model that does not fit before any work is done
-    if isinstance(cases, (Path, str)) or _only(cases, (Case, CachedCase)):
+    if isinstance(cases, (Path, str)) or only(cases, (Case, CachedCase)):
         # A dataset of episodes has patches of its own.
         check_configuration(config, model=model)
     fabric = fabric or build_fabric(config.fabric)
     root = Path(cases) if isinstance(cases, (Path, str)) else None
     training, test = _split(config, cases)
     if run is not None:
-        run.check_cases(_only(training, Case))
+        run.check_cases(only(training, Case))
     elif out is not None:
         Run.check_new(out)
     fabric.launch()
@@ -160,7 +152,7 @@ def train(
         quiet = not (progress and fabric.is_global_zero)
         advance = stack.enter_context(progress_bars("prepare", "train", quiet=quiet))
         source: Any = training
-        if _only(training, Case):
+        if only(training, Case):
             source = prepare_configured(
                 config,
                 source,
@@ -169,7 +161,7 @@ def train(
                 on_case=advance,
                 should_stop=should_stop,
             )
-        parts = _build(config, source, own, fabric=fabric)
+        parts = build_parts(config, source, own, fabric=fabric)
         if out is not None:
             with processes.together():
                 if fabric.is_global_zero:
@@ -180,7 +172,7 @@ def train(
                             out,
                             config,
                             root=root,
-                            train=_only(training, Case),
+                            train=only(training, Case),
                             test=test,
                             own=own.names(),
                         )
@@ -202,92 +194,11 @@ def train(
     return Trained(build_predictor(config, parts.model), history, tuple(test), run)
 
 
-@dataclass(frozen=True)
-class _Own:
-    """The objects that a caller passed instead of configuring them."""
-
-    model: nn.Module | None
-    objective: Objective | None
-    strategy: MetaStrategy | None
-
-    def names(self) -> dict[str, str]:
-        """What was passed, by the names of the classes, for ``run.json``."""
-        return {
-            name: type(value).__name__ for name, value in vars(self).items() if value is not None
-        }
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What a training is made of."""
-
-    model: nn.Module
-    objective: Objective
-    strategy: MetaStrategy
-    episodes: Any
-    outer: Outer
-    inner_lr: Tensor | None
-
-    def fit(
-        self,
-        config: Config,
-        *,
-        fabric: Fabric,
-        run: Run | None,
-        resume: bool,
-        on_step: OnStep,
-        should_stop: Callable[[], bool] | None,
-    ) -> list[dict[str, Any]]:
-        return fit(
-            self.model,
-            self.objective,
-            self.strategy,
-            self.episodes,
-            optimizer=self.outer.optimizer,
-            scheduler=self.outer.scheduler,
-            alpha=self.outer.alpha,
-            inner_lr=self.inner_lr,
-            inner_state=config.meta.inner_state,
-            clip_norm=config.training.clip_norm,
-            episodes_per_step=config.meta.episodes,
-            fabric=fabric,
-            folder=None if run is None else run.folder,
-            checkpoint_every=config.training.checkpoint_every,
-            resume=resume,
-            workers=config.data.workers,
-            seed=config.seed,
-            on_step=on_step,
-            should_stop=should_stop,
-        )
-
-
-def _build(config: Config, source: Any, own: _Own, *, fabric: Fabric) -> _Parts:
-    """Build what the caller did not pass."""
-    meta = config.meta
-    prepared = _only(source, CachedCase)
-    rates = _rates(source, config, own)
-    episodes = build_episodes(config, prepared, rank=fabric.global_rank) if prepared else source
-    torch.manual_seed(config.seed)  # gives every process the same initial weights
-    model = own.model or build_model(config)
-    fabric.to_device(model)
-    objective = own.objective or build_objective(config.objective, rates)
-    if isinstance(objective, nn.Module):
-        objective.to(fabric.device)
-    inner_lr = torch.tensor(meta.inner_lr)
-    strategy = own.strategy or build_strategy(
-        meta, inner_lr, weight_decay=config.training.weight_decay
-    )
-    steps = len(episodes) // meta.episodes
-    outer = build_outer(config, model, objective, strategy, steps=steps)
-    decays = meta.inner_decay and own.strategy is None and not outer.prescribed
-    return _Parts(model, objective, strategy, episodes, outer, inner_lr if decays else None)
-
-
 def _split(config: Config, cases: Cases) -> tuple[Any, list[Case]]:
     """What to train on, and the cases that are held out."""
     if isinstance(cases, (Path, str)):
         cases = load_configured(config, cases)
-    files = _only(cases, Case)
+    files = only(cases, Case)
     if not files:
         return cases, []
     wrong = [case for case in files if case.modalities != config.data.modalities]
@@ -297,26 +208,6 @@ def _split(config: Config, cases: Cases) -> tuple[Any, list[Case]]:
             f"data.modalities is {', '.join(config.data.modalities)}; make them equal"
         )
     return split(config, files)
-
-
-def _only(cases: Any, kind: type[_T] | tuple[type[_T], ...]) -> list[_T]:
-    """The cases as a list if all of them are of this kind, otherwise an empty list."""
-    if isinstance(cases, Sequence) and all(isinstance(case, kind) for case in cases):
-        return list(cases)
-    return []
-
-
-def _rates(source: Any, config: Config, own: _Own) -> Sequence[float]:
-    """The missing rates of the training cases, as far as they are known."""
-    cases = source.cases if isinstance(source, Episodes) else _only(source, CachedCase)
-    if cases:
-        return missing_rates(cases)
-    if own.objective is None and config.objective.weighting == "preference":
-        raise ConfigError(
-            "objective.weighting: preference depends on the cases and their epochs, which a dataset of "
-            "episodes does not tell; give cases, or call prism_meta.fit with epoch=..."
-        )
-    return config.data.missing_rates or [0.0] * len(config.data.modalities)
 
 
 def _resumed(out: Path | str | None, config: Config | None, extend: int) -> Run:

@@ -7,26 +7,28 @@ and the adapted parameters are averaged over the processes instead.
 
 from __future__ import annotations
 
-import signal
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from prism_meta.bilevel.learner import MetaLearner
 from prism_meta.bilevel.strategies import MetaGradient
 from prism_meta.errors import PrismError
 from prism_meta.modalities import Batch
 from prism_meta.training import log
+from prism_meta.training.adaptive import Adaptive
 from prism_meta.training.checkpoint import load_checkpoint, save_checkpoint
 from prism_meta.training.communication import mean_over_processes, mean_state
+from prism_meta.training.loader import load_episodes
 from prism_meta.training.processes import Processes
 from prism_meta.training.stopping import TrainingStopped
 
@@ -35,26 +37,6 @@ if TYPE_CHECKING:  # it takes two seconds to import
 
 #: Losses are read every N steps; each read synchronises the device.
 _STEPS_PER_READING = 10
-
-
-@runtime_checkable
-class Adaptive(Protocol):
-    """An objective whose weights change over training, e.g. ``PrismObjective`` with a weighting."""
-
-    def weights(self) -> dict[str, Tensor]:
-        """The current weights, which are logged."""
-
-    def observe(self, terms: Mapping[str, Tensor]) -> None:
-        """Add the terms of one episode to running sums."""
-
-    def end_epoch(self) -> None:
-        """Update the weights from the sums and reset the sums."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The state that a checkpoint keeps."""
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore ``state_dict``."""
 
 
 class Trainer:
@@ -141,22 +123,24 @@ class Trainer:
                 log.truncate(self.metrics, start)
         if start == 0:
             self._save(0, total)  # so that every run can be resumed, whatever model it was given
-        loader = DataLoader(
-            self.episodes,  # type: ignore[arg-type]
-            batch_size=None,
-            collate_fn=_unchanged,
-            sampler=range(start * count, total * count),
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            worker_init_fn=_ignore_signals,
-        )
         self.learner.model.train()
+        indices = range(start * count, total * count)
+        with closing(load_episodes(self.episodes, indices, workers=self.workers)) as episodes:
+            return self._train(episodes, range(start, total), on_step, should_stop)
+
+    def _train(
+        self,
+        episodes: Iterator[Any],
+        steps: range,
+        on_step: Callable[[int, dict[str, Any]], None] | None,
+        should_stop: Callable[[], bool] | None,
+    ) -> list[dict[str, Any]]:
         history: list[dict[str, Any]] = []
         pending: list[tuple[int, float, MetaGradient, Tensor]] = []
-        episodes = iter(loader)
-        for step in range(start, total):
+        total = steps.stop
+        for step in steps:
             with self.processes.together():
-                group = list(islice(episodes, count))
+                group = list(islice(episodes, self.episodes_per_step))
             lr = float(self.scheduler.get_last_lr()[0])
             result, norm = self._step(step, group)
             # Dropping the gradients frees a copy of the model per pending step.
@@ -337,14 +321,3 @@ class Trainer:
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
             for _ in range(step):
                 self.scheduler.step()
-
-
-def _unchanged(episode: Any) -> Any:
-    """Keeps batches of any type as the dataset gives them; torch would turn tuples into lists."""
-    return episode
-
-
-def _ignore_signals(worker: int) -> None:
-    """The main process decides when to stop; it ends its workers itself."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

@@ -21,7 +21,7 @@ from niftis import forbidden, write_case, write_cases
 from prism_meta.bilevel.strategies import ALL_STRATEGIES
 from prism_meta.data.cases import Case
 from prism_meta.training import trainer
-from prism_meta.training.run import command_line
+from prism_meta.training.facts import command_line
 
 VOLUMES = ("data.patch=[16,16,8]",)
 

@@ -19,6 +19,8 @@ from prism_meta.data.cache import prepare
 from prism_meta.data.labels import BRATS_LABELS
 from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.preprocessing import Preprocessing
+from prism_meta.errors import CaseError
+from prism_meta.modalities import Batch
 from prism_meta.networks.wrapped import wrap
 from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights
@@ -159,3 +161,22 @@ def test_too_few_episodes_for_the_steps() -> None:
             steps=3,
             episodes_per_step=2,
         )
+
+
+class Damaged(torch.utils.data.Dataset[Any]):
+    """Its third episode cannot be read."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, step: int) -> tuple[Batch, Batch]:
+        if step == 2:
+            raise CaseError("case p7: p7_t1.nii.gz is damaged; restore it")
+        return EPISODES[0]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_cannot_read_is_one_line(workers: int) -> None:
+    with pytest.raises(CaseError) as caught:
+        fit(prism_net(), PrismObjective(), FirstOrder(SGD(0.1)), Damaged(), workers=workers)
+    assert caught.value.faults == ("case p7: p7_t1.nii.gz is damaged; restore it",)

@@ -203,8 +203,8 @@ def test_float16_on_the_cpu_is_refused(accelerator: str, monkeypatch: pytest.Mon
     with pytest.raises(ConfigError) as caught:
         build_fabric(config.fabric)
     assert caught.value.faults == (
-        "fabric.precision: 16-mixed (float16) needs a GPU, and this run is on the CPU; use bf16-mixed or "
-        "32-true",
+        "fabric.precision: got '16-mixed' on a CPU, where Lightning Fabric uses bfloat16 instead; use "
+        "bf16-mixed or 32-true, or a GPU",
     )
 
 
