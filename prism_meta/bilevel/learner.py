@@ -21,6 +21,7 @@ from prism_meta.bilevel.functional.model import FunctionalModel
 from prism_meta.bilevel.functional.protocols import LearnedObjective, Objective
 from prism_meta.bilevel.functional.trees import Params, State
 from prism_meta.bilevel.inner import InnerOptimizer
+from prism_meta.bilevel.shared_state import check_shared, share, shared_state
 from prism_meta.bilevel.strategies.base import MetaGradient, MetaStrategy, StepBatches, gradients_on
 
 InnerState = Literal["fresh", "carried", "shared"]
@@ -109,7 +110,7 @@ class MetaLearner:
             )
         inner: InnerOptimizer | None = getattr(strategy, "inner", None)
         if inner_state == "shared":
-            _check_shared(inner, optimizer)
+            check_shared(inner, optimizer)
         hooked = parameters_with_hooks(model)
         if hooked:
             warnings.warn(
@@ -167,7 +168,11 @@ class MetaLearner:
         options: dict[str, Any] = {}
         if self.scaler is not None:
             options["scale"] = self._scale()
-        state = self._shared_state() if self.inner_state == "shared" else self._carried
+        state = (
+            shared_state(self.model, self.optimizer)
+            if self.inner_state == "shared"
+            else self._carried
+        )
         if state is not None:
             options["state"] = state
         result = self.strategy.meta_gradient(self.model, self.objective, train, meta, **options)
@@ -232,7 +237,7 @@ class MetaLearner:
         weight = self.alpha - 1 if shared else self.alpha
         pulls = {n: weight * (result.adapted[n] - p) for n, p in params.items() if weight != 0}
         if shared:
-            self._share(result.state, params)
+            share(result.state, params, self.optimizer)
             for name, param in params.items():
                 param.copy_(result.adapted[name])
         for target, gradient in zip(targets, gradients, strict=True):
@@ -313,42 +318,3 @@ class MetaLearner:
     def _scale(self) -> Tensor:
         assert self.scaler is not None
         return self.scaler.scale(torch.ones((), device=next(self.model.parameters()).device))
-
-    def _shared_state(self) -> State:
-        """The outer optimizer's state, by the names of the parameters."""
-        return {
-            name: {
-                key: value
-                for key, value in self.optimizer.state.get(param, {}).items()
-                if value is not None
-            }
-            for name, param in self.model.named_parameters()
-        }
-
-    def _share(self, state: State, params: dict[str, nn.Parameter]) -> None:
-        """Let the outer optimizer continue from the inner one's state."""
-        for name in state.keys() & params.keys():
-            kept = {key: value.clone() for key, value in state[name].items()}
-            self.optimizer.state[params[name]].update(kept)
-
-
-def _check_shared(inner: InnerOptimizer | None, outer: Optimizer) -> None:
-    kind = None if inner is None else inner.torch_optimizer
-    if kind is None or type(outer) is not kind:
-        expected = (
-            "SGD, Adam or AdamW inside" if kind is None else f"torch.optim.{kind.__name__} outside"
-        )
-        raise ValueError(
-            f"inner_state: 'shared' needs the same kind of optimizer for both steps; got "
-            f"{type(inner).__name__} inside and torch.optim.{type(outer).__name__} outside, expected "
-            f"{expected}"
-        )
-    unsupported = [
-        name
-        for name in ("amsgrad", "maximize", "dampening")
-        if any(group.get(name) for group in outer.param_groups)
-    ]
-    if unsupported:
-        raise ValueError(
-            f"inner_state: 'shared' does not support {', '.join(unsupported)} of the outer optimizer"
-        )

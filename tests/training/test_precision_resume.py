@@ -93,8 +93,7 @@ def stop(step: int, line: dict[str, Any]) -> None:
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("inner", ["fresh sgd", "carried adamw"])
-@pytest.mark.parametrize("per_step", [1, 2])
+@pytest.mark.parametrize(("per_step", "inner"), [(2, "fresh sgd"), (1, "carried adamw")])
 @pytest.mark.parametrize("make", [full, bfloat16, float16])
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tmp_path: Path, make: Callable[[], Fabric], per_step: int, inner: str
