@@ -26,7 +26,7 @@ class Advance(Protocol):
 
 @contextmanager
 def progress_bars(*names: str, quiet: bool = False) -> Iterator[Advance]:
-    """One bar per name, which starts with its first call; the default task is the first name."""
+    """One bar per name, which appears with its first call; the default task is the first name."""
     columns = (
         TextColumn("{task.description:<9}"),
         BarColumn(),
@@ -37,12 +37,15 @@ def progress_bars(*names: str, quiet: bool = False) -> Iterator[Advance]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True, quiet=quiet)) as progress:
-        tasks = {name: progress.add_task(name, total=None, start=False, note="") for name in names}
+        tasks = {
+            name: progress.add_task(name, total=None, start=False, visible=False, note="")
+            for name in names
+        }
 
         def advance(done: int, total: int, note: str, task: str = names[0]) -> None:
             bar = tasks[task]
             if not progress.tasks[bar].started:
                 progress.start_task(bar)
-            progress.update(bar, completed=done, total=total, note=note)
+            progress.update(bar, completed=done, total=total, note=note, visible=True)
 
         yield advance
