@@ -34,6 +34,9 @@ def atomic(path: Path | str) -> Iterator[Path]:
     The temporary file is created exclusively, so that a link planted under its name is not followed.
     It keeps the suffixes of ``path`` because writers choose the format by them (``.nii.gz``).
 
+    A temporary path is yielded as it is, so that functions that write whole files can fill it. What they
+    fail at is then said of the file that the outer block writes.
+
     Raises:
         OutputError: the folder cannot be created or written, or the disk is full.
 
@@ -46,6 +49,9 @@ def atomic(path: Path | str) -> Iterator[Path]:
         ['a.txt']
     """
     path = Path(path)
+    if path.name in _writing:
+        yield path
+        return
     suffixes = "".join(path.suffixes[-2:])
     name = f".partial-{_host()}-{os.getpid()}-{secrets.token_hex(8)}{suffixes}"
     partial = path.with_name(name)
@@ -54,9 +60,9 @@ def atomic(path: Path | str) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         yield partial
-        _sync(partial)
+        sync(partial)
         partial.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
     finally:
@@ -154,8 +160,12 @@ def _host() -> str:
     return re.sub(r"[^\w.]", "_", socket.gethostname())[:64]
 
 
-def _sync(path: Path) -> None:
-    """Write a file, or the entries of a folder, from the system's memory to the disk."""
+def sync(path: Path) -> None:
+    """Write a file, or the entries of a folder, from the system's memory to the disk.
+
+    Raises:
+        OSError: there is no such file, or no space for it.
+    """
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY)

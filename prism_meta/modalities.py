@@ -127,6 +127,16 @@ def subset(names: str | Iterable[str], modalities: Sequence[str] = BRATS) -> Ten
     return torch.tensor([name in chosen for name in modalities])
 
 
+def composed(name: str) -> str:
+    r"""The form of letters with accents in which names are compared; file systems and editors differ.
+
+    Example:
+        >>> composed("Fa\u0308lle") == "F\u00e4lle"
+        True
+    """
+    return unicodedata.normalize("NFC", name)
+
+
 def file_tokens(name: str) -> tuple[str, ...]:
     """The words at the end of a file name that say that the file belongs to modality or label ``name``.
 
@@ -136,7 +146,7 @@ def file_tokens(name: str) -> tuple[str, ...]:
         >>> file_tokens("T1")
         ('t1', 't1n')
     """
-    folded = unicodedata.normalize("NFC", name).lower()
+    folded = composed(name).lower()
     return (folded, *ALIASES.get(folded, ()))
 
 

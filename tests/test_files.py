@@ -83,6 +83,19 @@ def test_atomic_full_disk(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+def test_what_fails_within_is_said_of_the_file_that_the_user_knows(tmp_path: Path) -> None:
+    """A function that writes whole files may fill the temporary file of another."""
+    path = tmp_path / "a.txt"
+    with atomic(path) as outer:
+        write_whole(outer, "new")
+        assert names(tmp_path) == [outer.name], "no second temporary file"
+    assert path.read_text() == "new"
+    with pytest.raises(OutputError) as caught, atomic(path) as outer, atomic(outer):
+        raise OSError(28, "No space left on device")
+    assert str(caught.value) == f"cannot write {path}: no space left on device; free some space"
+    assert path.read_text() == "new" and names(tmp_path) == ["a.txt"]
+
+
 def test_atomic_parent_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     path = tmp_path / "file" / "a.txt"

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from prism_meta.bilevel.strategies import ALL_STRATEGIES
 from prism_meta.cli import demo, workflow
-from prism_meta.cli.usage import ErrorLines, path, print_any_character
+from prism_meta.cli.usage import ErrorLines, path, print_any_character, tell
 from prism_meta.errors import CaseError, PrismError, raise_faults
 from prism_meta.files import writable_folder
 from prism_meta.report import compare
@@ -50,10 +50,10 @@ class _Commands(ErrorLines):
             # Processes that a training starts meet the same faults; the first tells them.
             if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0":
                 for fault in error.faults:
-                    typer.echo(f"error: {fault}", err=True)
+                    tell(f"error: {fault}")
             raise SystemExit(2) from error
         except (KeyboardInterrupt, _Terminated) as error:
-            typer.echo("interrupted; no file is half-written, run the same command again", err=True)
+            tell("interrupted; no file is half-written, run the same command again")
             number = signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT
             raise SystemExit(128 + number) from error
         finally:
@@ -328,10 +328,9 @@ def _train(
     except TrainingStopped as stopped:
         if fabric.is_global_zero:
             again = f"--resume {out}" if (out / "run.json").exists() else f"{root} --out {out}"
-            typer.echo(
+            tell(
                 f"stopped by {stop.reason or 'another process'} after step {stopped.step} of "
-                f"{stopped.total}, all is saved; go on with: prism-meta train {again}",
-                err=True,
+                f"{stopped.total}, all is saved; go on with: prism-meta train {again}"
             )
         number = stop.signal or signal.SIGTERM
         raise SystemExit(128 + number) from stopped

@@ -56,8 +56,13 @@ def _one_line() -> Iterator[None]:
             raise
         command = "prism-meta" if error.ctx is None else error.ctx.command_path
         message = " ".join(error.format_message().split()).rstrip(".")
-        typer.echo(f"error: {message[:1].lower()}{message[1:]}; see {command} --help", err=True)
+        tell(f"error: {message[:1].lower()}{message[1:]}; see {command} --help")
         raise SystemExit(2) from error
+
+
+def tell(line: str) -> None:
+    """Write a line to standard error, in its encoding. With ``err=True`` typer takes UTF-8 for ASCII."""
+    typer.echo(line, file=sys.stderr)
 
 
 def print_any_character() -> None:

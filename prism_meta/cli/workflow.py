@@ -15,7 +15,7 @@ from prism_meta.evaluation.predictions import PredictionTable
 from prism_meta.evaluation.saving import region_volumes, save_labels
 from prism_meta.evaluation.subsets import in_order
 from prism_meta.files import atomic, kept_if_used, writable_folder
-from prism_meta.modalities import subset_name, subsets
+from prism_meta.modalities import composed, subset_name, subsets
 from prism_meta.records import Record, read_records
 from prism_meta.report import Summary, summarize
 from prism_meta.report.html import REPORT_FILES, write_report
@@ -127,11 +127,16 @@ def predict_folder(
         PrismError: bad modality names, cases that cannot be read, or no permission to write.
     """
     modalities = run.config.data.modalities
+    known = {composed(name): name for name in modalities}
+    subset = [known.get(composed(name), name) for name in subset]
     unknown = [name for name in subset if name not in modalities]
-    if unknown:
-        raise ConfigError(
-            f"subset: unknown modality {', '.join(unknown)}; use some of {', '.join(modalities)}"
-        )
+    twice = sorted({name for name in subset if subset.count(name) > 1} - set(unknown))
+    faults = [
+        f"subset: unknown modality {name}; use some of {', '.join(modalities)}"
+        for name in dict.fromkeys(unknown)
+    ]
+    faults += [f"subset: {name} occurs twice; give each name once" for name in twice]
+    raise_faults(ConfigError, faults)
     # Labels are not needed, so a damaged label file must not stop a prediction.
     found, faults = find_configured(run.config, root, label=False)
     _refuse_case_folder(out, root, found)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prism_meta.errors import CaseError, ConfigError, Fault, raise_faults
-from prism_meta.modalities import BRATS
+from prism_meta.modalities import BRATS, composed
 
 if TYPE_CHECKING:  # ``cases`` imports this module
     from prism_meta.data.cases import Case
@@ -100,7 +99,7 @@ def read_availability(path: Path | str, modalities: Sequence[str]) -> dict[str, 
     path = Path(path)
     columns, lines = _read_csv(path)
     published = {"data_name", "mask"} <= set(columns)
-    names = [_composed(name) for name in modalities]
+    names = [composed(name) for name in modalities]
     faults = _column_faults(columns, [] if published else ["case", *names], names)
     if columns and not lines:
         faults.append("has no line below the columns; add a line for each case")
@@ -145,7 +144,7 @@ def apply_availability(cases: Sequence[Case], table: Path | str) -> list[Case]:
     rows = read_availability(table, cases[0].modalities)
     faults, restricted = [], []
     for case in cases:
-        name = _composed(case.id)
+        name = composed(case.id)
         if name not in rows:
             faults.append(f"case {case.id}: not in {table}; add a line for it")
             continue
@@ -199,7 +198,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
             raise OSError("no regular file")
         with path.open(newline="", encoding="utf-8-sig") as handle:
             reader = csv.reader(handle, strict=True)
-            rows = [(reader.line_num, [_composed(c.strip()) for c in row]) for row in reader]
+            rows = [(reader.line_num, [composed(c.strip()) for c in row]) for row in reader]
     except (OSError, ValueError, csv.Error) as error:  # ValueError: not UTF-8, or a NUL in the path
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise CaseError(
@@ -219,11 +218,6 @@ def _column_faults(
         ]
     twice = sorted({name for name in columns if name and columns.count(name) > 1})
     return [f"has the column {name} twice; keep one of them" for name in twice]
-
-
-def _composed(text: str) -> str:
-    """The form of letters with accents in which names are compared."""
-    return unicodedata.normalize("NFC", text)
 
 
 def _published_mask(text: str, modalities: Sequence[str]) -> tuple[bool | None, ...] | None:

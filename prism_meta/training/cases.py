@@ -13,6 +13,7 @@ from prism_meta.data.cases import Case
 from prism_meta.data.layouts.folders import find_cases, load_cases
 from prism_meta.errors import ConfigError
 from prism_meta.files import writable_folder
+from prism_meta.modalities import composed
 from prism_meta.training.build import build_label_set, build_preprocessing, configuration_keys
 from prism_meta.training.config import Config
 from prism_meta.training.processes import Processes
@@ -49,8 +50,8 @@ def split(config: Config, cases: Sequence[Case]) -> tuple[list[Case], list[Case]
         CaseError: the availability table does not fit the cases.
     """
     data = config.data
-    by_id = {case.id: case for case in cases}
-    unknown = [name for name in data.test_cases if name not in by_id]
+    names = {composed(case.id): case.id for case in cases}
+    unknown = [name for name in data.test_cases if name not in names]
     if unknown:
         raise ConfigError(
             f"data.test_cases: no such case: {', '.join(unknown)}; name cases of the folder"
@@ -59,7 +60,7 @@ def split(config: Config, cases: Sequence[Case]) -> tuple[list[Case], list[Case]
         raise ConfigError(
             f"data.holdout: leaves none of {len(cases)} cases to train on; hold fewer out"
         )
-    held = set(data.test_cases)
+    held = {names[name] for name in data.test_cases}
     if data.holdout:
         order = torch.randperm(len(cases), generator=torch.Generator().manual_seed(config.seed))
         held = {cases[i].id for i in order[: data.holdout].tolist()}

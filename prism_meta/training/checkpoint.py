@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from prism_meta.errors import PrismError
-from prism_meta.files import atomic
+from prism_meta.files import atomic, sync
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     with atomic(path) as partial:
         # Not torch.save to the file: its error for a full disk is no OSError.
         partial.write_bytes(buffer.getbuffer())
+        sync(partial)  # some disks tell only now that they are full; both checkpoints still stand
         if path.is_file():
             path.replace(previous(path))
 

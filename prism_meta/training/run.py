@@ -192,12 +192,12 @@ class Run:
             "data": self.facts["data"] if root is None else str(root.resolve()),
             "config": self.config.model_dump(mode="json"),
         }
-        if facts == self.facts:
-            return self
-        # A process that is killed before it writes config.toml leaves the old one there.
-        facts["config_before"] = self.facts["config"]
-        write_whole(self.folder / "run.json", json.dumps(facts, indent=2) + "\n")
-        write_whole(self.folder / "config.toml", self.config.to_toml())
+        if facts != self.facts:
+            # A process that is killed before it writes config.toml leaves the old one there.
+            facts["config_before"] = self.facts["config"]
+            write_whole(self.folder / "run.json", json.dumps(facts, indent=2) + "\n")
+        if load_config(self.folder / "config.toml") != self.config:
+            write_whole(self.folder / "config.toml", self.config.to_toml())
         return replace(self, facts=facts)
 
     def check_cases(self, cases: Sequence[Case]) -> None:

@@ -94,6 +94,14 @@ FOLDERS: dict[str, tuple[Command, tuple[str, ...]]] = {
         _with_run("predict", "RUN", "CASES", "OUT", "--subset", "flair+pet"),
         ("pet",),
     ),
+    "predict a subset that has a name twice": (
+        _with_run("predict", "RUN", "CASES", "OUT", "--subset", "t1+flair+t1,t2+t2+pet"),
+        (
+            "subset: t1 occurs twice; give each name once",
+            "subset: t2 occurs twice",
+            "unknown modality pet",
+        ),
+    ),
     "compare with an empty folder": (_with_run("compare", "RUN", "EMPTY"), ("no records.csv",)),
     "compare a run without evaluation": (_with_run("compare", "RUN", "RUN"), ("evaluate",)),
     "compare a text": (_with_run("compare", "FILE", "FILE"), ("file", "line 1")),

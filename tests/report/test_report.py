@@ -174,6 +174,10 @@ def test_page_is_one_whole_file(tmp_path: Path) -> None:
         assert base64.b64decode(data, validate=True).startswith(start)
 
 
+def test_the_same_evaluation_gives_the_same_page(tmp_path: Path) -> None:
+    assert report(tmp_path / "a") == report(tmp_path / "b")
+
+
 def titles(html: str, alt: str) -> set[str]:
     """The texts of the plot with this description; matplotlib writes each beside its outlines."""
     return set(re.findall(r"<!-- (.*?) -->", svg_of(html, alt)))

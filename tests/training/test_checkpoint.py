@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,14 +105,18 @@ def test_both_damaged(tmp_path: Path) -> None:
     )
 
 
-def test_a_full_disk_keeps_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", [(Path, "write_bytes"), (os, "fsync")], ids=lambda call: call[1])
+def test_a_full_disk_keeps_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: tuple[object, str]
+) -> None:
+    """Some disks tell only when a file is synced that they are full."""
     path = saved(tmp_path, 1, 2)
 
-    def full(self: Path, data: object) -> int:
+    def full(*arguments: object) -> int:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(*call, full)
         with pytest.raises(OutputError, match="no space left on device; free some space"):
             saved(tmp_path, 3)
     state = load_checkpoint(path, CPU)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +17,9 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from prism_meta.errors import ConfigError
+from prism_meta.training import run as run_module
 from prism_meta.training import stopping, trainer
-from prism_meta.training.lock import HOLDER, LOCK
+from prism_meta.training.lock import HOLDER, LOCK, locked
 from prism_meta.training.stopping import StopRequest, duration
 
 OPTIONS = settings("training.steps=6", "training.checkpoint_every=4", "training.augment=false")
@@ -210,6 +213,52 @@ def test_an_extended_run_equals_one_that_was_stopped_on_the_longer_schedule(
     assert [line["lr"] for line in lines[6:]] == pytest.approx([line["lr"] for line in planned[6:]])
     assert "steps = 9" in (extended / "config.toml").read_text()
     assert load_file(extended / "weights.safetensors").keys()
+
+
+def test_extend_that_was_killed_can_be_given_again(
+    cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``run.json`` is written first; the second command must still write ``config.toml``."""
+    out = tmp_path / "run"
+    assert run("train", cases, "--out", out, *OPTIONS)[0] == 0
+    write = run_module.write_whole
+
+    def killed(path: Path, content: str) -> None:
+        if path.name == "config.toml":
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "write_whole", killed)
+        assert run("train", "--resume", out, "--extend", "1")[0] == 130
+    assert "steps = 6" in (out / "config.toml").read_text()
+    assert run("train", "--resume", out, "--extend", "1")[0] == 0
+    assert "steps = 7" in (out / "config.toml").read_text()
+    assert json.loads((out / "run.json").read_text())["config"]["training"]["steps"] == 7
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_processes_that_load_data_do_not_keep_the_lock_of_a_killed_training(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from prism_meta.training.lock import locked\n"
+        "with locked(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        os.close(1)\n"
+        "        time.sleep(60)\n"
+        "    print(child, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        with locked(tmp_path):
+            os.kill(int(ended.stdout), 0)  # the child still lives
+    finally:
+        os.kill(int(ended.stdout), signal.SIGKILL)
 
 
 def test_extend_needs_a_run(cases: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from prism_meta.data.availability import apply_availability
 from prism_meta.data.cases import Case
 from prism_meta.data.layouts.search import FoundFolder, output_mark, search_folders
 from prism_meta.errors import CaseError, one_line, raise_faults
-from prism_meta.modalities import BRATS, file_tokens
+from prism_meta.modalities import BRATS, composed, file_tokens
 
 #: Bytes. File systems take 255, of which the names of outputs need some for suffixes.
 _LONGEST_NAME = 200
@@ -134,9 +133,7 @@ def _examine(
     """The case in a folder, and its faults."""
     path = folder.path
     # Tables and file systems differ in how they write letters with accents.
-    name = unicodedata.normalize(
-        "NFC", path.resolve().name if path.name in ("", "..") else path.name
-    )
+    name = composed(path.resolve().name if path.name in ("", "..") else path.name)
     faults = []
     if one_line(name) != name:
         faults.append(
@@ -176,7 +173,7 @@ def _assign(files: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
     """Which of ``names``, modalities and the label, each file belongs to; others are left out."""
     found: dict[str, list[str]] = {name: [] for name in names}
     for file in files:
-        stem = unicodedata.normalize("NFC", file).lower()
+        stem = composed(file).lower()
         stem = stem.removesuffix(".gz").removesuffix(".nii")
         tokens = [
             (len(token), name)

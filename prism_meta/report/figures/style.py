@@ -37,9 +37,16 @@ def new_figure(width: float, height: float, layout: Literal["constrained"] | Non
 
 
 def data_uri(figure: Figure, kind: str, **options: Any) -> str:
-    """Encode a figure as a data URI. As an image, its ids cannot clash with those of other figures."""
+    """Encode a figure as a data URI: the same figure, the same text.
+
+    As an image, its ids cannot clash with those of other figures.
+    """
+    from matplotlib import rc_context
+
+    if kind == "svg":
+        options = {"metadata": {"Date": None}, **options}
     stream = io.BytesIO()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), rc_context({"svg.hashsalt": "prism-meta"}):
         # A name in letters that the font lacks; the tables of the page show it.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(stream, format=kind, **options)

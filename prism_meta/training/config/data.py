@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from prism_meta.data.episodes import DEFAULT_FOREGROUND
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.preprocessing import DEFAULT_SPACING
 from prism_meta.errors import ConfigError, PrismError, raise_faults
 from prism_meta.evaluation.windows import PATCHES
-from prism_meta.modalities import BRATS, modality_faults
+from prism_meta.modalities import BRATS, composed, modality_faults
 from prism_meta.training.config.types import Class, Rate, Section, Share, Size, Spacing, UserPath
 
 
@@ -44,7 +44,7 @@ class DataConfig(Section):
     #: Rates at which modalities are made missing in the training cases, instead of a table.
     missing_rates: tuple[Rate, ...] | None = None
     #: Cases that are held out for ``evaluate``, by name; or their number, drawn with the seed.
-    test_cases: tuple[str, ...] = ()
+    test_cases: tuple[Annotated[str, AfterValidator(composed)], ...] = ()
     holdout: Annotated[int, Field(strict=True, ge=0, le=10**6)] = 0
     #: Folder of prepared volumes. Defaults to a folder beside the run folder.
     cache: UserPath | None = None
