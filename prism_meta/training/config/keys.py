@@ -8,6 +8,10 @@ from types import MappingProxyType
 #: Argument name in ``Fault.arguments`` -> configuration key; see ``PrismError.with_keys``.
 ARGUMENT_KEYS: Mapping[str, str] = MappingProxyType(
     {
+        "modalities": "data.modalities",
+        "label": "data.label",
+        "files": "data.files",
+        "layout": "data.layout",
         "patch": "data.patch",
         "spacing": "data.spacing",
         "labels": "data.labels",
