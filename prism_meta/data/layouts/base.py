@@ -67,6 +67,14 @@ class Found:
             if not any(name in case.files for case in self.cases)
         ]
 
+    def notes(self, names: FileNames) -> list[str]:
+        """What a prediction should know, although all its cases are usable: modalities that none has,
+        while there are files that belong to no modality."""
+        absent = [m for m in names.modalities if not any(m in case.files for case in self.cases)]
+        if not self.cases or not absent or not self.others:
+            return []
+        return [f"no case has {', '.join(absent)}; found other {self._others()}"]
+
     def label_faults(self, names: FileNames) -> list[str]:
         """The label, if most cases lack it."""
         count = len(self.cases)
@@ -79,15 +87,18 @@ class Found:
             )
         ]
 
-    def _absent(self, name: str, lack: str) -> str:
+    def _others(self) -> str:
         listed = [f"{ending} ({count})" for ending, count in self.others.most_common(_SHOWN)]
         if len(self.others) > _SHOWN:
             listed.append(f"{len(self.others) - _SHOWN} more")
+        return f"{self.kind} {', '.join(listed)}"
+
+    def _absent(self, name: str, lack: str) -> str:
         near = nearest_ending(name, self.others)
-        if not listed:
+        if not self.others:
             others, fix = "no other files", "add its files, or correct the name"
         else:
-            others = f"{self.kind} {', '.join(listed)}"
+            others = self._others()
             fix = f"name it as they do, or set data.files.{name} to a pattern of its files"
         if near is not None:
             others += f", of which {near} is the nearest"

@@ -20,6 +20,9 @@ ARGUMENT_KEYS: Mapping[str, str] = MappingProxyType(
         "rates": "data.missing_rates",
         "seed": "seed",
         "holdout": "data.holdout",
+        "folds": "data.folds",
+        "fold": "data.fold",
+        "split": "data.split",
         "train_mask": "masks.train",
         "meta_mask": "masks.meta",
     }
