@@ -101,16 +101,18 @@ class FileNames:
         path = _folded(file)
         stem = _stem(path)
         inside = "/" in path and not nested  # in a folder that only a name with a slash reaches
-        for pattern in map(_folded, self.patterns.get(name, ())):
-            if not (inside and "/" not in pattern) and _fits(pattern, path, stem):
-                literal = re.split(r"[*?\[]", pattern.lstrip("*"))[0]
-                return _PATTERN, len(pattern), max(0, stem.rfind(literal))
-        for kind, tokens in ((_OWN, file_tokens(name)), (_OTHER, other_names(name))):
-            fitting = [t for t in tokens if ("/" in t or not inside) and _ends(stem, t)]
-            if fitting:
-                longest = max(map(len, fitting))
-                return kind, longest, len(stem) - longest
-        return None
+        own = [(_PATTERN, pattern) for pattern in map(_folded, self.patterns.get(name, ()))]
+        own += [(_OWN, token) for token in file_tokens(name)]
+        own += [(_OTHER, token) for token in other_names(name)]
+        return max(
+            (
+                (kind, len(token), start)
+                for kind, token in own
+                if ("/" in token or not inside)
+                and (start := _start(token, path, stem, whole=kind == _PATTERN)) is not None
+            ),
+            default=None,
+        )
 
 
 def other_names(name: str) -> tuple[str, ...]:
@@ -209,14 +211,21 @@ def _stem(file: str) -> str:
     return next((file[: -len(suffix)] for suffix in SUFFIXES if lower.endswith(suffix)), file)
 
 
-def _ends(stem: str, token: str) -> bool:
-    return stem == token or stem.endswith((f"_{token}", f"-{token}", f"/{token}"))
+def _start(token: str, path: str, stem: str, *, whole: bool) -> int | None:
+    """Where in a path the name of a modality begins; None if the path has another name.
 
-
-def _fits(pattern: str, path: str, stem: str) -> bool:
-    """Whether a pattern fits a path, with or without the suffix, and wherever its folders begin."""
-    if "/" not in pattern:
+    Args:
+        token: a pattern, if ``whole`` or if it has a ``*``; otherwise the last word of a file's name.
+        path: of the file, with its suffix.
+        stem: the same without its suffix.
+        whole: whether the token is a pattern.
+    """
+    if not whole and "*" not in token:
+        ends = stem == token or stem.endswith((f"_{token}", f"-{token}", f"/{token}"))
+        return len(stem) - len(token) if ends else None
+    if "/" not in token:
         path, stem = path.rpartition("/")[2], stem.rpartition("/")[2]
-    return any(
-        fnmatchcase(text, form) for text in (path, stem) for form in (pattern, f"*/{pattern}")
-    )
+    # With or without the suffix, and wherever the folders of the pattern begin.
+    if not any(fnmatchcase(text, form) for text in (path, stem) for form in (token, f"*/{token}")):
+        return None
+    return max(0, stem.rfind(re.split(r"[*?\[]", token.lstrip("*"))[0]))
