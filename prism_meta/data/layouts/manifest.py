@@ -86,7 +86,7 @@ def _add(
     for column, key in columns.items():
         cell = row.cells.get(column, "")
         if cell:
-            path = base / Path(cell).expanduser()
+            path = base / _expanded(cell)
             fix = "add the file" if key == names.label else _FIX
             if not _exists(path):
                 faults.append(
@@ -231,6 +231,13 @@ def _column(name: str) -> str:
     """The name of a column; those that are not modalities do not depend on upper and lower case."""
     name = unicodedata.normalize("NFC", name.strip())
     return name.lower() if name.lower() in (_CASE, _LABEL, _SITE, _PATIENT) else name
+
+
+def _expanded(cell: str) -> Path:
+    try:
+        return Path(cell).expanduser()
+    except RuntimeError:  # a user who has no home
+        return Path(cell)
 
 
 def _exists(path: Path) -> bool:
