@@ -79,7 +79,8 @@ def draw_folds(
 ) -> list[list[str]]:
     """Divide cases into folds of nearly the same size, stratified by availability.
 
-    The largest patient or site is placed first, each in the fold that lacks its availability most.
+    The largest patient or site is placed first, each in the fold that lacks its availability most. Sizes
+    differ by at most one if all patients have one case.
 
     Args:
         cases: the cases.
@@ -109,14 +110,13 @@ def draw_folds(
     sums = _strata(cases, availability, groups)
     wanted = sums.sum(0) / count
     folds: list[list[int]] = [[] for _ in range(count)]
-    have = torch.zeros(count, len(wanted), dtype=torch.float64)
+    have, sizes = torch.zeros(count, len(wanted), dtype=torch.float64), torch.zeros(count)
     for position, (group, own) in enumerate(zip(groups, sums, strict=True)):
         growth = _distance(have + own, wanted) - _distance(have, wanted)
-        empty = torch.tensor([not fold for fold in folds])
-        if int(empty.sum()) >= len(groups) - position:  # each of the last groups gets an empty fold
-            growth[~empty] = torch.inf
+        growth[~_open(sizes, len(group), len(cases), left=len(groups) - position)] = torch.inf
         best = int(growth.argmin())
         have[best] += own
+        sizes[best] += len(group)
         folds[best] += group
     return [[cases[i].id for i in sorted(fold)] for fold in folds]
 
@@ -223,6 +223,26 @@ def _groups(cases: Sequence[Case], by: By, seed: int) -> list[list[int]]:
     for i in order:
         groups.setdefault(root(("patient", cases[i].patient)), []).append(i)
     return list(groups.values())
+
+
+def _open(sizes: Tensor, more: int, total: int, *, left: int) -> Tensor:
+    """Which folds can take ``more`` cases, so that no fold stays empty and sizes differ little: bool (k,).
+
+    Args:
+        sizes: cases in each fold.
+        more: cases of the group to be placed.
+        total: cases in all folds, at the end.
+        left: groups that are not placed yet.
+    """
+    empty = sizes == 0
+    if int(empty.sum()) >= left:  # each of the last groups gets an empty fold
+        return empty
+    least, larger = divmod(total, len(sizes))
+    grown = sizes + more
+    fits = grown <= least
+    if int((sizes > least).sum()) < larger:
+        fits |= grown <= least + 1
+    return fits if fits.any() else grown == grown.min()
 
 
 def _strata(

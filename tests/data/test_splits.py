@@ -14,6 +14,7 @@ from helpers import faults_of
 from prism_meta.data.availability import draw_availability
 from prism_meta.data.cases import Case
 from prism_meta.data.splits import draw_folds, draw_holdout, read_folds
+from prism_meta.errors import ConfigError
 
 NAMES = ("flair", "t1ce", "t1", "t2")
 
@@ -59,9 +60,15 @@ def test_folds_are_a_partition_without_shared_groups(
         groups = sets_of(cases, folds, key)
         assert sum(map(len, groups)) == len(set().union(*groups))
     sizes = [len(fold) for fold in folds]
-    assert max(sizes) - min(sizes) <= (120 // sites if sites else each)
+    assert max(sizes) - min(sizes) <= (120 // sites if sites else 0)
     assert draw_folds(cases, count, by=by, seed=seed) == folds  # type: ignore[arg-type]
     assert draw_folds(cases, count, by=by, seed=seed + 9) != folds  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 7])
+def test_sizes_differ_by_one_at_most(count: int) -> None:
+    sizes = [len(fold) for fold in draw_folds(made(23), count)]
+    assert max(sizes) - min(sizes) <= 1
 
 
 def test_folds_and_holdouts_have_every_availability() -> None:
@@ -95,9 +102,8 @@ def test_held_out_cases_are_whole_patients_and_sites() -> None:
     held = draw_holdout(cases, 4, by="site")
     assert len(held) == 6 and sets_of(cases, [held], "site") == [{cases[int(held[0][1:])].site}]
     assert draw_holdout(cases, 0) == []
-    assert faults_of(lambda: draw_holdout(made(6, each=6), 2)) == (
-        "leaves no patient of 6 cases to train on; hold fewer out",
-    )
+    with pytest.raises(ConfigError, match=r"^leaves no patient of 6 cases to train on; hold fewer"):
+        draw_holdout(made(6, each=6), 2)
 
 
 def test_patients_of_two_sites_join_them() -> None:
@@ -112,9 +118,10 @@ def test_patients_of_two_sites_join_them() -> None:
     ]
     folds = draw_folds(cases, 2, by="site")
     assert sorted(folds) == [["a", "b", "c"], ["d"]]
-    assert faults_of(lambda: draw_folds(cases, 3, by="site")) == (
-        "got 3 folds for 2 sites, expected at most one for each; use fewer folds",
-    )
+    with pytest.raises(
+        ConfigError, match=r"^got 3 folds for 2 sites, expected at most one for each"
+    ):
+        draw_folds(cases, 3, by="site")
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -21,6 +21,8 @@ from prism_meta.modalities import file_tokens
 #: A file that matches better than another belongs to the modality: by a pattern, by the modality's own
 #: name, by a name that another data set has for it.
 _PATTERN, _OWN, _OTHER = 3, 2, 1
+#: The section of names that only messages know.
+_SUGGESTED = "suggested"
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ def other_names(name: str) -> tuple[str, ...]:
     known = file_tokens(name)
     listed = (
         other
-        for preset in _presets().values()
+        for title, preset in _presets().items()
+        if title != _SUGGESTED
         for other in preset.get("names", {}).get(known[0], ())
     )
     return tuple(dict.fromkeys(other for other in listed if other not in known))
@@ -189,6 +192,7 @@ def nearest_ending(name: str, found: Iterable[str]) -> str | None:
 def _synonyms(name: str) -> set[str]:
     """All names that mean the same modality as ``name``, whichever of them it is."""
     own = set(file_tokens(name)) | set(other_names(name))
+    own |= set(_presets()[_SUGGESTED]["names"].get(_folded(name), ()))
     for preset in _presets().values():
         for canonical, others in preset.get("names", {}).items():
             if _folded(name) in others:
