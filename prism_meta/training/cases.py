@@ -77,7 +77,7 @@ def _layout(config: Config) -> str | None:
 
 def _names(config: Config, *, label: bool) -> FileNames:
     data = config.data
-    return FileNames(data.modalities, data.label if label else None, data.files)
+    return FileNames(data.modalities, data.label if label else None, data.files, data.align)
 
 
 class Split(NamedTuple):

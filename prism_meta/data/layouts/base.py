@@ -163,8 +163,9 @@ def build_case(
         channels=dict(channels or {}),
         site=site,
         patient=patient,
+        align=names.align,
     )
-    return case, [*faults, *case.header_faults()] if case.files else faults
+    return case, [*faults, *case.header_faults(names.notes)] if case.files else faults
 
 
 def name_faults(name: str, what: str = "the name of the folder") -> list[str]:

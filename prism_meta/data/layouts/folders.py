@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prism_meta.data.availability import apply_availability
 from prism_meta.data.cases import Case
+from prism_meta.data.grids import Align
 from prism_meta.data.layouts.base import Found, Layout
 from prism_meta.data.layouts.bids import Bids
 from prism_meta.data.layouts.case_folders import CaseFolders
@@ -15,9 +17,10 @@ from prism_meta.data.layouts.flat import Flat
 from prism_meta.data.layouts.manifest import Manifest
 from prism_meta.data.layouts.names import FileNames
 from prism_meta.data.layouts.nnunet import NnUNet
-from prism_meta.errors import CaseError, Fault, raise_faults
+from prism_meta.errors import CaseError, Fault, one_line, raise_faults
 from prism_meta.modalities import BRATS
 
+_log = logging.getLogger(__name__)
 #: The layouts, in the order in which they are tried. The last one is taken if no other matches.
 LAYOUTS: tuple[Layout, ...] = (Manifest(), NnUNet(), Decathlon(), Bids(), Flat(), CaseFolders())
 #: Names of the layouts for ``find`` and ``data.layout``.
@@ -36,16 +39,21 @@ def find(root: Path | str, names: FileNames, *, layout: str | None = None) -> Fo
         ConfigError: there is no layout of this name.
     """
     root = Path(root)
+    found = _layout(root, names, layout).find(root, names)
+    for line in names.notes.lines():
+        _log.warning("%s", one_line(line))
+    return found
+
+
+def _layout(root: Path, names: FileNames, layout: str | None) -> Layout:
     if layout is None:
-        return next((one for one in LAYOUTS if one.matches(root, names)), LAYOUTS[-1]).find(
-            root, names
-        )
+        return next((one for one in LAYOUTS if one.matches(root, names)), LAYOUTS[-1])
     if layout not in LAYOUT_NAMES:
         message = (
             f"layout: got {layout!r}, expected one of {', '.join(LAYOUT_NAMES)}; use one of them"
         )
         raise CaseError([Fault(message, "layout")])
-    return LAYOUTS[LAYOUT_NAMES.index(layout)].find(root, names)
+    return LAYOUTS[LAYOUT_NAMES.index(layout)]
 
 
 def find_cases(
@@ -55,6 +63,7 @@ def find_cases(
     label: str | None = "seg",
     layout: str | None = None,
     files: Mapping[str, Sequence[str]] | None = None,
+    align: Align = "refuse",
 ) -> tuple[list[Case], list[str]]:
     """Find the cases in a folder, and the faults of those that cannot be used. Reads headers only.
 
@@ -66,6 +75,7 @@ def find_cases(
         label: name of the label files. None ignores them and their faults. Defaults to ``seg``.
         layout: name of the layout. Defaults to None: it is detected.
         files: patterns of the files of a modality or of the label, e.g. ``{"lge": ["*_DE*"]}``.
+        align: what happens to files that lie on other grids, see ``Case``.
 
     Returns:
         The cases without faults, sorted by name; and the faults of the others and of the folder.
@@ -76,7 +86,8 @@ def find_cases(
         >>> cases, faults[0].split(": ")[1]
         ([], 'no case found; expected folders with files like *t1.nii.gz')
     """
-    found = find(root, FileNames(tuple(modalities), label, dict(files or {})), layout=layout)
+    names = FileNames(tuple(modalities), label, dict(files or {}), align)
+    found = find(root, names, layout=layout)
     return found.cases, found.faults
 
 
@@ -88,6 +99,7 @@ def load_cases(
     availability: Path | str | None = None,
     layout: str | None = None,
     files: Mapping[str, Sequence[str]] | None = None,
+    align: Align = "refuse",
 ) -> list[Case]:
     """Find the cases of a data set. Reads headers, but no voxels.
 
@@ -113,6 +125,8 @@ def load_cases(
         layout: name of the layout, one of ``LAYOUT_NAMES``. Defaults to None: it is detected.
         files: patterns of the files of a modality or of the label, e.g. ``{"lge": ["*_DE*"]}``.
             Defaults to none.
+        align: ``"resample"`` brings files that lie on other grids onto the grid of the label, or of the
+            first modality without a label. Defaults to ``"refuse"``, which makes them faults.
 
     Returns:
         The cases, sorted by name.
@@ -132,6 +146,8 @@ def load_cases(
         >>> [(case.id, case.availability.tolist()) for case in load_cases(root, ("t1", "t2"))]
         [('p1', [True, False])]
     """
-    cases, faults = find_cases(root, modalities, label=label, layout=layout, files=files)
+    cases, faults = find_cases(
+        root, modalities, label=label, layout=layout, files=files, align=align
+    )
     raise_faults(CaseError, faults)
     return cases if availability is None else apply_availability(cases, availability)

@@ -15,6 +15,7 @@ from typing import Any
 
 import tomlkit
 
+from prism_meta.data.grids import Align, Notes
 from prism_meta.data.layouts.search import SUFFIXES
 from prism_meta.modalities import file_tokens
 
@@ -34,6 +35,8 @@ class FileNames:
         label: name of the label files. None ignores them.
         patterns: modality or label -> patterns of its files, with ``*`` and ``?``, e.g. ``*_DE*``. A
             pattern with a slash also names folders within that of the case. Defaults to none.
+        align: what happens to files that lie on other grids, see ``Case``.
+        notes: receives what is odd about the files, but no fault.
 
     Example:
         >>> names = FileNames(("t1", "lge"), "seg", {"lge": ("*_late*",)})
@@ -44,6 +47,8 @@ class FileNames:
     modalities: tuple[str, ...]
     label: str | None = "seg"
     patterns: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    align: Align = "refuse"
+    notes: Notes = field(default_factory=Notes, compare=False)
 
     @property
     def all(self) -> tuple[str, ...]:

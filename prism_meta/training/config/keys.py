@@ -14,6 +14,7 @@ ARGUMENT_KEYS: Mapping[str, str] = MappingProxyType(
         "layout": "data.layout",
         "patch": "data.patch",
         "spacing": "data.spacing",
+        "align": "data.align",
         "labels": "data.labels",
         "table": "data.availability",
         "missing_rates": "data.missing_rates",
