@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import warnings
@@ -19,6 +20,7 @@ from prism_meta.errors import CaseError, PrismError, raise_faults
 from prism_meta.files import writable_folder
 from prism_meta.report import compare
 from prism_meta.report.tables import comparison_table, results_table
+from prism_meta.training import cases
 from prism_meta.training.build import build_fabric
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.config.baselines import BASELINES
@@ -39,16 +41,31 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise _Terminated
 
 
+class _Told(logging.Handler):
+    """Prints on standard error what the library says of the cases."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(record.getMessage(), err=True)
+
+
+def _is_first() -> bool:
+    """Whether this is the first of the processes that a training starts; they all find the same."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0"
+
+
 class _Commands(ErrorLines):
     """Ends every command alike: faults are a line each and code 2, signals a line and 128 + number."""
 
     def invoke(self, ctx: Any) -> Any:
         before = signal.signal(signal.SIGTERM, _terminate)
+        said, told = logging.getLogger(cases.__name__), _Told()
+        said.setLevel(logging.INFO)
+        if _is_first():
+            said.addHandler(told)
         try:
             return super().invoke(ctx)
         except PrismError as error:
-            # Processes that a training starts meet the same faults; the first tells them.
-            if os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0":
+            if _is_first():
                 for fault in error.faults:
                     tell(f"error: {fault}")
             raise SystemExit(2) from error
@@ -57,6 +74,7 @@ class _Commands(ErrorLines):
             number = signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT
             raise SystemExit(128 + number) from error
         finally:
+            said.removeHandler(told)
             signal.signal(signal.SIGTERM, before)
 
 
@@ -211,7 +229,7 @@ def run_train(
         )
     if root is None:
         root = Path(str(run.facts["data"]))
-        if not root.is_dir():
+        if not root.exists():
             raise PrismError(
                 f"{resume}: its cases are no longer in {root}; give the folder that they moved to: "
                 f"prism-meta train --resume {resume} CASES"

@@ -128,6 +128,25 @@ def read_availability(path: Path | str, modalities: Sequence[str]) -> dict[str, 
     return table
 
 
+def available(cases: Sequence[Case], table: Path | str) -> dict[str, tuple[bool, ...]]:
+    """The rows of an availability table that belong to cases, by the names of the cases.
+
+    The published tables put HG_ or LG_, the grade of the glioma, before the names of BraTS 2020.
+
+    Args:
+        cases: the cases, at least one. Those that are not in the table are left out.
+        table: the CSV file, see ``read_availability``.
+    """
+    rows = read_availability(table, cases[0].modalities)
+    found = {}
+    for case in cases:
+        name = composed(case.id)
+        row = next((rows[n] for n in (name, f"HG_{name}", f"LG_{name}") if n in rows), None)
+        if row is not None:
+            found[case.id] = row
+    return found
+
+
 def apply_availability(cases: Sequence[Case], table: Path | str) -> list[Case]:
     """Restrict cases to the modalities that an availability table lists as available.
 
@@ -141,21 +160,20 @@ def apply_availability(cases: Sequence[Case], table: Path | str) -> list[Case]:
     Raises:
         CaseError: a case is not in the table, or the table lists a modality that has no file.
     """
-    rows = read_availability(table, cases[0].modalities)
+    rows = available(cases, table)
     faults, restricted = [], []
     for case in cases:
-        name = composed(case.id)
-        if name not in rows:
+        if case.id not in rows:
             faults.append(f"case {case.id}: not in {table}; add a line for it")
             continue
-        listed = dict(zip(case.modalities, rows[name], strict=True))
+        listed = dict(zip(case.modalities, rows[case.id], strict=True))
         absent = [name for name, there in listed.items() if there and name not in case.files]
         if absent:
             faults.append(
                 f"case {case.id}: {table} lists {', '.join(absent)}, but there is no such file; "
                 "put 0 there"
             )
-        restricted.append(case.restrict(rows[name]))
+        restricted.append(case.restrict(rows[case.id]))
     raise_faults(CaseError, faults)
     return restricted
 

@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-
-from prism_meta.data.availability import apply_availability, drop_modalities
+from prism_meta.data.availability import apply_availability, available, drop_modalities
 from prism_meta.data.cache import CachedCase, prepare
 from prism_meta.data.cases import Case
-from prism_meta.data.layouts.folders import find_cases, load_cases
-from prism_meta.errors import ConfigError
+from prism_meta.data.layouts.folders import find
+from prism_meta.data.layouts.names import FileNames
+from prism_meta.data.splits import (
+    draw_folds,
+    draw_holdout,
+    folds_json,
+    read_folds,
+    shared_patients,
+)
+from prism_meta.errors import CaseError, ConfigError, Fault, PrismError, one_line, raise_faults
 from prism_meta.files import writable_folder
 from prism_meta.modalities import composed
 from prism_meta.training.build import build_label_set, build_preprocessing, configuration_keys
 from prism_meta.training.config import Config
+from prism_meta.training.config.keys import ARGUMENT_KEYS
 from prism_meta.training.processes import Processes
 from prism_meta.training.stopping import TrainingStopped
 
+#: Tells what was found, one line each; the commands print it on standard error.
+_log = logging.getLogger(__name__)
+
 
 def load_configured(config: Config, root: Path | str) -> list[Case]:
-    """Load the cases of a folder with the modalities and the label that the configuration names."""
+    """Load the cases to train on, as the configuration describes them.
+
+    Raises:
+        CaseError: cases have faults, no case has a modality, or most have no label.
+    """
+    names = _names(config, label=True)
     with configuration_keys():
-        return load_cases(Path(root), config.data.modalities, label=config.data.label)
+        found = find(root, names, layout=_layout(config))
+        _log.info("%s", found.sentence())
+        faults = [*found.faults, *found.modality_faults(names), *found.label_faults(names)]
+        raise_faults(CaseError, faults)
+    return found.cases
 
 
 def find_configured(
@@ -31,46 +52,109 @@ def find_configured(
 ) -> tuple[list[Case], list[str]]:
     """The cases of a folder without faults, and the faults of the others; see ``load_configured``.
 
+    Any modality may be missing in all of them; a note says so if other files were found.
+
     Args:
-        config: names of the modalities and of the label.
+        config: names of the modalities and of the label, and the layout.
         root: the folder.
         label: False leaves the labels out, so that a damaged one is no fault.
     """
+    names, layout = _names(config, label=label), _layout(config)
+    found = find(root, names, layout=layout)
+    if not found.cases and layout is not None:
+        # A run that was trained on cases in one layout may predict cases in another.
+        other = find(root, names)
+        found = other if other.cases else found
+    _log.info("%s", found.sentence())
+    for note in found.notes(names):
+        _log.info("%s", one_line(note))
+    faults = [*found.faults, *(found.label_faults(names) if label else [])]
+    return found.cases, list(PrismError(faults).with_keys(ARGUMENT_KEYS).faults)
+
+
+def _layout(config: Config) -> str | None:
+    return None if config.data.layout == "auto" else config.data.layout
+
+
+def _names(config: Config, *, label: bool) -> FileNames:
     data = config.data
-    return find_cases(Path(root), data.modalities, label=data.label if label else None)
+    return FileNames(data.modalities, data.label if label else None, data.files, data.align)
 
 
-def split(config: Config, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
-    """Split cases into training and test cases.
+class Split(NamedTuple):
+    """Training cases, held-out cases, and the folds that they come from, if any, as ``folds.json``."""
+
+    training: list[Case]
+    test: list[Case]
+    folds: str | None = None
+
+
+def split(config: Config, cases: Sequence[Case]) -> Split:
+    """Split cases into training and test cases, so that no patient has cases in both.
 
     The configuration can make modalities of the training cases missing.
 
     Raises:
-        ConfigError: a test case does not exist, or no case is left to train on.
-        CaseError: the availability table does not fit the cases.
+        ConfigError: a test case does not exist, no case is left to train on, or there are too few
+            patients or sites.
+        CaseError: the availability table or the file of folds does not fit the cases.
     """
     data = config.data
-    names = {composed(case.id): case.id for case in cases}
+    with configuration_keys():
+        held, folds = _held_out(config, cases)
+        training = [case for case in cases if case.id not in held]
+        test = [case for case in cases if case.id in held]
+        if not training:
+            raise ConfigError(
+                f"data.test_cases: leaves none of {len(cases)} cases to train on; hold fewer out"
+            )
+        raise_faults(
+            ConfigError,
+            [
+                f"data.test_cases: patient {patient} has cases in both sets ({', '.join(names)}); hold "
+                "out all cases of the patient, or none"
+                for patient, names in shared_patients(training, test).items()
+            ],
+        )
+        if data.availability is not None:
+            training = apply_availability(training, data.availability)
+        elif data.missing_rates is not None:
+            training = drop_modalities(training, data.missing_rates, seed=config.seed)
+    return Split(training, test, folds)
+
+
+def _held_out(config: Config, cases: Sequence[Case]) -> tuple[set[str], str | None]:
+    """Names of the cases that are held out, and the content of ``folds.json``."""
+    data, names = config.data, {composed(case.id): case.id for case in cases}
     unknown = [name for name in data.test_cases if name not in names]
     if unknown:
         raise ConfigError(
             f"data.test_cases: no such case: {', '.join(unknown)}; name cases of the folder"
         )
-    if max(data.holdout, len(data.test_cases)) >= len(cases):
+    if data.holdout >= max(1, len(cases)):
         raise ConfigError(
             f"data.holdout: leaves none of {len(cases)} cases to train on; hold fewer out"
         )
-    held = {names[name] for name in data.test_cases}
-    if data.holdout:
-        order = torch.randperm(len(cases), generator=torch.Generator().manual_seed(config.seed))
-        held = {cases[i].id for i in order[: data.holdout].tolist()}
-    training = [case for case in cases if case.id not in held]
-    with configuration_keys():
-        if data.availability is not None:
-            training = apply_availability(training, data.availability)
-        elif data.missing_rates is not None:
-            training = drop_modalities(training, data.missing_rates, seed=config.seed)
-    return training, [case for case in cases if case.id in held]
+    table = None
+    if data.availability is not None and (data.holdout or data.folds is not None):
+        table = available(cases, data.availability)
+    if data.folds is None:
+        held = draw_holdout(
+            cases, data.holdout, by=data.split, seed=config.seed, availability=table
+        )
+        return set(held) | {names[name] for name in data.test_cases}, None
+    if isinstance(data.folds, Path):
+        folds = read_folds(data.folds, cases)
+    else:
+        folds = draw_folds(cases, data.folds, by=data.split, seed=config.seed, availability=table)
+    number = data.fold or 0
+    if number >= len(folds):
+        message = (
+            f"got fold {number}, expected at most {len(folds) - 1}, because there are {len(folds)}"
+        )
+        raise ConfigError([Fault(f"{message} folds; give another", "fold")])
+    content = folds_json(folds, fold=number, by=data.split, seed=config.seed)
+    return set(folds[number]), content
 
 
 def prepare_configured(

@@ -2,6 +2,7 @@
 
 config.toml              the resolved configuration
 run.json                 versions, seed, command, cases and the modalities that they have
+folds.json               the folds by the names of their cases, if data.folds is set
 metrics.jsonl            one line per step
 checkpoint.pt            state of the training, from which it can be resumed
 checkpoint.previous.pt   the one before, in case that the newest is damaged
@@ -82,7 +83,13 @@ class Run:
                 f"{folder}: holds a run already; continue it with --resume, or give another --out"
             )
         # A run that was killed while it started leaves its lock beside such files.
-        names = ("config.toml", "metrics.jsonl", "checkpoint.pt", "weights.safetensors")
+        names = (
+            "config.toml",
+            "folds.json",
+            "metrics.jsonl",
+            "checkpoint.pt",
+            "weights.safetensors",
+        )
         taken = [name for name in names if (folder / name).exists()]
         if taken and not (folder / LOCK).exists():
             raise PrismError(
@@ -99,6 +106,7 @@ class Run:
         train: Sequence[Case],
         test: Sequence[Case],
         own: Mapping[str, str] | None = None,
+        folds: str | None = None,
     ) -> Run:
         """Start a run in an empty or new folder.
 
@@ -109,6 +117,7 @@ class Run:
             train: training cases.
             test: cases that are held out.
             own: class names of the objects that replace configured ones, e.g. ``{"model": "WrappedNet"}``.
+            folds: the content of ``folds.json``.
 
         Raises:
             PrismError: the folder holds a run already, or cannot be written.
@@ -128,6 +137,8 @@ class Run:
         }
         # run.json comes last: with it the run exists.
         write_whole(folder / "config.toml", config.to_toml())
+        if folds is not None:
+            write_whole(folder / "folds.json", folds)
         write_whole(folder / "run.json", json.dumps(facts, indent=2) + "\n")
         return cls(folder, config, facts)
 

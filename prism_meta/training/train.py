@@ -137,7 +137,7 @@ def train(
         check_configuration(config, model=model)
     fabric = fabric or build_fabric(config.fabric)
     root = Path(cases) if isinstance(cases, (Path, str)) else None
-    training, test = _split(config, cases)
+    training, test, folds = _split(config, cases)
     if run is not None:
         run.check_cases(only(training, Case))
     elif out is not None:
@@ -175,6 +175,7 @@ def train(
                             train=only(training, Case),
                             test=test,
                             own=own.names(),
+                            folds=folds,
                         )
                     )
             run = processes.gather(run)[0]
@@ -194,13 +195,13 @@ def train(
     return Trained(build_predictor(config, parts.model), history, tuple(test), run)
 
 
-def _split(config: Config, cases: Cases) -> tuple[Any, list[Case]]:
-    """What to train on, and the cases that are held out."""
+def _split(config: Config, cases: Cases) -> tuple[Any, list[Case], str | None]:
+    """What to train on, the cases that are held out, and the folds; see ``split``."""
     if isinstance(cases, (Path, str)):
         cases = load_configured(config, cases)
     files = only(cases, Case)
     if not files:
-        return cases, []
+        return cases, [], None
     wrong = [case for case in files if case.modalities != config.data.modalities]
     if wrong:
         raise ConfigError(

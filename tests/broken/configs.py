@@ -26,6 +26,7 @@ INTEGERS = {
 }
 #: Values out of the range of each number.
 FLOATS = {
+    "data.align": ("yes", "true", "1", "resampled", "[]"),
     "data.foreground": ("-0.1", "1.1"),
     "objective.beta": ("-1", "1e9"),
     "objective.delta": ("-1", "1e9"),
@@ -44,7 +45,7 @@ FLOATS = {
 CHOICES = (
     "masks.train", "masks.meta", "model.network", "model.fusion", "objective.weighting",
     "objective.direction", "objective.prototype", "meta.strategy", "meta.inner", "meta.inner_state",
-    "fabric.accelerator", "fabric.precision", "evaluation.empty",
+    "fabric.accelerator", "fabric.precision", "evaluation.empty", "data.layout", "data.split",
 )  # fmt: skip
 SWITCHES = (
     "objective.scale_decay", "objective.weighted", "objective.unimodal", "meta.inner_decay",
@@ -63,6 +64,10 @@ OTHERS = {
                    "[1e9, 16]", "[100000, 16]", "[]"),
     "data.missing_rates": ("0.5", "[1, 0, 0, 0]", "[-1, 0, 0, 0]", "[nan, 0, 0, 0]", "['a', 0, 0, 0]"),
     "data.test_cases": ("p0", "[1]", "3", "true"),
+    "data.folds": ("0", "1", "-3", "1.5", "true", "[]", "[3]", "{a = 1}", "nan"),
+    "data.fold": ("-1", "1.5", "true", "a", "[]", "1e9"),
+    "data.files": ("3", "[]", "'*_t1*'", "{t1 = 3}", "{t1 = []}", "{t1 = [1]}", "{t1 = ''}", "{t1 = '/a'}",
+                   "{t1 = '../a'}", "{t1 = ['*_t1*', ' ']}", "{t9 = '*_t1*'}"),
     "fabric.devices": ("0", "-5", "abc", '""', "1.5", "true", "[0]", "{a = 1}", "'3,'", "100000", "'1,x'"),
 }  # fmt: skip
 KEYS = {*INTEGERS, *FLOATS, *CHOICES, *SWITCHES, *PATHS, *OTHERS}
@@ -137,6 +142,24 @@ TOGETHER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "a test case twice": (("data.test_cases=['p0', 'p0']",), ("test_cases: a case occurs twice",)),
     "an unknown test case": (("data.test_cases=['p9']",), ("data.test_cases", "p9")),
+    "folds and a holdout": (
+        ("data.folds=3", "data.fold=0", "data.holdout=1"),
+        ("folds: got test_cases or holdout, too",),
+    ),
+    "folds without a fold": (("data.folds=3",), ("folds, fold: got one without the other",)),
+    "a fold without folds": (("data.fold=0",), ("folds, fold: got one without the other",)),
+    "the fold after the last": (
+        ("data.folds=3", "data.fold=3"),
+        ("fold: got 3, expected at most 2",),
+    ),
+    "more folds than patients": (
+        ("data.folds=4", "data.fold=0"),
+        ("got 4 folds for 3 patients", "(set data.folds)"),
+    ),
+    "sites that are not known": (
+        ("data.split=site", "data.holdout=1"),
+        ("3 cases have no site (p0, p1, p2)", "(set data.split)"),
+    ),
     "all cases held out": (("data.holdout=3",), ("data.holdout: leaves none of 3 cases",)),
     "one case to train on": (("data.holdout=2",), ("1 training case", "data.holdout")),
     "no modalities": (("data.modalities=[]",), ("modalities",)),

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from commands import run
 
-from broken import Broken, cases, commands, configs, predictions, records, runs, tables
+from broken import Broken, cases, commands, configs, layouts, predictions, records, runs, tables
 
-KINDS = (cases, commands, configs, predictions, records, runs, tables)
+KINDS = (cases, commands, configs, layouts, predictions, records, runs, tables)
 BROKEN = [broken for kind in KINDS for broken in kind.BROKEN]
 
 

@@ -1,24 +1,69 @@
-"""A folder per case, with files named after their modality, as in BraTS."""
+"""The cases in a folder, or in a manifest, whatever layout they have."""
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prism_meta.data.availability import apply_availability
 from prism_meta.data.cases import Case
-from prism_meta.data.layouts.search import FoundFolder, output_mark, search_folders
-from prism_meta.errors import CaseError, one_line, raise_faults
-from prism_meta.modalities import BRATS, composed, file_tokens
+from prism_meta.data.grids import Align
+from prism_meta.data.layouts.base import Found, Layout
+from prism_meta.data.layouts.bids import Bids
+from prism_meta.data.layouts.case_folders import CaseFolders
+from prism_meta.data.layouts.decathlon import Decathlon
+from prism_meta.data.layouts.flat import Flat
+from prism_meta.data.layouts.manifest import Manifest
+from prism_meta.data.layouts.names import FileNames
+from prism_meta.data.layouts.nnunet import NnUNet
+from prism_meta.errors import CaseError, Fault, one_line, raise_faults
+from prism_meta.modalities import BRATS
 
-#: Bytes. File systems take 255, of which the names of outputs need some for suffixes.
-_LONGEST_NAME = 200
+_log = logging.getLogger(__name__)
+#: The layouts, in the order in which they are tried. The last one is taken if no other matches.
+LAYOUTS: tuple[Layout, ...] = (Manifest(), NnUNet(), Decathlon(), Bids(), Flat(), CaseFolders())
+#: Names of the layouts for ``find`` and ``data.layout``.
+LAYOUT_NAMES = tuple(layout.name for layout in LAYOUTS)
+
+
+def find(root: Path | str, names: FileNames, *, layout: str | None = None) -> Found:
+    """Find the cases of a data set, and what is said of them. Reads headers, but no voxels.
+
+    Args:
+        root: a folder, or a manifest; see ``load_cases``.
+        names: names of the modalities, the label and their files.
+        layout: name of a layout. Defaults to None: the first that matches.
+
+    Raises:
+        ConfigError: there is no layout of this name.
+    """
+    root = Path(root)
+    found = _layout(root, names, layout).find(root, names)
+    for line in names.notes.lines():
+        _log.warning("%s", one_line(line))
+    return found
+
+
+def _layout(root: Path, names: FileNames, layout: str | None) -> Layout:
+    if layout is None:
+        return next((one for one in LAYOUTS if one.matches(root, names)), LAYOUTS[-1])
+    if layout not in LAYOUT_NAMES:
+        message = (
+            f"layout: got {layout!r}, expected one of {', '.join(LAYOUT_NAMES)}; use one of them"
+        )
+        raise CaseError([Fault(message, "layout")])
+    return LAYOUTS[LAYOUT_NAMES.index(layout)]
 
 
 def find_cases(
-    root: Path | str, modalities: Sequence[str] = BRATS, *, label: str | None = "seg"
+    root: Path | str,
+    modalities: Sequence[str] = BRATS,
+    *,
+    label: str | None = "seg",
+    layout: str | None = None,
+    files: Mapping[str, Sequence[str]] | None = None,
+    align: Align = "refuse",
 ) -> tuple[list[Case], list[str]]:
     """Find the cases in a folder, and the faults of those that cannot be used. Reads headers only.
 
@@ -28,6 +73,9 @@ def find_cases(
         root: the folder, see ``load_cases``.
         modalities: names of the M modalities, in the model's order.
         label: name of the label files. None ignores them and their faults. Defaults to ``seg``.
+        layout: name of the layout. Defaults to None: it is detected.
+        files: patterns of the files of a modality or of the label, e.g. ``{"lge": ["*_DE*"]}``.
+        align: what happens to files that lie on other grids, see ``Case``.
 
     Returns:
         The cases without faults, sorted by name; and the faults of the others and of the folder.
@@ -38,38 +86,9 @@ def find_cases(
         >>> cases, faults[0].split(": ")[1]
         ([], 'no case found; expected folders with files like *t1.nii.gz')
     """
-    root, modalities = Path(root), tuple(modalities)
-    if not _is_folder(root):
-        return [], [f"{root}: no such folder; give a folder with one folder per case"]
-    mark = output_mark(root)
-    if mark is not None:
-        return [], [
-            f"{root}: has {mark}, so it is an output of prism-meta, expected a folder of cases; "
-            f"give the folder of the cases, or rename {mark} if it is yours"
-        ]
-    faults: list[str] = []
-    names = modalities if label is None else (*modalities, label)
-    found = [
-        _examine(folder, modalities, label)
-        for folder in search_folders(root, faults)
-        if folder.path != root or _assign(folder.files, names)
-    ]
-    found.sort(key=lambda pair: pair[0].id)
-    counts = Counter(case.id for case, _ in found)
-    faults.extend(
-        f"case {name}: {count} folders of this name; rename all but one"
-        for name, count in counts.items()
-        if count > 1
-    )
-    cases = []
-    for case, own in found:
-        faults.extend(own)
-        if not own and counts[case.id] == 1:
-            cases.append(case)
-    if not cases and not faults:
-        pattern = _pattern(modalities)
-        faults.append(f"{root}: no case found; expected folders with files like {pattern}")
-    return cases, faults
+    names = FileNames(tuple(modalities), label, dict(files or {}), align)
+    found = find(root, names, layout=layout)
+    return found.cases, found.faults
 
 
 def load_cases(
@@ -78,24 +97,36 @@ def load_cases(
     *,
     label: str | None = "seg",
     availability: Path | str | None = None,
+    layout: str | None = None,
+    files: Mapping[str, Sequence[str]] | None = None,
+    align: Align = "refuse",
 ) -> list[Case]:
-    """Find the cases in a folder that has one subfolder per case. Reads headers, but no voxels.
+    """Find the cases of a data set. Reads headers, but no voxels.
+
+    The layout is detected: a folder per case (``CaseFolders``, e.g. BraTS), one folder with the files of
+    all cases (``Flat``), BIDS (``Bids``), the Medical Segmentation Decathlon (``Decathlon``), nnU-Net's raw
+    data (``NnUNet``), or a table of files in CSV or JSON (``Manifest``).
 
     A file belongs to modality ``flair`` if it is named ``flair.nii.gz`` or ends in
     ``_flair.nii.gz`` or ``-flair.nii.gz`` (BraTS 2018-2021). Uncompressed files (``.nii``), upper-case
-    names and the names of BraTS 2023 (``-t1n``, ``-t1c``, ``-t2f``, ``-t2w``) are accepted, too. A file
-    that several modalities match belongs to the one with the longest name.
+    names and the names of other data sets (BraTS 2023: ``-t1n``, ``-t1c``, ``-t2f``, ``-t2w``) are
+    accepted, too. A file that several modalities match belongs to the one with the longest name.
 
     Hidden folders are skipped, and so are outputs of this package with all that is below them
     (``OUTPUT_MARKS``). Symbolic links are followed, but each real folder counts once.
 
     Args:
-        root: the folder. It may also be the folder of a single case.
+        root: the folder, or the file of a manifest. It may also be the folder of a single case.
         modalities: names of the M modalities, in the model's order.
         label: name of the label files, matched like a modality. None ignores them. Defaults to
             ``seg``.
         availability: CSV file of the modalities to use, see ``read_availability``. Defaults to all
             modalities that have a file.
+        layout: name of the layout, one of ``LAYOUT_NAMES``. Defaults to None: it is detected.
+        files: patterns of the files of a modality or of the label, e.g. ``{"lge": ["*_DE*"]}``.
+            Defaults to none.
+        align: ``"resample"`` brings files that lie on other grids onto the grid of the label, or of the
+            first modality without a label. Defaults to ``"refuse"``, which makes them faults.
 
     Returns:
         The cases, sorted by name.
@@ -115,72 +146,8 @@ def load_cases(
         >>> [(case.id, case.availability.tolist()) for case in load_cases(root, ("t1", "t2"))]
         [('p1', [True, False])]
     """
-    cases, faults = find_cases(root, modalities, label=label)
+    cases, faults = find_cases(
+        root, modalities, label=label, layout=layout, files=files, align=align
+    )
     raise_faults(CaseError, faults)
     return cases if availability is None else apply_availability(cases, availability)
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):  # the path is too long, or has a NUL
-        return False
-
-
-def _examine(
-    folder: FoundFolder, modalities: tuple[str, ...], label: str | None
-) -> tuple[Case, list[str]]:
-    """The case in a folder, and its faults."""
-    path = folder.path
-    # Tables and file systems differ in how they write letters with accents.
-    name = composed(path.resolve().name if path.name in ("", "..") else path.name)
-    faults = []
-    if one_line(name) != name:
-        faults.append(
-            f"case {name}: the name of the folder is not UTF-8, or has control characters, expected a "
-            "name that tables can hold; rename the folder"
-        )
-    size = len(os.fsencode(name))
-    if size > _LONGEST_NAME:
-        faults.append(
-            f"case {name}: the name has {size} bytes, expected at most {_LONGEST_NAME}, because outputs "
-            "are named after the case; rename the folder"
-        )
-    found = _assign(folder.files, modalities if label is None else (*modalities, label))
-    for key, matches in found.items():
-        if len(matches) > 1:
-            faults.append(
-                f"case {name}: {len(matches)} files for {key!r} ({', '.join(matches)}); "
-                "keep one per folder"
-            )
-    files = {m: path / found[m][0] for m in modalities if m in found}
-    labels = [] if label is None else found.get(label, [])
-    case = Case(name, modalities, files=files, label=path / labels[0] if labels else None)
-    if files:
-        return case, [*faults, *case.header_faults()]
-    faults.append(
-        f"case {name}: no modality; expected a file like {_pattern(modalities)}, found "
-        f"{', '.join(folder.files) or 'nothing'}; add a file or remove the folder"
-    )
-    return case, faults
-
-
-def _pattern(modalities: Sequence[str]) -> str:
-    return " or ".join(f"*{name}.nii.gz" for name in modalities)
-
-
-def _assign(files: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
-    """Which of ``names``, modalities and the label, each file belongs to; others are left out."""
-    found: dict[str, list[str]] = {name: [] for name in names}
-    for file in files:
-        stem = composed(file).lower()
-        stem = stem.removesuffix(".gz").removesuffix(".nii")
-        tokens = [
-            (len(token), name)
-            for name in names
-            for token in file_tokens(name)
-            if stem == token or stem.endswith((f"_{token}", f"-{token}"))
-        ]
-        if tokens:
-            found[max(tokens)[1]].append(file)
-    return {name: matches for name, matches in found.items() if matches}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ class FoundFolder:
 
     Args:
         path: the folder, below the root of the search.
-        files: names of its NIfTI files, sorted.
+        files: names of its NIfTI files, sorted; and paths of those in subfolders that belong to it.
     """
 
     path: Path
@@ -44,7 +44,13 @@ def output_mark(folder: Path) -> str | None:
     return next((mark for mark in OUTPUT_MARKS if os.path.lexists(folder / mark)), None)
 
 
-def search_folders(root: Path, faults: list[str]) -> Iterator[FoundFolder]:
+def search_folders(
+    root: Path,
+    faults: list[str],
+    *,
+    is_case: Callable[[tuple[str, ...]], bool] = lambda files: False,
+    nested: Callable[[str], bool] = lambda path: False,
+) -> Iterator[FoundFolder]:
     """Yield the folders at and below ``root`` that should be cases, each real folder once.
 
     Symbolic links are followed, after all real folders, so that a folder that is reached by both is
@@ -53,6 +59,9 @@ def search_folders(root: Path, faults: list[str]) -> Iterator[FoundFolder]:
     Args:
         root: a folder.
         faults: receives a message for each folder that cannot be read.
+        is_case: whether these files are those of a case. What is below the folder of a case is not
+            searched, but for ``root`` that has no files in subfolders.
+        nested: whether a file in a subfolder, such as ``pre/t1.nii.gz``, belongs to the folder above.
     """
     above = {_identity(folder) for folder in (root.resolve(), *root.resolve().parents)}
     seen: set[tuple[int, int]] = set()
@@ -82,10 +91,23 @@ def search_folders(root: Path, faults: list[str]) -> Iterator[FoundFolder]:
         for entry in listed:
             if entry.name not in files and _leads_nowhere(entry):
                 _log.warning("%s is a link to nothing and is skipped", one_line(entry.path))
-        pending.extend(Path(folder, e.name) for e in reversed(below) if not e.is_symlink())
-        links.extend(Path(folder, e.name) for e in below if e.is_symlink())
+        files += tuple(path for e in below for path in _files_in(e) if nested(path))
+        whole = is_case(files) and (folder != root or any("/" in file for file in files))
+        if not whole:
+            pending.extend(Path(folder, e.name) for e in reversed(below) if not e.is_symlink())
+            links.extend(Path(folder, e.name) for e in below if e.is_symlink())
         if files or not below:
             yield FoundFolder(folder, files)
+
+
+def _files_in(folder: os.DirEntry[str]) -> list[str]:
+    """The NIfTI files in a subfolder, as paths in the folder above."""
+    try:
+        with os.scandir(folder.path) as entries:
+            names = sorted(e.name for e in entries if not e.name.startswith("."))
+    except OSError:  # the search says so when it comes there
+        return []
+    return [f"{folder.name}/{name}" for name in names if name.lower().endswith(SUFFIXES)]
 
 
 def _identity(folder: Path) -> tuple[int, int]:

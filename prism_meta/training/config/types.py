@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from prism_meta.errors import ConfigError
 from prism_meta.training.config.file import user_path
 
 # Numbers are strict, so that ``steps = true`` and ``steps = "5"`` are faults. Upper bounds lie beyond any
@@ -21,6 +22,34 @@ Steps = Annotated[int, Field(strict=True, ge=1, le=10**8)]
 Repeats = Annotated[int, Field(strict=True, ge=1, le=10_000)]
 Size = Annotated[int, Field(strict=True, ge=1, le=4096)]
 Class = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
+
+
+def _listed(value: object) -> object:
+    """One pattern is a list of one."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _pattern(text: str) -> str:
+    """A pattern of file names within the folder of a case.
+
+    Raises:
+        ConfigError: it can fit no file there.
+    """
+    parts = text.split("/")
+    if not text.strip() or not text.isprintable() or ".." in parts or "" in parts:
+        raise ConfigError(
+            f"got the pattern {text!r}, expected the end of a file name, e.g. *_DE*, with folders at most "
+            "within that of the case; correct it"
+        )
+    return text
+
+
+#: Patterns of file names, with * and ?.
+Patterns = Annotated[
+    tuple[Annotated[str, AfterValidator(_pattern)], ...],
+    BeforeValidator(_listed),
+    Field(min_length=1),
+]
 UserPath = Annotated[Path, BeforeValidator(user_path)]
 
 
