@@ -130,7 +130,9 @@ def split(config: Config, cases: Sequence[Case]) -> Split:
             try:
                 meta = drop_modalities(training, data.meta_missing_rates, seed=2**32 + config.seed)
             except PrismError as error:
-                raise error.with_keys({"rates": "data.meta_missing_rates", "seed": "seed"}) from error
+                raise error.with_keys(
+                    {"rates": "data.meta_missing_rates", "seed": "seed"}
+                ) from error
         if data.availability is not None:
             training = apply_availability(training, data.availability)
         elif data.missing_rates is not None:
