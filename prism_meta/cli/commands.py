@@ -151,7 +151,9 @@ def run_train(
     root: Annotated[
         Path | None,
         typer.Argument(
-            parser=path, metavar="CASES", help="Folder with one folder of NIfTI files per case."
+            parser=path,
+            metavar="CASES",
+            help="Folder of cases (a folder per case, BIDS, Decathlon, nnU-Net), or a manifest.",
         ),
     ] = None,
     out: Annotated[

@@ -254,7 +254,7 @@ def _refuse_case_folder(out: Path, root: Path, cases: Sequence[Case]) -> None:
         for case in cases
         for file in case.files.values()
         for folder in file.parents
-        if folder.is_relative_to(root)
+        if folder == file.parent or folder.is_relative_to(root)
     }
     if _real(out) in map(_real, folders):
         raise OutputError(

@@ -46,12 +46,19 @@ class CachedCase:
         availability: bool (M,), which modalities exist.
         shape: (D, H, W) on the model's grid.
         path: the safetensors file.
+        meta_availability: bool (M,), which modalities exist when the case is in a meta batch. Defaults to
+            ``availability``.
     """
 
     id: str
     availability: Tensor
     shape: tuple[int, int, int]
     path: Path
+    meta_availability: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.meta_availability is None:
+            object.__setattr__(self, "meta_availability", self.availability)
 
     def centres(self) -> list[Tensor]:
         """Flat voxel indices to centre patches on: in the brain, then in each foreground class."""

@@ -72,6 +72,7 @@ class Episodes(Dataset[tuple[Batch, Batch]]):
         self.seed, self.rank = seed, rank
         raise_faults(ConfigError, self._faults())
         self.availability = torch.stack([case.availability for case in self.cases])
+        self.meta_availability = torch.stack([case.meta_availability for case in self.cases])
         self._centres: dict[str, list[Tensor]] = {}
         self._split_cases(torch.Generator().manual_seed(0))  # raises if no episode can be drawn
 
@@ -96,14 +97,14 @@ class Episodes(Dataset[tuple[Batch, Batch]]):
             self.augmentation.seed(random.randint(2**31))
         train, meta = self._split_cases(generator)
         return (
-            self._batch(train, self.train_mask, generator, random),
-            self._batch(meta, self.meta_mask, generator, random),
+            self._batch(train, self.availability, self.train_mask, generator, random),
+            self._batch(meta, self.meta_availability, self.meta_mask, generator, random),
         )
 
     def _split_cases(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Indices of two disjoint sets of cases, each eligible for its mask policy, in random order."""
         order = torch.randperm(len(self.cases), generator=generator)
-        fit_meta = order[self.meta_mask.eligible(self.availability[order])]
+        fit_meta = order[self.meta_mask.eligible(self.meta_availability[order])]
         meta = fit_meta[: len(self.cases) // 2]
         rest = order[~torch.isin(order, meta)]
         train = rest[self.train_mask.eligible(self.availability[rest])]
@@ -123,13 +124,14 @@ class Episodes(Dataset[tuple[Batch, Batch]]):
     def _batch(
         self,
         pool: Tensor,
+        availability: Tensor,
         policy: MaskPolicy,
         generator: torch.Generator,
         random: np.random.RandomState,
     ) -> Batch:
         rounds = -(-self.batch_size // len(pool))
         chosen = pool.repeat(rounds)[: self.batch_size]
-        mask = policy(self.availability[chosen], generator)
+        mask = policy(availability[chosen], generator)
         cases = [self.cases[i] for i in chosen.tolist()]
         patches = [self._patch(c, shown, random) for c, shown in zip(cases, mask, strict=True)]
         images, targets = zip(*patches, strict=True)

@@ -70,21 +70,24 @@ def build_preprocessing(data: DataConfig) -> Preprocessing:
     return Preprocessing(data.spacing)
 
 
-def build_masks(masks: MaskConfig, rates: Sequence[float]) -> tuple[MaskPolicy, MaskPolicy]:
+def build_masks(
+    masks: MaskConfig, rates: Sequence[float], meta_rates: Sequence[float] | None = None
+) -> tuple[MaskPolicy, MaskPolicy]:
     """The mask policies of the train and the meta batch.
 
     Args:
         masks: names of the policies.
         rates: missing rates of the training cases, one per modality.
+        meta_rates: those in meta batches. Defaults to ``rates``.
     """
-    policies: Mapping[str, Callable[[], MaskPolicy]] = {
-        "dynamic": DynamicMask,
-        "static": StaticMask,
-        "full": FullMask,
-        "single": SingleModalityMask,
-        "balanced": lambda: BalancedMask(rates),
+    policies: Mapping[str, Callable[[Sequence[float]], MaskPolicy]] = {
+        "dynamic": lambda _: DynamicMask(),
+        "static": lambda _: StaticMask(),
+        "full": lambda _: FullMask(),
+        "single": lambda _: SingleModalityMask(),
+        "balanced": BalancedMask,
     }
-    return policies[masks.train](), policies[masks.meta]()
+    return policies[masks.train](rates), policies[masks.meta](meta_rates or rates)
 
 
 def build_model(config: Config) -> nn.Module:
@@ -172,7 +175,9 @@ def build_episodes(config: Config, cases: Sequence[CachedCase], *, rank: int = 0
     Raises:
         ConfigError: the patch is larger than a volume, or no episode can be drawn.
     """
-    train_mask, meta_mask = build_masks(config.masks, missing_rates(cases))
+    train_mask, meta_mask = build_masks(
+        config.masks, missing_rates(cases), missing_rates(cases, meta=True)
+    )
     patch = config.data.patch
     with configuration_keys():
         return Episodes(
@@ -212,9 +217,11 @@ def build_predictor(config: Config, model: nn.Module) -> Predictor:
     )
 
 
-def missing_rates(cases: Sequence[CachedCase]) -> list[float]:
-    """The missing rate of each modality; one that no case has counts as 0.99."""
-    availability = torch.stack([case.availability for case in cases])
+def missing_rates(cases: Sequence[CachedCase], *, meta: bool = False) -> list[float]:
+    """The missing rate of each modality, in train or in meta batches; one that no case has counts as 0.99."""
+    availability = torch.stack(
+        [case.meta_availability if meta else case.availability for case in cases]
+    )
     rates: list[float] = (1 - availability.double().mean(0)).clamp(max=0.99).tolist()
     return rates
 

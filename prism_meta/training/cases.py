@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,11 +83,19 @@ def _names(config: Config, *, label: bool) -> FileNames:
 
 
 class Split(NamedTuple):
-    """Training cases, held-out cases, and the folds that they come from, if any, as ``folds.json``."""
+    """How the cases of a run are used.
+
+    Args:
+        training: training cases, with the modalities that they have in train batches.
+        test: held-out cases.
+        folds: the content of ``folds.json``, if there are folds.
+        meta: the training cases with the modalities that they have in meta batches. Defaults to the same.
+    """
 
     training: list[Case]
     test: list[Case]
     folds: str | None = None
+    meta: list[Case] | None = None
 
 
 def split(config: Config, cases: Sequence[Case]) -> Split:
@@ -116,11 +125,20 @@ def split(config: Config, cases: Sequence[Case]) -> Split:
                 for patient, names in shared_patients(training, test).items()
             ],
         )
+        meta = None
+        if data.meta_missing_rates is not None:
+            # Another stream of random numbers than that of the train batches.
+            try:
+                meta = drop_modalities(training, data.meta_missing_rates, seed=2**32 + config.seed)
+            except PrismError as error:
+                raise error.with_keys(
+                    {"rates": "data.meta_missing_rates", "seed": "seed"}
+                ) from error
         if data.availability is not None:
             training = apply_availability(training, data.availability)
         elif data.missing_rates is not None:
             training = drop_modalities(training, data.missing_rates, seed=config.seed)
-    return Split(training, test, folds)
+    return Split(training, test, folds, meta)
 
 
 def _held_out(config: Config, cases: Sequence[Case]) -> tuple[set[str], str | None]:
@@ -162,6 +180,7 @@ def prepare_configured(
     cases: Sequence[Case],
     cache: Path,
     *,
+    meta: Sequence[Case] | None = None,
     processes: Processes,
     on_case: Callable[[int, int, str], None],
     should_stop: Callable[[], bool] | None = None,
@@ -172,6 +191,7 @@ def prepare_configured(
         config: preprocessing and labels.
         cases: with labels.
         cache: folder of the prepared volumes.
+        meta: the same cases with the modalities that they have in meta batches, see ``Split``.
         processes: the first process of a node prepares, and the others find the cases in the cache.
         on_case: called with the number of prepared cases, the number of all cases, and a name.
         should_stop: asked after each case.
@@ -181,6 +201,11 @@ def prepare_configured(
         TrainingStopped: ``should_stop`` was true.
     """
     done = 0
+    # What either batch shows is prepared.
+    whole = [
+        replace(case, files={**other.files, **case.files})
+        for case, other in zip(cases, meta or cases, strict=True)
+    ]
 
     def prepared(name: str) -> None:
         nonlocal done
@@ -194,10 +219,13 @@ def prepare_configured(
         with processes.together(), configuration_keys():
             if (processes.fabric.local_rank == 0) == first:
                 cached = prepare(
-                    cases,
+                    whole,
                     writable_folder(cache),
                     preprocessing=build_preprocessing(config.data),
                     labels=build_label_set(config.data),
                     on_case=prepared,
                 )
-    return cached
+    return [
+        replace(one, availability=case.availability, meta_availability=other.availability)
+        for one, case, other in zip(cached, cases, meta or cases, strict=True)
+    ]

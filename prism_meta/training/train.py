@@ -137,7 +137,7 @@ def train(
         check_configuration(config, model=model)
     fabric = fabric or build_fabric(config.fabric)
     root = Path(cases) if isinstance(cases, (Path, str)) else None
-    training, test, folds = _split(config, cases)
+    training, test, folds, meta = _split(config, cases)
     if run is not None:
         run.check_cases(only(training, Case))
     elif out is not None:
@@ -157,6 +157,7 @@ def train(
                 config,
                 source,
                 _cache(config, out, stack),
+                meta=meta,
                 processes=processes,
                 on_case=advance,
                 should_stop=should_stop,
@@ -195,13 +196,13 @@ def train(
     return Trained(build_predictor(config, parts.model), history, tuple(test), run)
 
 
-def _split(config: Config, cases: Cases) -> tuple[Any, list[Case], str | None]:
-    """What to train on, the cases that are held out, and the folds; see ``split``."""
+def _split(config: Config, cases: Cases) -> tuple[Any, list[Case], str | None, list[Case] | None]:
+    """What to train on, which may be no cases, and the rest of ``Split``."""
     if isinstance(cases, (Path, str)):
         cases = load_configured(config, cases)
     files = only(cases, Case)
     if not files:
-        return cases, [], None
+        return cases, [], None, None
     wrong = [case for case in files if case.modalities != config.data.modalities]
     if wrong:
         raise ConfigError(

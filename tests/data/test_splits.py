@@ -6,15 +6,20 @@ import json
 from pathlib import Path
 
 import layouts
+import niftis
 import pytest
 import torch
-from commands import errors, run, settings
+from commands import SMALL, errors, run, settings
 from helpers import faults_of
 
+import prism_meta as pm
 from prism_meta.data.availability import draw_availability
 from prism_meta.data.cases import Case
 from prism_meta.data.splits import draw_folds, draw_holdout, read_folds
 from prism_meta.errors import ConfigError
+from prism_meta.training.build import build_episodes, build_fabric
+from prism_meta.training.cases import prepare_configured, split
+from prism_meta.training.processes import Processes
 
 NAMES = ("flair", "t1ce", "t1", "t2")
 
@@ -197,3 +202,33 @@ def test_a_patient_is_never_in_both_sets(tmp_path: Path) -> None:
     ]
     assert trained(tmp_path, root, "c", "data.holdout=1", "data.split=site")[0] == 0
     assert json.loads((tmp_path / "c" / "run.json").read_text())["test"] == ["p2"]
+
+
+def test_the_two_batches_have_rates_of_their_own(tmp_path: Path) -> None:
+    root = niftis.write_cases(tmp_path / "data", 4)
+    options = ["data.missing_rates=[0,0,0.5,0.5]", "data.meta_missing_rates=[0.5,0.5,0,0]"]
+    masks = ["masks.train=static", "masks.meta=static", "training.augment=false"]
+    config = pm.load_config(overrides=[*SMALL, *options, *masks])
+    split_cases = split(config, pm.load_cases(root))
+    assert split_cases.meta is not None
+    train = {case.id: case.availability for case in split_cases.training}
+    meta = {case.id: case.availability for case in split_cases.meta}
+    assert torch.stack(list(train.values())).sum(0).tolist() == [4, 4, 2, 2]
+    assert torch.stack(list(meta.values())).sum(0).tolist() == [2, 2, 4, 4]
+    processes = Processes(build_fabric(config.fabric))
+    cached = prepare_configured(
+        config,
+        split_cases.training,
+        tmp_path / "cache",
+        meta=split_cases.meta,
+        processes=processes,
+        on_case=lambda done, total, name: None,
+    )
+    episodes = build_episodes(config, cached)
+    for step in range(4):
+        for batch, rows in zip(episodes[step], (train, meta), strict=True):
+            expected = torch.stack([rows[name] for name in batch.case_ids])
+            assert torch.equal(batch.mask, expected)
+            shown = batch.image.flatten(2).abs().sum(2) > 0
+            assert torch.equal(shown, expected), "what is shown was read"
+    assert run("train", root, "--out", tmp_path / "run", *settings(*options, *masks))[0] == 0

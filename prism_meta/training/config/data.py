@@ -64,6 +64,8 @@ class DataConfig(Section):
     availability: UserPath | None = None
     #: Rates at which modalities are made missing in the training cases, instead of a table.
     missing_rates: tuple[Rate, ...] | None = None
+    #: Rates of the same cases in meta batches, drawn apart. Defaults to what they have in train batches.
+    meta_missing_rates: tuple[Rate, ...] | None = None
     #: Cases that are held out for ``evaluate``, by name; or their number, drawn with the seed. Draws are
     #: stratified by availability.
     test_cases: tuple[Annotated[str, AfterValidator(composed)], ...] = ()
@@ -82,11 +84,12 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:
         faults = modality_faults(self.modalities, self.label)
-        if self.missing_rates is not None and len(self.missing_rates) != len(self.modalities):
-            faults.append(
-                f"missing_rates: got {len(self.missing_rates)} rates; give {len(self.modalities)}, one per "
-                "modality"
-            )
+        for name in ("missing_rates", "meta_missing_rates"):
+            rates = getattr(self, name)
+            if rates is not None and len(rates) != len(self.modalities):
+                faults.append(
+                    f"{name}: got {len(rates)} rates; give {len(self.modalities)}, one per modality"
+                )
         if self.missing_rates is not None and self.availability is not None:
             faults.append("missing_rates, availability: got both; leave out one of the two")
         if self.test_cases and self.holdout:
