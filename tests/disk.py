@@ -130,7 +130,7 @@ def restore(root: Path, state: State) -> None:
             path.write_bytes(content)
 
 
-def states_of(root: Path, command: Callable[[], None]) -> list[tuple[str, State]]:
+def states_of(root: Path, command: Callable[[], object]) -> list[tuple[str, State]]:
     """Run ``command``; all different states of ``root`` in which a kill can leave it, each with a name."""
     found: dict[str, State] = {}
     contents: dict[bytes, bytes] = {}  # equal ones once

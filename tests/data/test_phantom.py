@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from disk import read, restore, states_of
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -286,3 +287,14 @@ def test_faults_are_reported_together(tmp_path: Path) -> None:
     assert "row 0 has 1 entries, expected 2" in str(caught.value)
     assert "row 1 has no modality" in str(caught.value)
     assert not (tmp_path / "new").exists()
+
+
+def test_killed_at_any_moment_they_can_be_drawn_again(tmp_path: Path) -> None:
+    """With all files equal, and no temporary file left in a case's folder."""
+    options: dict[str, Any] = {"shape": SHAPE, "spacing": SPACING, "modalities": ("t1",)}
+    states = states_of(tmp_path, lambda: write_phantoms(tmp_path / "p", [[True]], **options))
+    assert len(states) > 5
+    for moment, state in states:
+        restore(tmp_path, state)
+        write_phantoms(tmp_path / "p", [[True]], **options)
+        assert read(tmp_path) == states[-1][1], moment

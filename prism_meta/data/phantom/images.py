@@ -147,7 +147,7 @@ def write_phantoms(
         shown = [name for name, there in zip(modalities, row, strict=True) if there]
         case_seed = int(np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0])
         phantom = draw_phantom(case_seed, shape=shape, spacing=spacing, modalities=shown)
-        case = folder / f"case_{i:03d}"
+        case = writable_folder(folder / f"case_{i:03d}")
         for name, image in phantom.images.items():
             # Readers take voxels above 0 as the brain, so rounding must not remove any.
             whole = np.where(image > 0, np.maximum(image.round(), 1), 0)
