@@ -1,6 +1,6 @@
 """Is anything lost when a command is killed? Every kill is followed by the command that goes on.
 
-    python benchmarks/kills.py                                        # 60 kills, 10 minutes on two cores
+    python benchmarks/kills.py                                        # 60 kills, half an hour or less
     python benchmarks/kills.py --kill 7 --terminate 0 --interrupt 0   # one kill -9 in each phase
 
 One run on small phantoms, its evaluation and its predictions are the reference. Then the same commands are
