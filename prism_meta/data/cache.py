@@ -24,7 +24,7 @@ from prism_meta.files import atomic
 #: Candidate centres of patches stored per class. More would only make the cache larger.
 _CENTRES_PER_CLASS = 10_000
 #: Increase it when preprocessing changes, so that old caches are not used.
-_VERSION = 4
+_VERSION = 5
 #: Entry of a cached file's metadata.
 _CHECKSUM = "sha256"
 #: Bytes of a case's name in the name of its cached file. File systems take 255 in all.
@@ -208,10 +208,10 @@ def _short(name: str) -> str:
 
 
 def _sample_slices_evenly(brain: Tensor) -> Tensor:
-    """Draw flat indices of brain voxels so that each axial slice gets about the same number.
+    """Draw flat indices of brain voxels so that each slice gets about the same number.
 
     Uniform draws over voxels would rarely hit the small slices at the top and bottom of the brain.
-    A model of axial slices then predicts false tumours there.
+    A model of slices then predicts false tumours there.
     """
     flat = brain.flatten().nonzero().flatten()
     slices = flat % brain.shape[2]

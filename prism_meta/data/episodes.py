@@ -28,7 +28,7 @@ class Episodes(Dataset[tuple[Batch, Batch]]):
 
     Args:
         cases: cached cases, at least two.
-        patch: patch size in voxels: two numbers for axial slices, three for volumes.
+        patch: patch size in voxels: two numbers for slices, three for volumes.
         batch_size: number of patches B in each of the two batches.
         steps: number of episodes.
         train_mask: mask policy of D_train. Defaults to ``DynamicMask()``.

@@ -301,7 +301,7 @@ def test_full_disk(cases: list[Case], tmp_path: Path, monkeypatch: pytest.Monkey
         prepare(cases, tmp_path / "cache", preprocessing=Preprocessing(OWN), labels=BRATS_LABELS)
     message = str(caught.value)
     assert message.startswith(f"cannot write {tmp_path / 'cache'}/p0-")
-    assert message.endswith(": no space left on device; choose a folder that you may write to")
+    assert message.endswith(": no space left on device; free some space")
 
 
 def test_no_permission(cases: list[Case], tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ class DataConfig(Section):
     labels: dict[str, Class] = Field(default=dict(BRATS_LABELS.values))
     #: Region -> classes. Defaults to WT, TC and ET for the BraTS labels, otherwise to one per class.
     regions: dict[str, tuple[str, ...]] = Field(default={})
-    #: Voxel size of the model's grid in mm.
+    #: Voxel size of the model's grid in mm: two numbers in the plane of the slices, as they were acquired,
+    #: then their distance. Slices are stacked along the axis with the largest voxels of each case, or along
+    #: the third axis of its files where all are alike.
     spacing: tuple[Spacing, Spacing, Spacing] = DEFAULT_SPACING
     #: Voxels; two numbers train on slices, three on volumes.
     patch: Annotated[tuple[Size, ...], Field(min_length=2, max_length=3)] = PATCHES[2]
