@@ -297,15 +297,6 @@ def test_an_unknown_key(tmp_path: Path) -> None:
     assert (code, errors(output)) == (2, ["data.pach: unknown key; did you mean data.patch?"])
 
 
-def test_a_patch_larger_than_the_volume(tmp_path: Path) -> None:
-    root = write_cases(tmp_path / "cases", 2)
-    assert fails(root, tmp_path, "data.patch=[32,16]") == [
-        f"patch (32, 16) is larger than the volume of case p{k}, (20, 24, 16) voxels at the model's "
-        "spacing; use a smaller patch or a finer spacing (set data.patch or data.spacing)"
-        for k in (0, 1)
-    ]
-
-
 def test_no_permission_to_write(trained: Path, tmp_path: Path) -> None:
     # Beside the locked folder, where everybody may read them.
     cases = write_cases(tmp_path / "cases", 2)
