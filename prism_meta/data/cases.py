@@ -6,7 +6,7 @@ A modality without a file is missing. Nothing is read for it, and no placeholder
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -60,6 +60,10 @@ class Case:
         modalities: names of all M modalities, in the model's order.
         files: modality -> file. It has only the modalities that exist.
         label: the label file. Defaults to None, a case without labels.
+        channels: modality -> channel of its file, for modalities that share one 4-D file. The others
+            have a 3-D file of their own.
+        site: the hospital or scanner that the case comes from. Defaults to None, unknown.
+        patient: whose case it is; a patient can have several. Defaults to the id.
 
     Example:
         >>> case = Case("p1", ("flair", "t1"), files={"t1": Path("p1/t1.nii.gz")})
@@ -72,6 +76,13 @@ class Case:
     _: KW_ONLY
     files: Mapping[str, Path]
     label: Path | None = None
+    channels: Mapping[str, int] = field(default_factory=dict)
+    site: str | None = None
+    patient: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.patient:
+            object.__setattr__(self, "patient", self.id)
 
     @property
     def availability(self) -> Tensor:
