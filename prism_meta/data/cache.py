@@ -139,7 +139,7 @@ def _store(path: Path, case: Case, ready: Prepared, *, num_classes: int) -> tupl
     if ready.target is None:
         raise CaseError(f"case {case.id}: no label was read; give a case with a label file")
     if not ready.brain.any():
-        names = ", ".join(p.name for p in case.files.values())
+        names = ", ".join(dict.fromkeys(p.name for p in case.files.values()))
         raise CaseError(
             f"case {case.id}: all voxels are 0 in {names}; restore the files or remove the case"
         )
@@ -227,7 +227,7 @@ def _fingerprint(case: Case, preprocessing: Preprocessing, labels: LabelSet) -> 
     files = [*case.files.items(), ("label", case.label)]
     stats = [(n, str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for n, p in files if p]
     facts = (
-        _VERSION, case.id, case.modalities, stats, preprocessing.spacing, preprocessing.percentiles,
+        _VERSION, case.id, case.modalities, stats, dict(case.channels), preprocessing.spacing, preprocessing.percentiles,
         list(labels.values.items()),  # the order gives the class indices
     )  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -119,22 +119,22 @@ class Case:
         raise_faults(CaseError, faults)
         first = next(iter(headers.values()))
         d, h, w = first.shape
-        problem = excess(d * h * w * 8 * (len(headers) + 1))
+        problem = excess(d * h * w * 8 * (sum(header.channels for header in headers.values()) + 1))
         if problem:
             raise CaseError(
                 f"case {self.id}: {problem}; resample its files to a coarser grid or remove modalities"
             )
         images: dict[str, ImageArray] = {}
         label = None
-        for name, path in [*self.files.items(), ("", self.label)]:
-            if path not in headers:
-                continue
+        for path, header in headers.items():
             try:
-                stored = read_voxels(path, headers[path])
+                stored = read_voxels(path, header)
                 if path == self.label:
                     label = stored
-                else:
-                    images[name] = _as_image(stored)
+                    continue
+                for name in [name for name, file in self.files.items() if file == path]:
+                    one = stored if header.channels == 1 else stored[..., self.channels[name]]
+                    images[name] = _as_image(one)
             except NiftiError as error:
                 faults.append(self._message(path, error))
         raise_faults(CaseError, faults)
@@ -148,7 +148,9 @@ class Case:
         )
 
     def _paths(self, *, with_label: bool) -> list[Path]:
-        return [*self.files.values(), *([self.label] if self.label and with_label else [])]
+        """The files, each once; a file with several channels may have several modalities."""
+        label = [self.label] if self.label and with_label else []
+        return list(dict.fromkeys([*self.files.values(), *label]))
 
     def _headers(self, paths: Sequence[Path], faults: list[str]) -> dict[Path, NiftiHeader]:
         """The headers of the files on one grid; appends the faults of the others."""
@@ -156,6 +158,7 @@ class Case:
         for path in paths:
             try:
                 header = read_header(path)
+                self._check_channels(path, header)
             except NiftiError as error:
                 faults.append(self._message(path, error))
                 continue
@@ -174,6 +177,18 @@ class Case:
             else:
                 headers[path] = header
         return headers
+
+    def _check_channels(self, path: Path, header: NiftiHeader) -> None:
+        names = [name for name, file in self.files.items() if file == path and path != self.label]
+        if not any(name in self.channels for name in names):
+            header.check_one_channel()
+        beyond = [name for name in names if self.channels.get(name, 0) >= header.channels]
+        if beyond:
+            raise NiftiError(
+                f"has {header.channels} channels, expected {', '.join(beyond)} in channel "
+                f"{', '.join(str(self.channels[name]) for name in beyond)}, counted from 0",
+                "correct the table of channels, or restore the file",
+            )
 
     def _message(self, path: Path, error: NiftiError) -> str:
         kept = " or remove it (a missing modality is allowed)" if path != self.label else ""
