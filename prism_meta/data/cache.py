@@ -227,7 +227,7 @@ def _fingerprint(case: Case, preprocessing: Preprocessing, labels: LabelSet) -> 
     files = [*case.files.items(), ("label", case.label)]
     stats = [(n, str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for n, p in files if p]
     facts = (
-        _VERSION, case.id, case.modalities, stats, dict(case.channels),
+        _VERSION, case.id, case.modalities, stats, dict(case.channels), case.align,
         preprocessing.spacing, preprocessing.percentiles,
         list(labels.values.items()),  # the order gives the class indices
     )  # fmt: skip

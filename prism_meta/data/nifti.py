@@ -23,6 +23,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling, array_from_file
 from numpy.typing import NDArray
 
+from prism_meta.data.grids import distance
 from prism_meta.data.memory import excess
 
 #: Voxel sizes in mm; others are taken for a wrong unit or a damaged header.
@@ -65,6 +66,9 @@ class NiftiHeader:
         offset: position of the first voxel in the file, bytes.
         scaling: slope and intercept; None if the voxels are stored as they are.
         channels: number of volumes in the file, its fourth axis. Defaults to 1.
+        disagreement: largest distance between the places that qform and sform give a voxel, in voxels;
+            0 if the header has only one of the two. The affine is that of the sform then, as in nibabel
+            and ITK.
     """
 
     shape: tuple[int, int, int]
@@ -73,6 +77,7 @@ class NiftiHeader:
     offset: int
     scaling: tuple[float, float] | None
     channels: int = 1
+    disagreement: float = 0.0
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -230,7 +235,19 @@ def _checked(header: Any) -> NiftiHeader:
     _check_affine(affine)
     d, h, w = shape[:3]
     offset = int(header.get_data_offset())
-    return NiftiHeader((d, h, w), affine, dtype, offset, scaling, channels)
+    off = _disagreement(header, (d, h, w), affine)
+    return NiftiHeader((d, h, w), affine, dtype, offset, scaling, channels, off)
+
+
+def _disagreement(header: Any, shape: tuple[int, int, int], affine: NDArray[np.float64]) -> float:
+    """See ``NiftiHeader``; infinite if the qform makes no sense."""
+    if not (header["qform_code"] and header["sform_code"]):
+        return 0.0
+    try:
+        qform = header.get_qform()
+    except (ValueError, HeaderDataError):  # its quaternion is no rotation
+        return np.inf
+    return distance(shape, qform, affine) if np.isfinite(qform).all() else np.inf
 
 
 def _check_affine(affine: NDArray[np.float64]) -> None:

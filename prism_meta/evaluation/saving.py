@@ -66,4 +66,4 @@ def region_volumes(
 
 def _source(case: Case) -> Any:
     """The image that gives the grid of a case; ``nib.load``'s result has no useful type."""
-    return nib.load(next(iter(case.files.values())))
+    return nib.load(case.reference)
