@@ -8,8 +8,8 @@ import numpy as np
 from nibabel import orientations
 from numpy.typing import NDArray
 
-#: Voxel sizes are alike up to this factor.
-_ALIKE = 1.1
+#: Voxel sizes are alike up to this factor. A little more than 1.1, because headers are rounded.
+_ALIKE = 1.1001
 #: Directions to which the axes of the model's grid point, by axis of the patient.
 _POSITIVE = "RAS"
 
