@@ -26,6 +26,8 @@ class Batch:
         mask: (B, M) bool, the modalities that the model is shown; every row has at least one.
         target: (B, *S) long, class indices.
         case_ids: names of the B cases, for messages and logs.
+        valid: (B, *S) bool, False at voxels that pad a volume smaller than the patch. Losses leave them
+            out. Defaults to None, all voxels.
 
     Raises:
         ValueError: the shapes do not fit each other.
@@ -40,6 +42,7 @@ class Batch:
     mask: Tensor
     target: Tensor
     case_ids: tuple[str, ...] = ()
+    valid: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.mask.dtype != torch.bool or self.mask.shape != self.image.shape[:2]:
@@ -52,11 +55,22 @@ class Batch:
                 f"target: got {tuple(self.target.shape)}, expected (B, *S) = "
                 f"{(self.image.shape[0], *self.image.shape[2:])} for image {tuple(self.image.shape)}"
             )
+        if self.valid is not None and (
+            self.valid.dtype != torch.bool or self.valid.shape != self.target.shape
+        ):
+            raise ValueError(
+                f"valid: got {self.valid.dtype} {tuple(self.valid.shape)}, expected torch.bool "
+                f"{tuple(self.target.shape)}, as the target"
+            )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on ``device``."""
         return Batch(
-            self.image.to(device), self.mask.to(device), self.target.to(device), self.case_ids
+            self.image.to(device),
+            self.mask.to(device),
+            self.target.to(device),
+            self.case_ids,
+            None if self.valid is None else self.valid.to(device),
         )
 
 

@@ -24,7 +24,7 @@ from prism_meta.files import atomic
 #: Candidate centres of patches stored per class. More would only make the cache larger.
 _CENTRES_PER_CLASS = 10_000
 #: Increase it when preprocessing changes, so that old caches are not used.
-_VERSION = 4
+_VERSION = 5
 #: Entry of a cached file's metadata.
 _CHECKSUM = "sha256"
 #: Bytes of a case's name in the name of its cached file. File systems take 255 in all.
@@ -139,7 +139,7 @@ def _store(path: Path, case: Case, ready: Prepared, *, num_classes: int) -> tupl
     if ready.target is None:
         raise CaseError(f"case {case.id}: no label was read; give a case with a label file")
     if not ready.brain.any():
-        names = ", ".join(p.name for p in case.files.values())
+        names = ", ".join(dict.fromkeys(p.name for p in case.files.values()))
         raise CaseError(
             f"case {case.id}: all voxels are 0 in {names}; restore the files or remove the case"
         )
@@ -208,10 +208,10 @@ def _short(name: str) -> str:
 
 
 def _sample_slices_evenly(brain: Tensor) -> Tensor:
-    """Draw flat indices of brain voxels so that each axial slice gets about the same number.
+    """Draw flat indices of brain voxels so that each slice gets about the same number.
 
     Uniform draws over voxels would rarely hit the small slices at the top and bottom of the brain.
-    A model of axial slices then predicts false tumours there.
+    A model of slices then predicts false tumours there.
     """
     flat = brain.flatten().nonzero().flatten()
     slices = flat % brain.shape[2]
@@ -227,7 +227,8 @@ def _fingerprint(case: Case, preprocessing: Preprocessing, labels: LabelSet) -> 
     files = [*case.files.items(), ("label", case.label)]
     stats = [(n, str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for n, p in files if p]
     facts = (
-        _VERSION, case.id, case.modalities, stats, preprocessing.spacing, preprocessing.percentiles,
+        _VERSION, case.id, case.modalities, stats, dict(case.channels), case.align,
+        preprocessing.spacing, preprocessing.percentiles,
         list(labels.values.items()),  # the order gives the class indices
     )  # fmt: skip
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from prism_meta.data.augmentation import Augmentation
@@ -17,6 +18,8 @@ from prism_meta.modalities import Batch
 
 #: Default share of patches that are centred on a foreground class.
 DEFAULT_FOREGROUND = 0.5
+#: Target of padding until the batch is complete. It is no class, and augmentation moves it with the rest.
+_PADDING = -1
 
 
 class Episodes(Dataset[tuple[Batch, Batch]]):
@@ -28,7 +31,8 @@ class Episodes(Dataset[tuple[Batch, Batch]]):
 
     Args:
         cases: cached cases, at least two.
-        patch: patch size in voxels: two numbers for axial slices, three for volumes.
+        patch: patch size in voxels: two numbers for slices, three for volumes. A smaller volume is
+            padded with zeros at both ends, and ``Batch.valid`` excludes the padding.
         batch_size: number of patches B in each of the two batches.
         steps: number of episodes.
         train_mask: mask policy of D_train. Defaults to ``DynamicMask()``.
@@ -40,8 +44,7 @@ class Episodes(Dataset[tuple[Batch, Batch]]):
         rank: index of this process. Each process draws different episodes.
 
     Raises:
-        ConfigError: the patch is larger than a volume, there are fewer than two cases, or too few
-            cases fit the mask policies.
+        ConfigError: there are fewer than two cases, or too few cases fit the mask policies.
 
     Source: Meta-Drop of PRISM.
     """
@@ -73,25 +76,14 @@ class Episodes(Dataset[tuple[Batch, Batch]]):
         self._split_cases(torch.Generator().manual_seed(0))  # raises if no episode can be drawn
 
     def _faults(self) -> list[Fault]:
-        shown = self.size[: 2 if self.squeeze else 3]
-        faults = [
-            Fault(
-                f"patch {shown} is larger than the volume of case {case.id}, {case.shape} voxels at "
-                "the model's spacing; use a smaller patch or a finer spacing",
-                "patch",
-                "spacing",
-            )
-            for case in self.cases
-            if any(p > s for p, s in zip(self.size, case.shape, strict=True))
-        ]
-        if len(self.cases) < 2:
-            found = f"{len(self.cases)} training case{'' if len(self.cases) == 1 else 's'}"
-            message = (
-                f"{found}: an episode needs at least 2, because its train and meta batch come from "
-                "different cases; add cases or hold fewer out"
-            )
-            faults.append(Fault(message, "holdout"))
-        return faults
+        if len(self.cases) >= 2:
+            return []
+        found = f"{len(self.cases)} training case{'' if len(self.cases) == 1 else 's'}"
+        message = (
+            f"{found}: an episode needs at least 2, because its train and meta batch come from "
+            "different cases; add cases or hold fewer out"
+        )
+        return [Fault(message, "holdout")]
 
     def __len__(self) -> int:
         return self.steps
@@ -141,7 +133,15 @@ class Episodes(Dataset[tuple[Batch, Batch]]):
         cases = [self.cases[i] for i in chosen.tolist()]
         patches = [self._patch(c, shown, random) for c, shown in zip(cases, mask, strict=True)]
         images, targets = zip(*patches, strict=True)
-        return Batch(torch.stack(images), mask, torch.stack(targets), tuple(c.id for c in cases))
+        target = torch.stack(targets)
+        padding = target == _PADDING
+        return Batch(
+            torch.stack(images),
+            mask,
+            target.masked_fill(padding, 0),
+            tuple(c.id for c in cases),
+            ~padding if padding.any() else None,
+        )
 
     def _patch(
         self, case: CachedCase, shown: Tensor, random: np.random.RandomState
@@ -154,13 +154,23 @@ class Episodes(Dataset[tuple[Batch, Batch]]):
         classes = [len(c) > 0 for c in centres[1:]]
         share = self.foreground / max(1, sum(classes))
         ratios = [1 - self.foreground if any(classes) else 1.0, *(share * c for c in classes)]
+        size = [min(p, s) for p, s in zip(self.size, case.shape, strict=True)]
         (centre,) = generate_label_classes_crop_centers(
-            self.size, 1, case.shape, centres, ratios, random, warn=False
+            size, 1, case.shape, centres, ratios, random, warn=False
         )
-        corner = [c - s // 2 for c, s in zip(centre, self.size, strict=True)]
-        image, target = case.patch(corner, self.size, shown=shown)
+        corner = [c - s // 2 for c, s in zip(centre, size, strict=True)]
+        image, target = case.patch(corner, size, shown=shown)
+        image, target = _padded(image, self.size, 0), _padded(target, self.size, _PADDING)
         if self.squeeze:
             image, target = image[..., 0], target[..., 0]
         if self.augmentation is not None:
             image, target = self.augmentation(image, target)
         return image, target
+
+
+def _padded(maps: Tensor, size: Sequence[int], value: int) -> Tensor:
+    """Pad the last axes to ``size`` at both ends, as MONAI's sliding window does in prediction."""
+    ends: list[int] = []
+    for wanted, there in zip(reversed(size), reversed(maps.shape), strict=False):
+        ends += [(wanted - there) // 2, (wanted - there + 1) // 2]
+    return pad(maps, ends, value=value) if any(ends) else maps

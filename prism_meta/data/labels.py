@@ -18,6 +18,8 @@ from prism_meta.errors import CaseError, Fault, one_line, raise_faults
 BACKGROUND = "background"
 #: Class indices are stored as uint8.
 MAX_CLASSES = 255
+#: Label values this close to a whole number are that number.
+_ROUNDED = 1e-3
 #: The largest value that label files hold: int32.
 MAX_VALUE = 2**31 - 1
 
@@ -103,7 +105,8 @@ class LabelSet:
         """Convert the values of a label file to class indices.
 
         Args:
-            label: values, any shape.
+            label: values, any shape. Those within 1e-3 of a whole number count as that number, because
+                scaled files hold 1.00002 for 1.
 
         Returns:
             uint8 class indices, the same shape.
@@ -112,6 +115,11 @@ class LabelSet:
             CaseError: a value is not in the label set.
         """
         lookup = {0: 0, **{value: k for k, value in enumerate(self.values.values(), start=1)}}
+        if label.dtype.kind == "f":
+            whole = np.rint(label)
+            with np.errstate(invalid="ignore"):  # infinity minus itself
+                near = np.abs(label - whole) <= _ROUNDED
+            label = np.where(near, whole, label)  # others keep their value for the message
         found = np.unique(label)
         unknown = [v for v in found.tolist() if v not in lookup]
         if unknown:

@@ -7,6 +7,7 @@ also lets a header promise more voxels than the file or the memory can hold.
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 import zlib
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling, array_from_file
 from numpy.typing import NDArray
 
+from prism_meta.data.grids import distance
 from prism_meta.data.memory import excess
 
 #: Voxel sizes in mm; others are taken for a wrong unit or a damaged header.
@@ -63,6 +65,10 @@ class NiftiHeader:
         dtype: type of the stored voxels.
         offset: position of the first voxel in the file, bytes.
         scaling: slope and intercept; None if the voxels are stored as they are.
+        channels: number of volumes in the file, its fourth axis. Defaults to 1.
+        disagreement: largest distance between the places that qform and sform give a voxel, in voxels;
+            0 if the header has only one of the two. The affine is that of the sform then, as in nibabel
+            and ITK.
     """
 
     shape: tuple[int, int, int]
@@ -70,20 +76,38 @@ class NiftiHeader:
     dtype: np.dtype[Any]
     offset: int
     scaling: tuple[float, float] | None
+    channels: int = 1
+    disagreement: float = 0.0
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """(D, H, W), or (D, H, W, C) for several channels."""
+        return self.shape if self.channels == 1 else (*self.shape, self.channels)
 
     @property
     def end(self) -> int:
         """Length of the file after decompression, bytes."""
-        d, h, w = self.shape
-        return self.offset + d * h * w * self.dtype.itemsize
+        return self.offset + math.prod(self.stored_shape) * self.dtype.itemsize
+
+    def check_one_channel(self) -> None:
+        """Refuse a file with several channels.
+
+        Raises:
+            NiftiError: there are several.
+        """
+        if self.channels > 1:
+            raise NiftiError(
+                f"has shape {self.stored_shape}, expected 3-D (D, H, W)", "give one volume per file"
+            )
 
 
 def read_header(path: Path) -> NiftiHeader:
     """Read and check the header of a file.
 
     Raises:
-        NiftiError: the file is no NIfTI file, or no 3-D volume of real numbers; or its size does not
-            fit the header, or its voxels do not fit into memory.
+        NiftiError: the file is no NIfTI file, or no volume of real numbers with three axes, or four if
+            the last are channels; or its size does not fit the header, or its voxels do not fit into
+            memory.
     """
     with _unreadable_as_fault():
         if path.exists() and not path.is_file():
@@ -103,13 +127,15 @@ def read_header(path: Path) -> NiftiHeader:
         )
     limit = size * _MAX_COMPRESSION if compressed else size
     if header.end > limit:
-        raise NiftiError(f"is too short for its shape {header.shape} of {header.dtype} voxels")
+        raise NiftiError(
+            f"is too short for its shape {header.stored_shape} of {header.dtype} voxels"
+        )
     if not compressed and header.end < size:
         raise _too_long(header)
-    d, h, w = header.shape
-    problem = excess(d * h * w * (header.dtype.itemsize + 8))  # read, then converted
+    # Read, then converted.
+    problem = excess(math.prod(header.stored_shape) * (header.dtype.itemsize + 8))
     if problem:
-        raise NiftiError(f"has shape {header.shape} and {problem}", "correct its header")
+        raise NiftiError(f"has shape {header.stored_shape} and {problem}", "correct its header")
     return header
 
 
@@ -121,14 +147,16 @@ def read_voxels(path: Path, header: NiftiHeader) -> NDArray[Any]:
         header: what ``read_header`` returned for it.
 
     Returns:
-        (D, H, W), as stored, or float64 if the header scales them.
+        (D, H, W), or (D, H, W, C) for several channels; as stored, or float64 if the header scales them.
 
     Raises:
         NiftiError: the file is damaged.
     """
     with _unreadable_as_fault(), _opened(path) as (stream, _):
         opened: Any = stream  # nibabel's type leaves out what it accepts
-        stored = array_from_file(header.shape, header.dtype, opened, header.offset, mmap=False)
+        stored = array_from_file(
+            header.stored_shape, header.dtype, opened, header.offset, mmap=False
+        )
         # At the end of a compressed file, this reads the checksum. A damaged one may have more, of
         # which enough is read to find the damage.
         rest = [len(stream.read(2**20)) for _ in range(64)]
@@ -191,8 +219,9 @@ def _checked(header: Any) -> NiftiHeader:
     shape, dtype = tuple(int(n) for n in header.get_data_shape()), header.get_data_dtype()
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    if len(shape) != 3 or min(shape) < 1:
+    if len(shape) not in (3, 4) or min(shape) < 1:
         raise NiftiError(f"has shape {shape}, expected 3-D (D, H, W)", "give one volume per file")
+    channels = shape[3] if len(shape) == 4 else 1
     if dtype.kind not in "iuf":
         kind = "complex" if dtype.kind == "c" else "colour"
         raise NiftiError(f"has {kind} voxels, expected real numbers", "convert it to one channel")
@@ -204,8 +233,21 @@ def _checked(header: Any) -> NiftiHeader:
     scaling = None if slope is None or (slope, inter) == (1.0, 0.0) else (slope, inter)
     affine = np.asarray(header.get_best_affine(), np.float64)
     _check_affine(affine)
-    d, h, w = shape
-    return NiftiHeader((d, h, w), affine, dtype, int(header.get_data_offset()), scaling)
+    d, h, w = shape[:3]
+    offset = int(header.get_data_offset())
+    off = _disagreement(header, (d, h, w), affine)
+    return NiftiHeader((d, h, w), affine, dtype, offset, scaling, channels, off)
+
+
+def _disagreement(header: Any, shape: tuple[int, int, int], affine: NDArray[np.float64]) -> float:
+    """See ``NiftiHeader``; infinite if the qform makes no sense."""
+    if not (header["qform_code"] and header["sform_code"]):
+        return 0.0
+    try:
+        qform = header.get_qform()
+    except (ValueError, HeaderDataError):  # its quaternion is no rotation
+        return np.inf
+    return distance(shape, qform, affine) if np.isfinite(qform).all() else np.inf
 
 
 def _check_affine(affine: NDArray[np.float64]) -> None:
@@ -233,6 +275,6 @@ def _check_affine(affine: NDArray[np.float64]) -> None:
 
 def _too_long(header: NiftiHeader) -> NiftiError:
     return NiftiError(
-        f"is longer than its shape {header.shape} of {header.dtype} voxels needs, so one of the two "
+        f"is longer than its shape {header.stored_shape} of {header.dtype} voxels needs, so one of the two "
         "is wrong"
     )

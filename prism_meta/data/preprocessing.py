@@ -12,6 +12,7 @@ from nibabel import orientations
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prism_meta.data.axes import model_codes
 from prism_meta.data.cases import ImageArray, Volume
 from prism_meta.data.labels import LabelSet
 from prism_meta.data.memory import excess
@@ -27,7 +28,7 @@ class Prepared:
     """A preprocessed case, on the model's grid.
 
     Args:
-        image: (m, D, H, W) float32, the z-scored modalities in ``names``.
+        image: (m, D, H, W) float32, the z-scored modalities in ``names``. W counts the slices.
         names: the m modalities that exist.
         brain: (D, H, W) bool, where any modality is not 0.
         affine: (4, 4), from voxel indices of this grid to mm.
@@ -44,15 +45,19 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Brings a case to the model's grid: z-score inside the brain, RAS orientation, resampling.
+    """Brings a case to the model's grid: z-score inside the brain, order of the axes, resampling.
+
+    The slices of a case (``slice_axis``) are stacked along the last axis of its grid, as they were
+    acquired. The other two axes keep the order right, anterior, superior, and all three point there.
+    So the model's grid of an isotropic volume with axial slices has the axes right, anterior, superior.
 
     Each modality is clipped to percentiles of its non-zero voxels and scaled to mean 0 and standard
     deviation 1 there. The background stays 0. Images are resampled linearly. Labels are resampled
     linearly per class, and each voxel gets the most probable class.
 
     Args:
-        spacing: voxel size of the model's grid in mm, along right, anterior and superior. Defaults
-            to 2 mm.
+        spacing: voxel size of the model's grid in mm: two numbers in the plane of a slice, then the
+            distance of the slices. Defaults to 2 mm.
         percentiles: intensities are clipped to these two percentiles. Defaults to (0.5, 99.5).
 
     Raises:
@@ -138,7 +143,7 @@ class Preprocessing:
         Raises:
             CaseError: they do not fit.
         """
-        shape, _ = self._grid(*_to_ras(volume.shape, volume.affine))
+        shape, _ = self._grid(*_in_model_order(volume.shape, volume.affine))
         own, new = (math.prod(float(n) for n in grid) for grid in (volume.shape, shape))
         maps = len(volume.images) + num_classes
         problem = excess(16 * maps * own + (12 * maps + 24) * new)
@@ -181,7 +186,7 @@ class Preprocessing:
     def _grid(
         self, shape: Sequence[int], affine: NDArray[np.float64]
     ) -> tuple[tuple[int, ...], NDArray[np.float64]]:
-        """Shape and affine of the model's grid for a RAS grid; both cover the same extent.
+        """Shape and affine of the model's grid, from those in its order of axes; the extent is the same.
 
         An axis that is thinner than a voxel keeps one voxel.
         """
@@ -205,7 +210,8 @@ class Preprocessing:
         from monai.transforms.spatial.array import Orientation, SpatialResample
 
         # labels=None: MONAI takes the names of the axes from the affine, as NIfTI defines them.
-        oriented = Orientation(axcodes="RAS", labels=None)(MetaTensor(maps, affine=affine))
+        codes = model_codes(maps.shape[1:], affine.numpy())
+        oriented = Orientation(axcodes=codes, labels=None)(MetaTensor(maps, affine=affine))
         shape, new = self._grid(oriented.shape[1:], np.asarray(oriented.affine, np.float64))
         resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=torch.float32)
         result = resample(oriented, dst_affine=torch.from_numpy(new), spatial_size=shape)
@@ -227,12 +233,13 @@ def label_classes(volume: Volume, labels: LabelSet) -> Tensor:
         raise CaseError([fault.prefixed(prefix) for fault in error.faults]) from error
 
 
-def _to_ras(
+def _in_model_order(
     shape: Sequence[int], affine: NDArray[np.float64]
 ) -> tuple[list[int], NDArray[np.float64]]:
-    """Shape and affine after reordering the axes to right, anterior, superior."""
-    order = orientations.io_orientation(affine)
+    """Shape and affine after reordering the axes as on the model's grid."""
+    wanted = orientations.axcodes2ornt(tuple(model_codes(shape, affine)))
+    change = orientations.ornt_transform(orientations.io_orientation(affine), wanted)
     moved = [0, 0, 0]
-    for size, axis in zip(shape, order[:, 0], strict=True):
+    for size, axis in zip(shape, change[:, 0], strict=True):
         moved[int(axis)] = size
-    return moved, affine @ orientations.inv_ornt_aff(order, shape)
+    return moved, affine @ orientations.inv_ornt_aff(change, shape)

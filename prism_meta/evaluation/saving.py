@@ -7,16 +7,24 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from prism_meta.data.cases import Case
 from prism_meta.data.labels import LabelSet
 from prism_meta.files import atomic
 
+#: Header fields that say where the voxels lie. NIfTI-1 and NIfTI-2 have the same names for them.
+_PLACE = (
+    "qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z",
+    "sform_code", "srow_x", "srow_y", "srow_z", "xyzt_units",
+)  # fmt: skip
+
 
 def save_labels(path: Path | str, labels: NDArray[np.integer[Any]], case: Case) -> None:
-    """Write a label volume with the affine and the coordinate codes of the case's files.
+    """Write a label volume that lies where the case's files lie, for every program.
+
+    Programs differ in which of the two affines of a header they use, and in what they do if its code is
+    0. So the fields of the header are copied as they are: a code of 0 stays 0.
 
     Args:
         path: NIfTI file to write.
@@ -26,21 +34,15 @@ def save_labels(path: Path | str, labels: NDArray[np.integer[Any]], case: Case) 
     Raises:
         OutputError: the file cannot be written.
     """
-    source = _source(case)
-    image = nib.Nifti1Image(labels, source.affine)
-    if isinstance(source.header, nib.Nifti1Header):
-        for kind in ("sform", "qform"):
-            # A header may have one good affine, which is used, and another that makes no sense.
-            try:
-                affine, code = getattr(source, f"get_{kind}")(coded=True)
-                if affine is not None:
-                    getattr(image, f"set_{kind}")(affine, code=int(code))
-            except (ValueError, HeaderDataError):
-                continue
-        try:
-            image.header.set_xyzt_units(*source.header.get_xyzt_units())
-        except KeyError:  # a code that NIfTI does not know
-            image.header.set_xyzt_units("mm")
+    source = _source(case).header
+    image = nib.Nifti1Image(labels, None)
+    for name in _PLACE:
+        image.header[name] = source[name]
+    image.header["pixdim"][:4] = source["pixdim"][:4]  # the first is part of the qform
+    try:
+        image.header.get_xyzt_units()
+    except KeyError:  # a code that NIfTI does not know
+        image.header.set_xyzt_units("mm")
     with atomic(path) as partial:
         nib.save(image, partial)
 
@@ -64,4 +66,4 @@ def region_volumes(
 
 def _source(case: Case) -> Any:
     """The image that gives the grid of a case; ``nib.load``'s result has no useful type."""
-    return nib.load(next(iter(case.files.values())))
+    return nib.load(case.reference)

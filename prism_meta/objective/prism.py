@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +23,19 @@ from prism_meta.objective.weighting import (
     modality_means,
 )
 
-PrototypeLoss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+class PrototypeLoss(Protocol):
+    """A loss of prototypes, see ``losses.prototype_l2``."""
+
+    def __call__(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        num_classes: int,
+        *,
+        valid: Tensor | None = None,
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,8 @@ class Loss:
 class PrismObjective:
     """L = L_fuse + sum_m (beta_m L_pixel^m + delta_m L_proto^m) + L_uni + L_prm (E10).
 
-    Sums run over the modalities that a sample shows, and the batch is averaged. L_prm is the loss of the
+    Sums run over the modalities that a sample shows, and the batch is averaged. Voxels that
+    ``Batch.valid`` excludes are left out. L_prm is the loss of the
     prm maps (coarse-scale outputs of the fused decoder). The objective is a pure function of ``forward``
     and ``batch``; only ``observe`` and ``end_epoch`` change the state of a weighting.
 
@@ -161,31 +174,36 @@ class PrismObjective:
             self.weighting.load_state_dict(state)
 
     def _loss(self, prediction: Prediction, batch: Batch) -> Loss:
-        fuse = self._segmentation(prediction.fused, batch.target)
+        fuse = self._segmentation(prediction.fused, batch.target, batch.valid)
         prm = fuse.new_zeros(len(fuse))
         for scale, coarse in enumerate(prediction.prm, start=1):
             upsampled = _upsample(coarse, batch.target)
-            prm = prm + 2.0**-scale * self._segmentation(upsampled, batch.target)
+            prm = prm + 2.0**-scale * self._segmentation(upsampled, batch.target, batch.valid)
         loss = (fuse + prm).mean()
         terms = {"fuse": fuse.detach().mean(), "prm": prm.detach().mean()}
         if self.unimodal:
-            per_pair, more = self._per_pair(prediction, batch.target)
+            per_pair, more = self._per_pair(prediction, batch.target, batch.valid)
             loss = loss + per_pair.sum() / len(fuse)
             terms |= more
         return Loss(loss, terms)
 
-    def _per_pair(self, prediction: Prediction, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _per_pair(
+        self, prediction: Prediction, target: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """L_uni + beta L_pixel + delta L_proto of each pair, (P,), and their terms."""
         pairs, classes = prediction.pairs, prediction.fused.shape[1]
         pair_target = target[pairs.sample]
+        pair_valid = None if valid is None else valid[pairs.sample]
         students = _full(prediction.single_modality.features)
         teachers = _full(prediction.features[pairs.sample])
-        uni = self._segmentation(prediction.unimodal_packed, pair_target)
-        pixel = self._pixel(prediction)
-        proto = self.prototype(students, teachers, pair_target, classes)
+        uni = self._segmentation(prediction.unimodal_packed, pair_target, pair_valid)
+        pixel = self._pixel(prediction, pair_valid)
+        proto = self.prototype(students, teachers, pair_target, classes, valid=pair_valid)
         weights = self._weigh(
             pairs,
-            lambda: losses.prototype_distance(students.detach(), teachers, pair_target, classes),
+            lambda: losses.prototype_distance(
+                students.detach(), teachers, pair_target, classes, valid=pair_valid
+            ),
             like=uni,
         )
         terms = {
@@ -213,10 +231,10 @@ class PrismObjective:
     def _fixed(self, count: int, like: Tensor) -> tuple[Tensor, Tensor]:
         return _per_modality(self.beta, count, like), _per_modality(self.delta, count, like)
 
-    def _segmentation(self, logits: Tensor, target: Tensor) -> Tensor:
-        return losses.segmentation(_full(logits), target, weighted=self.weighted)
+    def _segmentation(self, logits: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+        return losses.segmentation(_full(logits), target, weighted=self.weighted, valid=valid)
 
-    def _pixel(self, prediction: Prediction) -> Tensor:
+    def _pixel(self, prediction: Prediction, valid: Tensor | None) -> Tensor:
         """E8: the output and every prm scale, (P,)."""
         students = (prediction.single_modality.logits, *prediction.single_modality.prm)
         teachers = (prediction.fused, *prediction.prm)
@@ -228,6 +246,7 @@ class PrismObjective:
                 _full(teacher.detach()[prediction.pairs.sample]),
                 self.temperature,
                 self.direction,
+                valid=None if valid is None else _coarse(valid, student),
             )
         return total
 
@@ -245,6 +264,12 @@ def _per_modality(weight: Weight, count: int, like: Tensor) -> Tensor:
 def _upsample(coarse: Tensor, target: Tensor) -> Tensor:
     mode = "trilinear" if coarse.ndim == 5 else "bilinear"
     return F.interpolate(_full(coarse), size=target.shape[1:], mode=mode)
+
+
+def _coarse(valid: Tensor, maps: Tensor) -> Tensor:
+    """Valid voxels (B, *S) at the scale of ``maps``: those of which any part is valid."""
+    pool = F.adaptive_max_pool3d if maps.ndim == 5 else F.adaptive_max_pool2d
+    return pool(valid[:, None].to(maps.dtype), maps.shape[2:])[:, 0] > 0
 
 
 def _full(x: Tensor) -> Tensor:

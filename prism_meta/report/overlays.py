@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prism_meta.data.axes import patient_axes, slice_axis
 from prism_meta.data.cases import Case, Volume
 from prism_meta.errors import PrismError, raise_faults
 
@@ -71,7 +72,7 @@ def check_overlays(overlays: Sequence[Overlay], class_names: Sequence[str]) -> N
 
 
 class OverlayCollector:
-    """Keeps one axial slice of the first few cases. Pass it to ``evaluate`` as ``on_prediction``.
+    """Keeps one slice of the first few cases, as acquired. Pass it to ``evaluate`` as ``on_prediction``.
 
     It keeps the slice with the most foreground in the true labels.
 
@@ -110,8 +111,7 @@ class OverlayCollector:
 
 class _Slice:
     def __init__(self, volume: Volume, truth: Tensor) -> None:
-        # The axis closest to up and down, in any order of the file's axes.
-        self.axis = int(np.abs(volume.affine[2, :3]).argmax())
+        self.axis = slice_axis(volume.shape, volume.affine)
         others = tuple(a for a in range(3) if a != self.axis)
         self.index = int((truth > 0).numpy().sum(axis=others).argmax())
         self.swap, self.flips = self._orientation(volume.affine)
@@ -121,7 +121,10 @@ class _Slice:
         self.predictions: dict[str, NDArray[np.int64]] = {}
 
     def cut(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Cut the slice and orient it with the nose up and the patient's right on the left."""
+        """Cut the slice and orient it as radiologists do.
+
+        The patient's head, or else the nose, is up. The patient's right, or else the nose, is on the left.
+        """
         plane = np.take(array, self.index, axis=self.axis)
         if self.swap:
             plane = plane.T
@@ -130,9 +133,10 @@ class _Slice:
         return np.asarray(plane.T)
 
     def _orientation(self, affine: NDArray[np.float64]) -> tuple[bool, list[int]]:
-        """Whether to swap the two in-plane axes, and which of them to flip: x to the left, y to the back."""
-        first, second = (a for a in range(3) if a != self.axis)
-        swap = bool(abs(affine[0, first]) < abs(affine[0, second]))
-        x, y = (second, first) if swap else (first, second)
-        # NIfTI's x grows to the right and y to the front; radiologists look from the feet.
-        return swap, [i for i, wrong in enumerate((affine[0, x] > 0, affine[1, y] > 0)) if wrong]
+        """Whether to swap the two axes in the plane, and which of them to flip after that."""
+        nearest = patient_axes(affine)
+        plane = [axis for axis in range(3) if axis != self.axis]
+        across, down = sorted(plane, key=lambda axis: nearest[axis])
+        # The axes of the patient grow to the right, to the front and upwards, against the picture's.
+        flips = [i for i, axis in enumerate((across, down)) if affine[nearest[axis], axis] > 0]
+        return [across, down] != plane, flips

@@ -11,10 +11,11 @@ from prism_meta.data.availability import apply_availability, drop_modalities
 from prism_meta.data.cache import CachedCase, prepare
 from prism_meta.data.cases import Case
 from prism_meta.data.layouts.folders import find_cases, load_cases
-from prism_meta.errors import ConfigError
+from prism_meta.errors import CaseError, ConfigError
 from prism_meta.files import writable_folder
 from prism_meta.training.build import build_label_set, build_preprocessing, configuration_keys
 from prism_meta.training.config import Config
+from prism_meta.training.config.keys import ARGUMENT_KEYS
 from prism_meta.training.processes import Processes
 from prism_meta.training.stopping import TrainingStopped
 
@@ -22,7 +23,8 @@ from prism_meta.training.stopping import TrainingStopped
 def load_configured(config: Config, root: Path | str) -> list[Case]:
     """Load the cases of a folder with the modalities and the label that the configuration names."""
     with configuration_keys():
-        return load_cases(Path(root), config.data.modalities, label=config.data.label)
+        data = config.data
+        return load_cases(Path(root), data.modalities, label=data.label, align=data.align)
 
 
 def find_configured(
@@ -36,7 +38,10 @@ def find_configured(
         label: False leaves the labels out, so that a damaged one is no fault.
     """
     data = config.data
-    return find_cases(Path(root), data.modalities, label=data.label if label else None)
+    cases, faults = find_cases(
+        Path(root), data.modalities, label=data.label if label else None, align=data.align
+    )
+    return cases, list(CaseError(faults).with_keys(ARGUMENT_KEYS).faults)
 
 
 def split(config: Config, cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:

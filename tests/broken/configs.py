@@ -26,6 +26,7 @@ INTEGERS = {
 }
 #: Values out of the range of each number.
 FLOATS = {
+    "data.align": ("yes", "true", "1", "resampled", "[]"),
     "data.foreground": ("-0.1", "1.1"),
     "objective.beta": ("-1", "1e9"),
     "objective.delta": ("-1", "1e9"),

@@ -86,7 +86,7 @@ def test_different_shapes(tmp_path: Path) -> None:
     save(niftis.draw_image((20, 24, 15)), folder / "t2.nii.gz", niftis.affine_of((1, 1, 1)))
     assert faults_of(lambda: load_cases(tmp_path)) == (
         "case p0: t2.nii.gz has shape (20, 24, 15), but p0_flair.nii.gz has (20, 24, 16); "
-        "resample them to one grid",
+        'resample them to one grid, or use align = "resample"',
     )
 
 
@@ -95,7 +95,7 @@ def test_label_of_another_shape(tmp_path: Path) -> None:
     save(niftis.draw_label((24, 20, 16)), folder / "seg.nii.gz", niftis.affine_of((1, 1, 1)))
     assert faults_of(lambda: load_cases(tmp_path)) == (
         "case p0: seg.nii.gz has shape (24, 20, 16), but p0_flair.nii.gz has (20, 24, 16); "
-        "resample them to one grid",
+        'resample them to one grid, or use align = "resample"',
     )
 
 
@@ -103,8 +103,8 @@ def test_different_affines(tmp_path: Path) -> None:
     folder = write_case(tmp_path / "p0", missing=("t2",))
     save(niftis.draw_image(), folder / "t2.nii.gz", niftis.affine_of((1, 1, 1), (-9, 5, 33.5)))
     assert faults_of(lambda: load_cases(tmp_path)) == (
-        "case p0: t2.nii.gz and p0_flair.nii.gz have different affines (by up to 2.5); "
-        "resample them to one grid",
+        "case p0: t2.nii.gz lies up to 2.5 voxels off the grid of p0_flair.nii.gz, expected at most 0.1; "
+        'resample them to one grid, or use align = "resample"',
     )
 
 

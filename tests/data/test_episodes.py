@@ -220,14 +220,51 @@ def test_cases_without_foreground_or_contrast_can_be_drawn(
     assert torch.all(train.image == 0)
 
 
-def test_patch_larger_than_the_volume(pool: list[CachedCase]) -> None:
-    for patch, shown in (((8, 25, 8), "(8, 25, 8)"), ((21, 8), "(21, 8)")):
-        faults = faults_of(partial(episodes, pool[:2], patch=patch), ConfigError)
-        assert faults == tuple(
-            f"patch {shown} is larger than the volume of case {case}, (20, 24, 16) voxels at the "
-            "model's spacing; use a smaller patch or a finer spacing"
-            for case in ("p0", "p1")
-        )
+SMALL = [(8, 25, 9), (21, 8, 30), (40, 40, 40), (32, 16), (21, 25)]
+
+
+def inside_of(patch: tuple[int, ...]) -> tuple[slice, ...]:
+    """Where a volume of ``SHAPE`` lies in a patch that is larger along some axes."""
+    ends = [(max(p - s, 0) // 2, min(p, s)) for p, s in zip(patch, SHAPE, strict=False)]
+    return tuple(slice(start, start + size) for start, size in ends)
+
+
+@pytest.mark.parametrize("patch", SMALL, ids=str)
+def test_a_volume_smaller_than_the_patch_is_padded(
+    pool: list[CachedCase], patch: tuple[int, ...]
+) -> None:
+    inside = torch.zeros(patch, dtype=torch.bool)
+    inside[inside_of(patch)] = True
+    for batch in episodes(pool, patch=patch)[0]:
+        assert batch.valid is not None and torch.equal(batch.valid, inside.expand(4, *patch))
+        assert batch.image[..., inside].any()
+        assert not batch.image[..., ~inside].any() and not batch.target[..., ~inside].any()
+
+
+def test_a_padded_patch_holds_the_whole_volume(pool: list[CachedCase]) -> None:
+    by_id = {case.id: case for case in pool}
+    box = inside_of((40, 40, 40))
+    for batch in episodes(pool, patch=(40, 40, 40))[0]:
+        for image, target, name, shown in zip(
+            batch.image, batch.target, batch.case_ids, batch.mask, strict=True
+        ):
+            whole, label = by_id[name].patch((0, 0, 0), SHAPE, shown=shown)
+            assert torch.equal(image[(slice(None), *box)], whole)
+            assert torch.equal(target[box], label)
+
+
+@pytest.mark.parametrize("patch", SMALL, ids=str)
+def test_augmentation_moves_the_padding_with_the_rest(
+    pool: list[CachedCase], patch: tuple[int, ...]
+) -> None:
+    for batch in episodes(pool, patch=patch, augmentation=Augmentation(len(patch)))[0]:
+        assert batch.valid is not None and 0 < batch.valid.float().mean() < 1
+        assert batch.target.min() == 0 and not batch.target[~batch.valid].any()
+
+
+def test_patches_without_padding_say_so(pool: list[CachedCase]) -> None:
+    for batch in episodes(pool, patch=SHAPE)[0]:
+        assert batch.valid is None
 
 
 def test_too_few_cases(pool: list[CachedCase]) -> None:
@@ -237,10 +274,6 @@ def test_too_few_cases(pool: list[CachedCase]) -> None:
             f"{found}: an episode needs at least 2, because its train and meta batch come from "
             "different cases; add cases or hold fewer out",
         )
-
-
-def test_both_faults_of_episodes_are_reported_together(pool: list[CachedCase]) -> None:
-    assert len(faults_of(partial(episodes, pool[:1], patch=(99, 9, 9)), ConfigError)) == 2
 
 
 def test_full_meta_batches_hold_complete_cases_only(pool: list[CachedCase]) -> None:

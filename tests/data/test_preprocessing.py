@@ -14,6 +14,7 @@ from helpers import faults_of
 from niftis import BIG, ORIENTATIONS, OWN, SHAPE, world, written
 
 from prism_meta.data import memory
+from prism_meta.data.axes import model_codes
 from prism_meta.data.cases import Volume
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.preprocessing import Preprocessing
@@ -93,7 +94,8 @@ def test_the_same_anatomy_in_two_orientations(
         ((1.0, 1.0, 2.0), "RAS", (1.0, 1.0, 1.0), (40, 48, 64)),
         ((1.0, 1.0, 2.0), "SPL", (1.0, 1.0, 1.0), (40, 48, 64)),
         ((1.0, 0.5, 1.0), "LPS", (1.0, 1.0, 2.0), (40, 24, 16)),
-        ((1.0, 1.0, 1.0), "PIR", (2.0, 2.0, 2.0), (20, 24, 16)),
+        # The third axis of the files is that of the slices: right, after anterior and superior.
+        ((1.0, 1.0, 1.0), "PIR", (2.0, 2.0, 2.0), (24, 16, 20)),
     ],
 )
 def test_resampled_shape_and_place(
@@ -108,7 +110,10 @@ def test_resampled_shape_and_place(
     assert ready.target is not None and volume.label is not None
     assert ready.image.shape == (4, *shape)
     assert ready.target.shape == ready.brain.shape == shape
-    torch.testing.assert_close(ready.affine[:3, :3], torch.diag(torch.tensor(model)).double())
+    order = ["RAS".index(code) for code in model_codes(volume.shape, volume.affine)]
+    directions = torch.zeros(3, 3).double()
+    directions[order, range(3)] = torch.tensor(model).double()
+    torch.testing.assert_close(ready.affine[:3, :3], directions)
     # The anatomy has not moved: the label and the brain lie where they lay, in mm. The nearest
     # voxel is up to half a voxel off, for all of them alike where the grids fit each other.
     label, brain = torch.from_numpy(volume.label > 0), torch.from_numpy(volume.images["t1"] != 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import unicodedata
 from collections import Counter
@@ -10,16 +11,22 @@ from pathlib import Path
 
 from prism_meta.data.availability import apply_availability
 from prism_meta.data.cases import Case
+from prism_meta.data.grids import Align, Notes
 from prism_meta.data.layouts.search import FoundFolder, output_mark, search_folders
 from prism_meta.errors import CaseError, one_line, raise_faults
 from prism_meta.modalities import BRATS, file_tokens
 
+_log = logging.getLogger(__name__)
 #: Bytes. File systems take 255, of which the names of outputs need some for suffixes.
 _LONGEST_NAME = 200
 
 
 def find_cases(
-    root: Path | str, modalities: Sequence[str] = BRATS, *, label: str | None = "seg"
+    root: Path | str,
+    modalities: Sequence[str] = BRATS,
+    *,
+    label: str | None = "seg",
+    align: Align = "refuse",
 ) -> tuple[list[Case], list[str]]:
     """Find the cases in a folder, and the faults of those that cannot be used. Reads headers only.
 
@@ -29,6 +36,7 @@ def find_cases(
         root: the folder, see ``load_cases``.
         modalities: names of the M modalities, in the model's order.
         label: name of the label files. None ignores them and their faults. Defaults to ``seg``.
+        align: what happens to files that lie on other grids, see ``Case``.
 
     Returns:
         The cases without faults, sorted by name; and the faults of the others and of the folder.
@@ -50,11 +58,14 @@ def find_cases(
         ]
     faults: list[str] = []
     names = modalities if label is None else (*modalities, label)
+    notes = Notes()
     found = [
-        _examine(folder, modalities, label)
+        _examine(folder, modalities, label, align, notes)
         for folder in search_folders(root, faults)
         if folder.path != root or _assign(folder.files, names)
     ]
+    for line in notes.lines():
+        _log.warning("%s", one_line(line))
     found.sort(key=lambda pair: pair[0].id)
     counts = Counter(case.id for case, _ in found)
     faults.extend(
@@ -79,6 +90,7 @@ def load_cases(
     *,
     label: str | None = "seg",
     availability: Path | str | None = None,
+    align: Align = "refuse",
 ) -> list[Case]:
     """Find the cases in a folder that has one subfolder per case. Reads headers, but no voxels.
 
@@ -97,6 +109,8 @@ def load_cases(
             ``seg``.
         availability: CSV file of the modalities to use, see ``read_availability``. Defaults to all
             modalities that have a file.
+        align: ``"resample"`` brings files that lie on other grids onto the grid of the label, or of the
+            first modality without a label. Defaults to ``"refuse"``, which makes them faults.
 
     Returns:
         The cases, sorted by name.
@@ -116,7 +130,7 @@ def load_cases(
         >>> [(case.id, case.availability.tolist()) for case in load_cases(root, ("t1", "t2"))]
         [('p1', [True, False])]
     """
-    cases, faults = find_cases(root, modalities, label=label)
+    cases, faults = find_cases(root, modalities, label=label, align=align)
     raise_faults(CaseError, faults)
     return cases if availability is None else apply_availability(cases, availability)
 
@@ -129,7 +143,11 @@ def _is_folder(path: Path) -> bool:
 
 
 def _examine(
-    folder: FoundFolder, modalities: tuple[str, ...], label: str | None
+    folder: FoundFolder,
+    modalities: tuple[str, ...],
+    label: str | None,
+    align: Align,
+    notes: Notes,
 ) -> tuple[Case, list[str]]:
     """The case in a folder, and its faults."""
     path = folder.path
@@ -158,9 +176,11 @@ def _examine(
             )
     files = {m: path / found[m][0] for m in modalities if m in found}
     labels = [] if label is None else found.get(label, [])
-    case = Case(name, modalities, files=files, label=path / labels[0] if labels else None)
+    case = Case(
+        name, modalities, files=files, label=path / labels[0] if labels else None, align=align
+    )
     if files:
-        return case, [*faults, *case.header_faults()]
+        return case, [*faults, *case.header_faults(notes)]
     faults.append(
         f"case {name}: no modality; expected a file like {_pattern(modalities)}, found "
         f"{', '.join(folder.files) or 'nothing'}; add a file or remove the folder"

@@ -6,6 +6,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from prism_meta.objective.losses.shapes import mean_over_voxels
+
 Direction = Literal["student_teacher", "teacher_student"]
 
 
@@ -14,6 +16,8 @@ def pixel_distillation(
     teacher: Tensor,
     temperature: float = 4.0,
     direction: Direction = "student_teacher",
+    *,
+    valid: Tensor | None = None,
 ) -> Tensor:
     r"""Kullback-Leibler divergence of single-modality and fused predictions, for one map (E8).
 
@@ -30,6 +34,7 @@ def pixel_distillation(
         temperature: T > 0. Defaults to 4.
         direction: ``student_teacher`` (the default) computes KL(q || p); ``teacher_student`` computes
             KL(p || q), as the published code does.
+        valid: (B, *S) bool, the voxels v to count. Defaults to None, all voxels.
 
     Returns:
         (B,), at least 0: sum over classes, mean over voxels; the batch is not reduced.
@@ -61,4 +66,4 @@ def pixel_distillation(
         raise ValueError(
             f"direction: got {direction!r}, expected 'student_teacher' or 'teacher_student'"
         )
-    return temperature**2 * divergence.sum(1).flatten(1).mean(1)
+    return temperature**2 * mean_over_voxels(divergence.sum(1).flatten(1), valid)

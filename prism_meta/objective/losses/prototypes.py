@@ -10,10 +10,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from prism_meta.objective.losses.shapes import check_target, one_hot_of
+from prism_meta.objective.losses.shapes import check_target, mean_over_voxels, one_hot_of
 
 
-def prototype_l2(student: Tensor, teacher: Tensor, target: Tensor, num_classes: int) -> Tensor:
+def prototype_l2(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    num_classes: int,
+    *,
+    valid: Tensor | None = None,
+) -> Tensor:
     r"""Squared distance of the class prototypes of student and teacher (E9).
 
     .. math::
@@ -28,6 +35,7 @@ def prototype_l2(student: Tensor, teacher: Tensor, target: Tensor, num_classes: 
         teacher: (B, C, *S) features of the fused branch.
         target: (B, *S) long, class indices in [0, K).
         num_classes: K.
+        valid: (B, *S) bool, the voxels v to count. Defaults to None, all voxels.
 
     Returns:
         (B,), at least 0: sum over classes and channels; the batch is not reduced.
@@ -42,13 +50,18 @@ def prototype_l2(student: Tensor, teacher: Tensor, target: Tensor, num_classes: 
         >>> prototype_l2(torch.ones(1, 3, 4), torch.zeros(1, 3, 4), target, num_classes=4)
         tensor([6.])
     """
-    one_hot = _prototype_targets(student, teacher, target, num_classes)
+    one_hot = _prototype_targets(student, teacher, target, num_classes, valid)
     distance = _prototypes(student, one_hot) - _prototypes(teacher.detach(), one_hot)
     return distance.square().sum((1, 2))  # both prototypes of an absent class are exactly 0
 
 
 def prototype_similarity(
-    student: Tensor, teacher: Tensor, target: Tensor, num_classes: int
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    num_classes: int,
+    *,
+    valid: Tensor | None = None,
 ) -> Tensor:
     r"""Squared difference of the voxels' similarities to the prototypes (E9, option).
 
@@ -65,6 +78,7 @@ def prototype_similarity(
         teacher: (B, C, *S) features of the fused branch.
         target: (B, *S) long, class indices in [0, K).
         num_classes: K.
+        valid: (B, *S) bool, the voxels v to count. Defaults to None, all voxels.
 
     Returns:
         (B,), in [0, 4]: mean over voxels and present classes; the batch is not reduced.
@@ -79,11 +93,16 @@ def prototype_similarity(
         >>> bool((prototype_similarity(z, 2 * z, torch.zeros(2, 8).long(), 4) < 1e-10).all())
         True
     """
-    return _mean_over_present(torch.square, student, teacher, target, num_classes)
+    return _mean_over_present(torch.square, student, teacher, target, num_classes, valid)
 
 
 def prototype_distance(
-    student: Tensor, teacher: Tensor, target: Tensor, num_classes: int
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    num_classes: int,
+    *,
+    valid: Tensor | None = None,
 ) -> Tensor:
     r"""Absolute difference of the voxels' similarities to the prototypes (D of E11).
 
@@ -99,6 +118,7 @@ def prototype_distance(
         teacher: (B, C, *S) features of the fused branch.
         target: (B, *S) long, class indices in [0, K).
         num_classes: K.
+        valid: (B, *S) bool, the voxels v to count. Defaults to None, all voxels.
 
     Returns:
         (B,), in [0, 2]: mean over voxels and present classes; the batch is not reduced.
@@ -114,7 +134,7 @@ def prototype_distance(
         >>> prototype_distance(student, teacher, target, num_classes=4)
         tensor([1.])
     """
-    return _mean_over_present(torch.abs, student, teacher, target, num_classes)
+    return _mean_over_present(torch.abs, student, teacher, target, num_classes, valid)
 
 
 def _mean_over_present(
@@ -123,13 +143,14 @@ def _mean_over_present(
     teacher: Tensor,
     target: Tensor,
     num_classes: int,
+    valid: Tensor | None,
 ) -> Tensor:
     """Mean of ``size(difference of the similarities)`` over voxels and present classes: (B,)."""
-    one_hot = _prototype_targets(student, teacher, target, num_classes)
+    one_hot = _prototype_targets(student, teacher, target, num_classes, valid)
     present = one_hot.any(2)
     difference = _similarity(student, one_hot) - _similarity(teacher.detach(), one_hot)
-    per_class = size(difference).mean(2) * present
-    return per_class.sum(1) / present.sum(1)
+    per_class = mean_over_voxels(size(difference), valid) * present
+    return per_class.sum(1) / present.sum(1).clamp(min=1)
 
 
 def _similarity(features: Tensor, one_hot: Tensor) -> Tensor:
@@ -151,11 +172,11 @@ def _prototypes(features: Tensor, one_hot: Tensor) -> Tensor:
 
 
 def _prototype_targets(
-    student: Tensor, teacher: Tensor, target: Tensor, num_classes: int
+    student: Tensor, teacher: Tensor, target: Tensor, num_classes: int, valid: Tensor | None
 ) -> Tensor:
     if student.shape != teacher.shape:
         raise ValueError(
             f"student: got {tuple(student.shape)}, expected the teacher's {tuple(teacher.shape)}"
         )
     check_target(student, target, what="features")
-    return one_hot_of(target, num_classes, student)
+    return one_hot_of(target, num_classes, student, valid)

@@ -1,4 +1,4 @@
-"""Checks of shapes, and one-hot labels, which several losses share."""
+"""Checks of shapes, one-hot labels and means over voxels, which several losses share."""
 
 from __future__ import annotations
 
@@ -6,14 +6,33 @@ import torch
 from torch import Tensor
 
 
-def one_hot_of(target: Tensor, num_classes: int, like: Tensor) -> Tensor:
-    """One-hot labels (B, K, V) in the dtype of ``like``.
+def one_hot_of(
+    target: Tensor, num_classes: int, like: Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """One-hot labels (B, K, V) in the dtype of ``like``; voxels that are not ``valid`` have no class.
 
     This uses ``scatter_``, because ``F.one_hot`` returns int64 with the classes last.
     """
     labels = target.flatten(1)[:, None]
     shape = (target.shape[0], num_classes, labels.shape[2])
-    return torch.zeros(shape, dtype=like.dtype, device=like.device).scatter_(1, labels, 1)
+    one_hot = torch.zeros(shape, dtype=like.dtype, device=like.device)
+    if valid is None:
+        return one_hot.scatter_(1, labels, 1)
+    return one_hot.scatter_(1, labels, valid.flatten(1)[:, None].to(like.dtype))
+
+
+def mean_over_voxels(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean of values (B, ..., V) over the valid voxels: (B, ...); 0 for a sample that has none.
+
+    Args:
+        values: one number per voxel.
+        valid: (B, *S) bool with V voxels. None for all voxels.
+    """
+    if valid is None:
+        return values.mean(-1)
+    inside = valid.flatten(1)
+    inside = inside.view(len(inside), *[1] * (values.ndim - 2), -1)
+    return (values * inside).sum(-1) / inside.sum(-1).clamp(min=1)
 
 
 def check_target(maps: Tensor, target: Tensor, *, what: str = "logits") -> None:

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
-from prism_meta.objective.losses.shapes import check_target, one_hot_of
+from prism_meta.objective.losses.shapes import check_target, mean_over_voxels, one_hot_of
 
 
-def weighted_cross_entropy(logits: Tensor, target: Tensor, *, weighted: bool = True) -> Tensor:
+def weighted_cross_entropy(
+    logits: Tensor, target: Tensor, *, weighted: bool = True, valid: Tensor | None = None
+) -> Tensor:
     r"""Cross-entropy with a smaller weight for frequent classes.
 
     .. math::
@@ -23,6 +25,7 @@ def weighted_cross_entropy(logits: Tensor, target: Tensor, *, weighted: bool = T
         logits: (B, K, *S) logits, not probabilities.
         target: (B, *S) long, class indices in [0, K).
         weighted: False sets all w_k to 1, which is plain cross-entropy. Defaults to True.
+        valid: (B, *S) bool, the voxels v to count. Defaults to None, all voxels.
 
     Returns:
         (B,), the mean over voxels of each sample; the batch is not reduced.
@@ -41,15 +44,17 @@ def weighted_cross_entropy(logits: Tensor, target: Tensor, *, weighted: bool = T
     per_voxel = F.cross_entropy(logits, target, reduction="none").flatten(1)
     if weighted:
         labels = target.flatten(1)
-        counts = per_voxel.new_zeros(logits.shape[:2]).scatter_add_(
-            1, labels, torch.ones_like(per_voxel)
-        )
-        weights = 1 - counts / labels.shape[1]
+        one = torch.ones_like(per_voxel) if valid is None else valid.flatten(1).to(per_voxel.dtype)
+        counts = per_voxel.new_zeros(logits.shape[:2]).scatter_add_(1, labels, one)
+        total = labels.shape[1] if valid is None else one.sum(1, keepdim=True).clamp(min=1)
+        weights = 1 - counts / total
         per_voxel = per_voxel * weights.gather(1, labels)
-    return per_voxel.mean(1)
+    return mean_over_voxels(per_voxel, valid)
 
 
-def soft_dice(logits: Tensor, target: Tensor, *, eps: float = 1e-7) -> Tensor:
+def soft_dice(
+    logits: Tensor, target: Tensor, *, eps: float = 1e-7, valid: Tensor | None = None
+) -> Tensor:
     r"""Soft Dice loss over all classes, including the background.
 
     .. math::
@@ -63,6 +68,7 @@ def soft_dice(logits: Tensor, target: Tensor, *, eps: float = 1e-7) -> Tensor:
         logits: (B, K, *S) logits, not probabilities.
         target: (B, *S) long, class indices in [0, K).
         eps: avoids 0/0 for a class that is neither present nor predicted. Defaults to 1e-7.
+        valid: (B, *S) bool, the voxels v to count. Defaults to None, all voxels.
 
     Returns:
         (B,), in [0, 1]; the batch is not reduced.
@@ -78,12 +84,16 @@ def soft_dice(logits: Tensor, target: Tensor, *, eps: float = 1e-7) -> Tensor:
     """
     check_target(logits, target)
     probability = logits.softmax(1).flatten(2)
-    one_hot = one_hot_of(target, logits.shape[1], probability)
+    if valid is not None:
+        probability = probability * valid.flatten(1)[:, None]
+    one_hot = one_hot_of(target, logits.shape[1], probability, valid)
     overlap = 2 * (probability * one_hot).sum(2)
     return 1 - (overlap / (probability.sum(2) + one_hot.sum(2) + eps)).mean(1)
 
 
-def segmentation(logits: Tensor, target: Tensor, *, weighted: bool = True) -> Tensor:
+def segmentation(
+    logits: Tensor, target: Tensor, *, weighted: bool = True, valid: Tensor | None = None
+) -> Tensor:
     """Cross-entropy plus Dice, the loss of the fused, unimodal and prm logits (E5, E6, E7).
 
     The sum of ``weighted_cross_entropy`` and ``soft_dice``, which say what an absent class does.
@@ -92,6 +102,7 @@ def segmentation(logits: Tensor, target: Tensor, *, weighted: bool = True) -> Te
         logits: (B, K, *S) logits, not probabilities.
         target: (B, *S) long, class indices in [0, K).
         weighted: True uses class weights in the cross-entropy. Defaults to True.
+        valid: (B, *S) bool, the voxels to count. Defaults to None, all voxels.
 
     Returns:
         (B,); the batch is not reduced.
@@ -103,4 +114,5 @@ def segmentation(logits: Tensor, target: Tensor, *, weighted: bool = True) -> Te
         >>> segmentation(torch.zeros(2, 4, 8, 8), torch.zeros(2, 8, 8).long()).shape
         torch.Size([2])
     """
-    return weighted_cross_entropy(logits, target, weighted=weighted) + soft_dice(logits, target)
+    cross_entropy = weighted_cross_entropy(logits, target, weighted=weighted, valid=valid)
+    return cross_entropy + soft_dice(logits, target, valid=valid)

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from prism_meta.data.episodes import DEFAULT_FOREGROUND
+from prism_meta.data.grids import Align
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.preprocessing import DEFAULT_SPACING
 from prism_meta.errors import ConfigError, PrismError, raise_faults
@@ -31,8 +32,13 @@ class DataConfig(Section):
     labels: dict[str, Class] = Field(default=dict(BRATS_LABELS.values))
     #: Region -> classes. Defaults to WT, TC and ET for the BraTS labels, otherwise to one per class.
     regions: dict[str, tuple[str, ...]] = Field(default={})
-    #: Voxel size of the model's grid in mm.
+    #: Voxel size of the model's grid in mm: two numbers in the plane of the slices, as they were acquired,
+    #: then their distance. Slices are stacked along the axis with the largest voxels of each case, or along
+    #: the third axis of its files where all are alike.
     spacing: tuple[Spacing, Spacing, Spacing] = DEFAULT_SPACING
+    #: Whether files that lie more than a tenth of a voxel off the grid of their case are faults, or are
+    #: resampled onto it: onto the grid of the label, or of the first modality without a label.
+    align: Align = "refuse"
     #: Voxels; two numbers train on slices, three on volumes.
     patch: Annotated[tuple[Size, ...], Field(min_length=2, max_length=3)] = PATCHES[2]
     batch_size: Annotated[int, Field(strict=True, ge=1, le=10**6)] = 8

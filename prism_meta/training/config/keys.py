@@ -10,6 +10,7 @@ ARGUMENT_KEYS: Mapping[str, str] = MappingProxyType(
     {
         "patch": "data.patch",
         "spacing": "data.spacing",
+        "align": "data.align",
         "labels": "data.labels",
         "table": "data.availability",
         "missing_rates": "data.missing_rates",
