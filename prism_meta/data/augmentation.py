@@ -94,7 +94,7 @@ def _flipped(image: Tensor, labels: Tensor, axis: int, rows: Tensor) -> tuple[Te
 
     flip = Flip(axis + 1)  # the axis of modalities comes first
     for maps in (image, labels):
-        maps[rows] = flip(maps[rows])  # type: ignore[assignment]
+        maps[rows] = flip(maps[rows])
     return image, labels
 
 
@@ -103,8 +103,10 @@ def _rescaled(image: Tensor, random: np.random.RandomState) -> Tensor:
     from monai.transforms.intensity.array import ScaleIntensity, ShiftIntensity
 
     factor, offset = (_per_modality(image, 0.8, random) for _ in range(2))
-    image = ScaleIntensity(minv=None, maxv=None, factor=factor)(image)  # type: ignore[arg-type, assignment]
-    return ShiftIntensity(offset)(image)  # type: ignore[arg-type, return-value]
+    changed: Tensor = ShiftIntensity(offset)(
+        ScaleIntensity(minv=None, maxv=None, factor=factor)(image)
+    )
+    return changed
 
 
 def _contrasted(image: Tensor, random: np.random.RandomState) -> Tensor:
@@ -113,7 +115,7 @@ def _contrasted(image: Tensor, random: np.random.RandomState) -> Tensor:
 
     for row in _chosen(image, 0.2, random).tolist():
         gamma = random.uniform(*_GAMMA)
-        image[row] = AdjustContrast(gamma, retain_stats=True)(image[row])  # type: ignore[assignment]
+        image[row] = AdjustContrast(gamma, retain_stats=True)(image[row])
     return image
 
 
@@ -123,7 +125,7 @@ def _noisy(image: Tensor, random: np.random.RandomState) -> Tensor:
     for row in _chosen(image, 0.2, random).tolist():
         noise = RandGaussianNoise(prob=1.0, std=_NOISE)
         noise.set_random_state(state=random)
-        image[row] = noise(image[row])  # type: ignore[assignment]
+        image[row] = noise(image[row])
     return image
 
 

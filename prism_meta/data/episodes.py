@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Generator, Tensor
@@ -11,7 +11,7 @@ from prism_meta.data.augmentation import Augmentation
 from prism_meta.data.cache import CachedCase
 from prism_meta.data.drawing import DEFAULT_FOREGROUND, Drawn, DrawnEpisodes
 from prism_meta.data.masking import DynamicMask, MaskPolicy
-from prism_meta.data.subset_masks import ChoosesCases
+from prism_meta.data.subset_masks import ChoosesCases, FollowsLosses
 from prism_meta.errors import ConfigError, Fault
 
 
@@ -72,6 +72,38 @@ class Episodes(DrawnEpisodes):
         )
         self.train_mask, self.meta_mask = train_mask or DynamicMask(), meta_mask or DynamicMask()
         self._split_cases(Generator().manual_seed(0))  # raises if no episode can be drawn
+
+    @property
+    def follows_losses(self) -> bool:
+        """Whether a mask policy does, e.g. ``HardMask``. Its state is then a part of every episode."""
+        return bool(self._followers)
+
+    def observe(self, mask: Tensor, losses: Tensor) -> None:
+        """Tell the policies that follow losses those of samples; see ``FollowsLosses``."""
+        for policy in self._followers.values():
+            policy.observe(mask, losses)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The states of the policies that follow losses."""
+        return {
+            f"{name}.{key}": value
+            for name, policy in self._followers.items()
+            for key, value in policy.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore ``state_dict``."""
+        for name, policy in self._followers.items():
+            keys = policy.state_dict()
+            policy.load_state_dict({key: state[f"{name}.{key}"] for key in keys})
+
+    @property
+    def _followers(self) -> dict[str, FollowsLosses]:
+        """The policies that follow losses, once if it is one for both batches."""
+        found = {"train": self.train_mask, "meta": self.meta_mask}
+        if self.meta_mask is self.train_mask:
+            del found["meta"]
+        return {name: p for name, p in found.items() if isinstance(p, FollowsLosses)}
 
     def draw(self, generator: Generator) -> tuple[list[Drawn], Drawn]:
         train, meta = self._split_cases(generator)

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Generator, Tensor
 
-from prism_meta.data.masking import MaskPolicy, AnyCase
+from prism_meta.data.masking import AnyCase, MaskPolicy
 from prism_meta.modalities import subsets
 
 

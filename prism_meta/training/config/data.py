@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from prism_meta.data.episodes import DEFAULT_FOREGROUND
+from prism_meta.data.drawing import DEFAULT_FOREGROUND
 from prism_meta.data.grids import Align
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.preprocessing import DEFAULT_SPACING
@@ -54,8 +54,9 @@ class DataConfig(Section):
     holdout: Annotated[int, Field(strict=True, ge=0, le=10**6)] = 0
     #: Folder of prepared volumes. Defaults to a folder beside the run folder.
     cache: UserPath | None = None
-    #: Number of additional processes that load data.
-    workers: Annotated[int, Field(strict=True, ge=0, le=256)] = 0
+    #: Number of additional processes that load data. Defaults to one on a CPU with several cores, to up to
+    #: four for a GPU, and to none for fewer than 50 episodes.
+    workers: Annotated[int, Field(strict=True, ge=0, le=256)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:

@@ -19,5 +19,6 @@ ARGUMENT_KEYS: Mapping[str, str] = MappingProxyType(
         "holdout": "data.holdout",
         "train_mask": "masks.train",
         "meta_mask": "masks.meta",
+        "support": "episodes.support",
     }
 )
