@@ -173,19 +173,21 @@ def build_outer(
 
 
 def build_episodes(
-    config: Config, cases: Sequence[CachedCase], *, inner_steps: int = 1, rank: int = 0
+    config: Config, cases: Sequence[CachedCase], *, inner_steps: int | None = None, rank: int = 0
 ) -> DrawnEpisodes:
     """The episodes of a training run.
 
     Args:
         config: kind of episodes, patch, masks, batch size and number of steps.
         cases: prepared training cases.
-        inner_steps: number of train batches per episode.
+        inner_steps: number of train batches per episode. Defaults to that of the configured strategy.
         rank: of this process; each process draws its own episodes.
 
     Raises:
         ConfigError: no episode can be drawn.
     """
+    if inner_steps is None:
+        inner_steps = config.meta.inner_steps if config.meta.kind.adapts else 1
     patch = config.data.patch
     augmentation = Augmentation(len(patch)) if config.training.augment else None
     common: dict[str, Any] = {

@@ -133,7 +133,9 @@ def test_one_subset_per_inner_step(pool: list[CachedCase]) -> None:
         train, meta = data[t]
         shown = [tuple(batch.mask[0].tolist()) for batch in train]
         orders.add(tuple(shown))
-        assert shown == (list(dict.fromkeys(shown)) * 4)[:4], "none comes again before all have come"
+        assert shown == (list(dict.fromkeys(shown)) * 4)[:4], (
+            "none comes again before all have come"
+        )
         for batch in train:
             assert (batch.mask == batch.mask[0]).all()
             assert all(not (batch.mask[0] & ~available[case]).any() for case in batch.case_ids)
