@@ -34,6 +34,8 @@ from prism_meta.data.masking import (
     StaticMask,
 )
 from prism_meta.data.preprocessing import Preprocessing
+from prism_meta.data.subset_masks import HardMask, OneSubsetMask
+from prism_meta.data.tasks import TaskEpisodes
 from prism_meta.errors import CaseError, ConfigError, PrismError
 from prism_meta.evaluation.predictor import Predictor, evaluate, predict
 from prism_meta.modalities import BRATS, Batch, subset, subset_name, subsets
@@ -79,6 +81,7 @@ __all__ = [
     "FullMask",
     "FunctionalStrategy",
     "Fusion",
+    "HardMask",
     "HiddenParameterError",
     "ImplicitMAML",
     "InnerOptimizer",
@@ -90,6 +93,7 @@ __all__ = [
     "MetaSGD",
     "MetaStrategy",
     "MultiEncoderNet",
+    "OneSubsetMask",
     "Prediction",
     "Predictor",
     "Preflight",
@@ -108,6 +112,7 @@ __all__ = [
     "SingleModalityMask",
     "StaticMask",
     "StepBatches",
+    "TaskEpisodes",
     "Trained",
     "Trainer",
     "WrappedNet",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -64,14 +64,17 @@ class Batch:
             )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on ``device``."""
-        return Batch(
-            self.image.to(device),
-            self.mask.to(device),
-            self.target.to(device),
-            self.case_ids,
-            None if self.valid is None else self.valid.to(device),
-        )
+        """The same batch on ``device``. A pinned batch is copied while the caller continues."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in pinned memory, from which a GPU copies while it computes."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        image, mask, target = (change(t) for t in (self.image, self.mask, self.target))
+        valid = None if self.valid is None else change(self.valid)
+        return Batch(image, mask, target, self.case_ids, valid)
 
 
 def subsets(num_modalities: int) -> Tensor:

@@ -7,7 +7,9 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -25,6 +27,8 @@ from prism_meta.files import atomic
 _CENTRES_PER_CLASS = 10_000
 #: Increase it when preprocessing changes, so that old caches are not used.
 _VERSION = 5
+#: Cached files that one process keeps mapped into memory.
+_OPEN_CASES = 1024
 #: Entry of a cached file's metadata.
 _CHECKSUM = "sha256"
 #: Bytes of a case's name in the name of its cached file. File systems take 255 in all.
@@ -48,6 +52,8 @@ class CachedCase:
         path: the safetensors file.
         meta_availability: bool (M,), which modalities exist when the case is in a meta batch. Defaults to
             ``availability``.
+        site: the hospital or scanner that the case comes from. Defaults to None, unknown.
+        patient: whose case it is. Defaults to the id.
     """
 
     id: str
@@ -55,16 +61,19 @@ class CachedCase:
     shape: tuple[int, int, int]
     path: Path
     meta_availability: Tensor = None  # type: ignore[assignment]
+    site: str | None = None
+    patient: str = ""
 
     def __post_init__(self) -> None:
         if self.meta_availability is None:
             object.__setattr__(self, "meta_availability", self.availability)
+        if not self.patient:
+            object.__setattr__(self, "patient", self.id)
 
     def centres(self) -> list[Tensor]:
         """Flat voxel indices to centre patches on: in the brain, then in each foreground class."""
-        with safe_open(self.path, framework="pt") as stored:
-            count = int(stored.metadata()["centres"])
-            return [stored.get_tensor(f"centres_{k}") for k in range(count)]
+        stored = _mapped(self.path)
+        return [stored[f"centres_{k}"] for k in range(int(stored.metadata["centres"]))]
 
     def patch(
         self, corner: Sequence[int], size: Sequence[int], *, shown: Tensor
@@ -81,10 +90,43 @@ class CachedCase:
         """
         box = tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))
         image = torch.zeros(len(shown), *size)
-        with safe_open(self.path, framework="pt") as stored:
-            for m in shown.nonzero().flatten().tolist():
-                image[m] = stored.get_slice(f"image_{m}")[box]
-            return image, stored.get_slice("target")[box].long()
+        stored = _mapped(self.path)
+        for m in shown.nonzero().flatten().tolist():
+            image[m] = stored[f"image_{m}"][box]
+        return image, stored["target"][box].long()
+
+
+class _Mapped:
+    """A cached file that stays mapped into memory: only what is indexed is read.
+
+    Opening it for each patch would take several times as long as reading the patch.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # No context: the file is closed at once, and the mapping ends with this object.
+        self._stored = ExitStack().enter_context(safe_open(path, framework="pt"))
+        self._tensors: dict[str, Tensor] = {}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        found: dict[str, str] = self._stored.metadata()
+        return found
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            self._tensors[name] = self._stored.get_tensor(name)
+        return self._tensors[name]
+
+
+def _mapped(path: Path) -> _Mapped:
+    found = path.stat()
+    return _open(path, (found.st_ino, found.st_size, found.st_mtime_ns))
+
+
+@lru_cache(maxsize=_OPEN_CASES)
+def _open(path: Path, version: tuple[int, ...]) -> _Mapped:
+    """The file, as long as no other one has its name."""
+    return _Mapped(path)
 
 
 def prepare(
@@ -139,7 +181,7 @@ def _prepare_case(
     if shape is None:
         ready = preprocessing(case.read(), labels)
         shape = _store(path, case, ready, num_classes=len(labels.names))
-    return CachedCase(case.id, case.availability, shape, path)
+    return CachedCase(case.id, case.availability, shape, path, site=case.site, patient=case.patient)
 
 
 def _store(path: Path, case: Case, ready: Prepared, *, num_classes: int) -> tuple[int, int, int]:

@@ -1,40 +1,35 @@
-"""Episodes: a train batch and a meta batch of patches, from disjoint cases with their own masks."""
+"""Meta-Drop's episodes: train and meta batches of patches, from disjoint patients with their own masks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
-from torch.utils.data import Dataset
+from torch import Generator, Tensor
 
 from prism_meta.data.augmentation import Augmentation
 from prism_meta.data.cache import CachedCase
+from prism_meta.data.drawing import DEFAULT_FOREGROUND, Drawn, DrawnEpisodes
 from prism_meta.data.masking import DynamicMask, MaskPolicy
-from prism_meta.errors import ConfigError, Fault, raise_faults
-from prism_meta.modalities import Batch
-
-#: Default share of patches that are centred on a foreground class.
-DEFAULT_FOREGROUND = 0.5
-#: Target of padding until the batch is complete. It is no class, and augmentation moves it with the rest.
-_PADDING = -1
+from prism_meta.data.subset_masks import ChoosesCases, FollowsLosses
+from prism_meta.errors import ConfigError, Fault
 
 
-class Episodes(Dataset[tuple[Batch, Batch]]):
-    """The episodes of a training run. Item t is the pair of batches (D_train, D_meta) of episode t.
+class Episodes(DrawnEpisodes):
+    """The episodes of a training run. Item t is the pair (D_train, D_meta) of episode t.
 
-    The two batches come from disjoint cases, and each has its own masks. All random numbers of
-    episode t depend only on (seed, rank, t), so a resumed run sees the same episodes, with any
-    number of worker processes.
+    The batches of D_train and D_meta come from disjoint patients, and each batch has its own masks. All
+    random numbers of episode t depend only on (seed, rank, t), so a resumed run sees the same episodes,
+    with any number of worker processes. A ``HardMask`` depends on its losses, too.
 
     Args:
-        cases: cached cases, at least two.
+        cases: cached cases of at least two patients.
         patch: patch size in voxels: two numbers for slices, three for volumes. A smaller volume is
             padded with zeros at both ends, and ``Batch.valid`` excludes the padding.
-        batch_size: number of patches B in each of the two batches.
+        batch_size: number of patches B in each batch.
         steps: number of episodes.
+        inner_steps: number K of train batches per episode. D_train is a ``Batch`` for K = 1, and
+            otherwise ``StepBatches``, one batch for each inner step. Defaults to 1.
         train_mask: mask policy of D_train. Defaults to ``DynamicMask()``.
         meta_mask: mask policy of D_meta. Defaults to ``DynamicMask()``.
         foreground: share of patches that are centred on a foreground class. The others are centred
@@ -44,7 +39,7 @@ class Episodes(Dataset[tuple[Batch, Batch]]):
         rank: index of this process. Each process draws different episodes.
 
     Raises:
-        ConfigError: there are fewer than two cases, or too few cases fit the mask policies.
+        ConfigError: there are fewer than two patients, or too few cases fit the mask policies.
 
     Source: Meta-Drop of PRISM.
     """
@@ -56,6 +51,7 @@ class Episodes(Dataset[tuple[Batch, Batch]]):
         patch: Sequence[int],
         batch_size: int,
         steps: int,
+        inner_steps: int = 1,
         train_mask: MaskPolicy | None = None,
         meta_mask: MaskPolicy | None = None,
         foreground: float = DEFAULT_FOREGROUND,
@@ -63,56 +59,89 @@ class Episodes(Dataset[tuple[Batch, Batch]]):
         seed: int = 0,
         rank: int = 0,
     ) -> None:
-        self.cases = list(cases)
-        self.size = tuple(patch) if len(patch) == 3 else (*patch, 1)
-        self.squeeze = len(patch) == 2
-        self.batch_size, self.steps = batch_size, steps
-        self.train_mask, self.meta_mask = train_mask or DynamicMask(), meta_mask or DynamicMask()
-        self.foreground, self.augmentation = foreground, augmentation
-        self.seed, self.rank = seed, rank
-        raise_faults(ConfigError, self._faults())
-        self.availability = torch.stack([case.availability for case in self.cases])
-        self.meta_availability = torch.stack([case.meta_availability for case in self.cases])
-        self._centres: dict[str, list[Tensor]] = {}
-        self._split_cases(torch.Generator().manual_seed(0))  # raises if no episode can be drawn
-
-    def _faults(self) -> list[Fault]:
-        if len(self.cases) >= 2:
-            return []
-        found = f"{len(self.cases)} training case{'' if len(self.cases) == 1 else 's'}"
-        message = (
-            f"{found}: an episode needs at least 2, because its train and meta batch come from "
-            "different cases; add cases or hold fewer out"
+        super().__init__(
+            cases,
+            patch=patch,
+            batch_size=batch_size,
+            steps=steps,
+            inner_steps=inner_steps,
+            foreground=foreground,
+            augmentation=augmentation,
+            seed=seed,
+            rank=rank,
         )
-        return [Fault(message, "holdout")]
+        self.train_mask, self.meta_mask = train_mask or DynamicMask(), meta_mask or DynamicMask()
+        self._split_cases(Generator().manual_seed(0))  # raises if no episode can be drawn
 
-    def __len__(self) -> int:
-        return self.steps
+    @property
+    def follows_losses(self) -> bool:
+        """Whether a mask policy does, e.g. ``HardMask``. Its state is then a part of every episode."""
+        return bool(self._followers)
 
-    def __getitem__(self, step: int) -> tuple[Batch, Batch]:
-        entropy = np.random.SeedSequence((self.seed, self.rank, step))
-        generator = torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
-        random = np.random.RandomState(entropy.generate_state(2)[1])
-        if self.augmentation is not None:
-            self.augmentation.seed(random.randint(2**31))
+    def observe(self, mask: Tensor, losses: Tensor) -> None:
+        """Tell the policies that follow losses those of samples; see ``FollowsLosses``."""
+        for policy in self._followers.values():
+            policy.observe(mask, losses)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The states of the policies that follow losses."""
+        return {
+            f"{name}.{key}": value
+            for name, policy in self._followers.items()
+            for key, value in policy.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore ``state_dict``."""
+        for name, policy in self._followers.items():
+            keys = policy.state_dict()
+            policy.load_state_dict({key: state[f"{name}.{key}"] for key in keys})
+
+    @property
+    def _followers(self) -> dict[str, FollowsLosses]:
+        """The policies that follow losses, once if it is one for both batches."""
+        found = {"train": self.train_mask, "meta": self.meta_mask}
+        if self.meta_mask is self.train_mask:
+            del found["meta"]
+        return {name: p for name, p in found.items() if isinstance(p, FollowsLosses)}
+
+    def draw(self, generator: Generator) -> tuple[list[Drawn], Drawn]:
         train, meta = self._split_cases(generator)
         return (
-            self._batch(train, self.availability, self.train_mask, generator, random),
-            self._batch(meta, self.meta_availability, self.meta_mask, generator, random),
+            self._masked(train, self.availability, self.train_mask, self.inner_steps, generator),
+            self._masked(meta, self.meta_availability, self.meta_mask, 1, generator)[0],
         )
 
-    def _split_cases(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Indices of two disjoint sets of cases, each eligible for its mask policy, in random order."""
+    def _masked(
+        self,
+        pool: Tensor,
+        availability: Tensor,
+        policy: MaskPolicy,
+        count: int,
+        generator: Generator,
+    ) -> list[Drawn]:
+        """``count`` batches of the cases in ``pool``."""
+        if isinstance(policy, ChoosesCases):
+            chosen = policy.batches(availability[pool], self.batch_size, count, generator)
+            return [Drawn(pool[rows], mask) for rows, mask in chosen]
+        # Every case is drawn before one is drawn again.
+        rounds = -(-self.batch_size * count // len(pool))
+        rows = pool.repeat(rounds)[: self.batch_size * count].view(count, self.batch_size)
+        return [Drawn(one, policy(availability[one], generator)) for one in rows]
+
+    def _split_cases(self, generator: Generator) -> tuple[Tensor, Tensor]:
+        """Indices of the cases of disjoint patients, eligible for each mask policy, in random order."""
         order = torch.randperm(len(self.cases), generator=generator)
         fit_meta = order[self.meta_mask.eligible(self.meta_availability[order])]
-        meta = fit_meta[: len(self.cases) // 2]
-        rest = order[~torch.isin(order, meta)]
+        meta = self._half(fit_meta)
+        rest = self._without(order, meta)
         train = rest[self.train_mask.eligible(self.availability[rest])]
         if not len(train):
             # The meta set took every case that is eligible for the train mask. Divide them.
             both = meta[self.train_mask.eligible(self.availability[meta])]
-            train = both[: -(-len(both) // 2)]
-            meta = fit_meta[~torch.isin(fit_meta, train)][: len(self.cases) // 2]
+            patients = self._patients_of(both)
+            train = both[torch.isin(self.patients[both], patients[: -(-len(patients) // 2)])]
+            meta = self._half(self._without(fit_meta, train))
         if not len(meta) or not len(train):
             message = (
                 f"no episode can be drawn: {len(train)} cases fit the train mask and {len(meta)} "
@@ -121,58 +150,15 @@ class Episodes(Dataset[tuple[Batch, Batch]]):
             raise ConfigError([Fault(message, "train_mask", "meta_mask")])
         return train, meta
 
-    def _batch(
-        self,
-        pool: Tensor,
-        availability: Tensor,
-        policy: MaskPolicy,
-        generator: torch.Generator,
-        random: np.random.RandomState,
-    ) -> Batch:
-        rounds = -(-self.batch_size // len(pool))
-        chosen = pool.repeat(rounds)[: self.batch_size]
-        mask = policy(availability[chosen], generator)
-        cases = [self.cases[i] for i in chosen.tolist()]
-        patches = [self._patch(c, shown, random) for c, shown in zip(cases, mask, strict=True)]
-        images, targets = zip(*patches, strict=True)
-        target = torch.stack(targets)
-        padding = target == _PADDING
-        return Batch(
-            torch.stack(images),
-            mask,
-            target.masked_fill(padding, 0),
-            tuple(c.id for c in cases),
-            ~padding if padding.any() else None,
-        )
+    def _half(self, pool: Tensor) -> Tensor:
+        """The cases in ``pool`` of at most half of all patients, the first ones there."""
+        chosen = self._patients_of(pool)[: len(self.patients.unique()) // 2]
+        return pool[torch.isin(self.patients[pool], chosen)]
 
-    def _patch(
-        self, case: CachedCase, shown: Tensor, random: np.random.RandomState
-    ) -> tuple[Tensor, Tensor]:
-        from monai.transforms.utils import generate_label_classes_crop_centers
+    def _without(self, pool: Tensor, others: Tensor) -> Tensor:
+        """The cases in ``pool`` of patients that have none in ``others``."""
+        return pool[~torch.isin(self.patients[pool], self.patients[others])]
 
-        if case.id not in self._centres:
-            self._centres[case.id] = case.centres()
-        centres = self._centres[case.id]
-        classes = [len(c) > 0 for c in centres[1:]]
-        share = self.foreground / max(1, sum(classes))
-        ratios = [1 - self.foreground if any(classes) else 1.0, *(share * c for c in classes)]
-        size = [min(p, s) for p, s in zip(self.size, case.shape, strict=True)]
-        (centre,) = generate_label_classes_crop_centers(
-            size, 1, case.shape, centres, ratios, random, warn=False
-        )
-        corner = [c - s // 2 for c, s in zip(centre, size, strict=True)]
-        image, target = case.patch(corner, size, shown=shown)
-        image, target = _padded(image, self.size, 0), _padded(target, self.size, _PADDING)
-        if self.squeeze:
-            image, target = image[..., 0], target[..., 0]
-        if self.augmentation is not None:
-            image, target = self.augmentation(image, target)
-        return image, target
-
-
-def _padded(maps: Tensor, size: Sequence[int], value: int) -> Tensor:
-    """Pad the last axes to ``size`` at both ends, as MONAI's sliding window does in prediction."""
-    ends: list[int] = []
-    for wanted, there in zip(reversed(size), reversed(maps.shape), strict=False):
-        ends += [(wanted - there) // 2, (wanted - there + 1) // 2]
-    return pad(maps, ends, value=value) if any(ends) else maps
+    def _patients_of(self, pool: Tensor) -> Tensor:
+        """The patients of the cases in ``pool``, in the order of their first case."""
+        return torch.tensor(list(dict.fromkeys(self.patients[pool].tolist())), dtype=torch.long)

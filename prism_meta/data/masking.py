@@ -16,8 +16,8 @@ from torch import Generator, Tensor
 class MaskPolicy(Protocol):
     """Chooses which of the available modalities the model is shown.
 
-    ``StaticMask``, ``FullMask``, ``DynamicMask``, ``SingleModalityMask`` and ``BalancedMask`` are
-    policies. A class with these two methods is one, too.
+    ``StaticMask``, ``FullMask``, ``DynamicMask``, ``SingleModalityMask``, ``BalancedMask``, ``HardMask``
+    and ``OneSubsetMask`` are policies. A class with these two methods is one, too.
     """
 
     def __call__(self, availability: Tensor, generator: Generator | None = None) -> Tensor:
@@ -35,14 +35,14 @@ class MaskPolicy(Protocol):
         """Which cases the policy accepts: bool (N,)."""
 
 
-class _AnyCase:
+class AnyCase:
     """Base of the policies that accept every case with at least one modality."""
 
     def eligible(self, availability: Tensor) -> Tensor:
         return availability.any(1)
 
 
-class StaticMask(_AnyCase):
+class StaticMask(AnyCase):
     """Shows all modalities that a case has ("utd"). The missing ones are the same in every draw.
 
     Example:
@@ -70,7 +70,7 @@ class FullMask(StaticMask):
         return availability.all(1)
 
 
-class DynamicMask(_AnyCase):
+class DynamicMask(AnyCase):
     """Draws a new subset each time ("utd_drop"), uniformly from the non-empty available subsets.
 
     A case with k modalities has 2^k - 1 non-empty subsets, each with the same probability.
@@ -92,7 +92,7 @@ class DynamicMask(_AnyCase):
         return availability & ((code[:, None] >> rank.clamp(min=0)) & 1).bool()
 
 
-class SingleModalityMask(_AnyCase):
+class SingleModalityMask(AnyCase):
     """Shows one modality per draw, uniformly from those that the case has.
 
     Example:
@@ -104,7 +104,7 @@ class SingleModalityMask(_AnyCase):
         return _one_hot(availability.double(), generator)
 
 
-class BalancedMask(_AnyCase):
+class BalancedMask(AnyCase):
     """Hides frequent modalities more often, so that all are shown about equally often.
 
     An available modality m is kept with probability min_j (1 - FR^j) / (1 - FR^m). If none is kept,

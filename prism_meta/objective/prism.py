@@ -74,6 +74,7 @@ class PrismObjective:
         unimodal: False computes only L_fuse + L_prm, for nets with one branch. ``forward`` is then called
             with ``unimodal=False`` and computes no single modalities.
         weighting: ``RelativePreference`` (E11) or ``LearnedWeights`` (E12). Defaults to fixed weights.
+        sample_losses: add the term ``samples``, L_fuse of each sample, (B,); ``HardMask`` needs it.
 
     Raises:
         ValueError: a ``weighting`` with ``unimodal=False``, which leaves it nothing to weight; later, the
@@ -101,6 +102,7 @@ class PrismObjective:
         weighted: bool = False,
         unimodal: bool = True,
         weighting: Weighting | None = None,
+        sample_losses: bool = False,
     ) -> None:
         if weighting is not None and not unimodal:
             raise ValueError(
@@ -116,6 +118,7 @@ class PrismObjective:
         self.scale_decay = scale_decay
         self.prototype, self.weighted = prototype, weighted
         self.unimodal, self.weighting = unimodal, weighting
+        self.sample_losses = sample_losses
 
     def __call__(self, forward: Callable[..., Any], batch: Batch) -> Loss:
         """Evaluate ``batch``; ``forward`` has the signature of ``PrismNet``."""
@@ -181,6 +184,8 @@ class PrismObjective:
             prm = prm + 2.0**-scale * self._segmentation(upsampled, batch.target, batch.valid)
         loss = (fuse + prm).mean()
         terms = {"fuse": fuse.detach().mean(), "prm": prm.detach().mean()}
+        if self.sample_losses:
+            terms["samples"] = fuse.detach()
         if self.unimodal:
             per_pair, more = self._per_pair(prediction, batch.target, batch.valid)
             loss = loss + per_pair.sum() / len(fuse)

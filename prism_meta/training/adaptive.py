@@ -1,4 +1,4 @@
-"""What the trainer asks of an objective whose weights change over training."""
+"""What the trainer asks of objectives and episodes that change over training."""
 
 from __future__ import annotations
 
@@ -23,6 +23,24 @@ class Adaptive(Protocol):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state that a checkpoint keeps."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore ``state_dict``."""
+
+
+@runtime_checkable
+class AdaptiveEpisodes(Protocol):
+    """Episodes that may depend on the losses of the training so far, e.g. ``Episodes`` with ``HardMask``."""
+
+    @property
+    def follows_losses(self) -> bool:
+        """Whether they do."""
+
+    def observe(self, mask: Tensor, losses: Tensor) -> None:
+        """Add the losses (B,) of samples that were shown ``mask``, bool (B, M)."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the next episodes depend on, beside their index."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore ``state_dict``."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from prism_meta.bilevel.inner import SGD, AdamW, InnerOptimizer
 from prism_meta.bilevel.strategies import MetaStrategy, Objective
 from prism_meta.data.augmentation import Augmentation
 from prism_meta.data.cache import CachedCase
+from prism_meta.data.drawing import DrawnEpisodes
 from prism_meta.data.episodes import Episodes
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.masking import (
@@ -26,6 +28,8 @@ from prism_meta.data.masking import (
     StaticMask,
 )
 from prism_meta.data.preprocessing import Preprocessing
+from prism_meta.data.subset_masks import HardMask, OneSubsetMask
+from prism_meta.data.tasks import TaskEpisodes
 from prism_meta.errors import PrismError
 from prism_meta.evaluation.metrics import BratsEmpty, DiagonalEmpty, EmptyPolicy, NanEmpty
 from prism_meta.evaluation.predictor import Predictor
@@ -80,12 +84,15 @@ def build_masks(
         rates: missing rates of the training cases, one per modality.
         meta_rates: those in meta batches. Defaults to ``rates``.
     """
+    hard = HardMask(len(rates), power=masks.power)  # one for both, which sees the losses once
     policies: Mapping[str, Callable[[Sequence[float]], MaskPolicy]] = {
         "dynamic": lambda _: DynamicMask(),
         "static": lambda _: StaticMask(),
         "full": lambda _: FullMask(),
         "single": lambda _: SingleModalityMask(),
         "balanced": BalancedMask,
+        "hard": lambda _: hard,
+        "one_subset": lambda _: OneSubsetMask(),
     }
     return policies[masks.train](rates), policies[masks.meta](meta_rates or rates)
 
@@ -96,12 +103,15 @@ def build_model(config: Config) -> nn.Module:
     return networks[config.model.network](config)
 
 
-def build_objective(objective: ObjectiveConfig, rates: Sequence[float]) -> PrismObjective:
+def build_objective(
+    objective: ObjectiveConfig, rates: Sequence[float], *, sample_losses: bool = False
+) -> PrismObjective:
     """The objective (E10).
 
     Args:
         objective: weights and options.
         rates: missing rates of the training cases, one per modality.
+        sample_losses: see ``PrismObjective``.
     """
     prototypes = {"l2": losses.prototype_l2, "similarity": losses.prototype_similarity}
     weightings: Mapping[str, Callable[[], Weighting | None]] = {
@@ -119,6 +129,7 @@ def build_objective(objective: ObjectiveConfig, rates: Sequence[float]) -> Prism
         weighted=objective.weighted,
         unimodal=objective.unimodal,
         weighting=weightings[objective.weighting](),
+        sample_losses=sample_losses,
     )
 
 
@@ -164,34 +175,43 @@ def build_outer(
     )
 
 
-def build_episodes(config: Config, cases: Sequence[CachedCase], *, rank: int = 0) -> Episodes:
+def build_episodes(
+    config: Config, cases: Sequence[CachedCase], *, inner_steps: int | None = None, rank: int = 0
+) -> DrawnEpisodes:
     """The episodes of a training run.
 
     Args:
-        config: patch, masks, batch size and number of steps.
+        config: kind of episodes, patch, masks, batch size and number of steps.
         cases: prepared training cases.
+        inner_steps: number of train batches per episode. Defaults to that of the configured strategy.
         rank: of this process; each process draws its own episodes.
 
     Raises:
-        ConfigError: the patch is larger than a volume, or no episode can be drawn.
+        ConfigError: no episode can be drawn.
     """
+    if inner_steps is None:
+        inner_steps = config.meta.inner_steps if config.meta.kind.adapts else 1
+    patch = config.data.patch
+    augmentation = Augmentation(len(patch)) if config.training.augment else None
+    common: dict[str, Any] = {
+        "patch": patch,
+        "batch_size": config.data.batch_size,
+        "steps": config.training.steps * config.meta.episodes,
+        "inner_steps": inner_steps,
+        "foreground": config.data.foreground,
+        "augmentation": augmentation,
+        "seed": config.seed,
+        "rank": rank,
+    }
     train_mask, meta_mask = build_masks(
         config.masks, missing_rates(cases), missing_rates(cases, meta=True)
     )
-    patch = config.data.patch
+    kinds: Mapping[str, Callable[[], DrawnEpisodes]] = {
+        "meta_drop": lambda: Episodes(cases, train_mask=train_mask, meta_mask=meta_mask, **common),
+        "task": lambda: TaskEpisodes(cases, support=config.episodes.support, **common),
+    }
     with configuration_keys():
-        return Episodes(
-            cases,
-            patch=patch,
-            batch_size=config.data.batch_size,
-            steps=config.training.steps * config.meta.episodes,
-            train_mask=train_mask,
-            meta_mask=meta_mask,
-            foreground=config.data.foreground,
-            augmentation=Augmentation(len(patch)) if config.training.augment else None,
-            seed=config.seed,
-            rank=rank,
-        )
+        return kinds[config.episodes.kind]()
 
 
 def build_empty_policy(evaluation: EvaluationConfig) -> EmptyPolicy:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from prism_meta.bilevel.learner import Buffers, InnerState, MetaLearner
 from prism_meta.bilevel.strategies import MetaStrategy, Objective
 from prism_meta.data.cache import CachedCase
+from prism_meta.data.drawing import DrawnEpisodes
 from prism_meta.data.episodes import Episodes
 from prism_meta.evaluation.windows import patch_of
 from prism_meta.files import writable_folder
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # it takes two seconds to import
     from lightning_fabric import Fabric
 
 #: Prepared cases, from which episodes are drawn, or episodes (D_train, D_meta).
-Source = Sequence[CachedCase] | Dataset[tuple[Batch, Batch]] | Sequence[tuple[Batch, Batch]]
+Source = Sequence[CachedCase] | Dataset[tuple[Any, Batch]] | Sequence[tuple[Any, Batch]]
 #: Called every few steps with the step and the newest line of the log.
 OnStep = Callable[[int, dict[str, Any]], None]
 
@@ -53,7 +54,7 @@ def fit(
     folder: Path | str | None = None,
     checkpoint_every: int = 100,
     resume: bool = False,
-    workers: int = 0,
+    workers: int | None = None,
     seed: int = 0,
     on_step: OnStep | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -67,7 +68,8 @@ def fit(
         objective: ``objective(forward, batch)``, e.g. ``PrismObjective()``.
         strategy: how the meta-gradient is computed, e.g. ``FirstOrder(SGD(0.05))``.
         cases: prepared cases, see ``prepare``; or episodes: a dataset or list whose item t is
-            (D_train, D_meta). Build ``Episodes`` yourself to choose masks and augmentation.
+            (D_train, D_meta). Build ``Episodes`` yourself to choose masks and augmentation. Each inner
+            step of ``strategy`` gets a train batch of its own from cases.
         steps: number of outer steps. Defaults to 1000 for cases, and to all episodes of a dataset.
         patch: size in voxels of the patches drawn from cases. Defaults to (96, 96) or (64, 64, 64),
             whichever fits the model's ``spatial_dims``.
@@ -89,7 +91,8 @@ def fit(
         folder: folder for ``checkpoint.pt`` and ``metrics.jsonl``. Defaults to no files.
         checkpoint_every: number of outer steps between checkpoints.
         resume: resume from the checkpoint in ``folder``; without one, start at the first step.
-        workers: number of additional processes that load data.
+        workers: number of additional processes that load data. Defaults to one on a CPU with several
+            cores and to up to four for a GPU, and to none for a short training or a dataset of yours.
         seed: seed of episodes and dropout.
         on_step: called every few steps with the step and the newest line of the log.
         should_stop: asked after every step, e.g. a ``StopRequest``.
@@ -126,6 +129,7 @@ def fit(
             patch=patch_of(model, patch),
             batch_size=batch_size,
             steps=(steps or 1000) * episodes_per_step,
+            inner_steps=inner_steps(strategy),
             seed=seed,
             rank=fabric.global_rank,
         )
@@ -165,13 +169,18 @@ def fit(
         episodes_per_step=episodes_per_step,
         epoch=epoch or _epoch(episodes, episodes_per_step * fabric.world_size),
         checkpoint_every=checkpoint_every,
-        workers=workers,
+        workers=workers if workers is not None or isinstance(episodes, DrawnEpisodes) else 0,
         seed=seed,
     )
     try:
         return trainer.fit(steps=steps, resume=resume, on_step=on_step, should_stop=should_stop)
     finally:
         model.eval()
+
+
+def inner_steps(strategy: MetaStrategy) -> int:
+    """The number of train batches that ``strategy`` uses: one for each inner step."""
+    return int(getattr(strategy, "steps", 1)) if strategy.adapts else 1
 
 
 def _given(alpha: float | None) -> float:
@@ -184,6 +193,7 @@ def _are_cases(cases: Source) -> bool:
 
 def _epoch(episodes: object, episodes_per_step: int) -> int | None:
     """Outer steps in which as many cases are drawn as there are."""
-    if not isinstance(episodes, Episodes):
+    if not isinstance(episodes, DrawnEpisodes):
         return None
-    return math.ceil(len(episodes.cases) / (2 * episodes.batch_size * episodes_per_step))
+    drawn = (episodes.inner_steps + 1) * episodes.batch_size * episodes_per_step
+    return math.ceil(len(episodes.cases) / drawn)

@@ -1,21 +1,49 @@
-"""Episodes in order, loaded by additional processes if asked for."""
+"""Episodes in order, loaded ahead by additional processes, and pinned for a GPU."""
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from prism_meta.errors import PrismError
 
+if TYPE_CHECKING:  # it takes two seconds to import
+    from lightning_fabric import Fabric
+
 #: Seconds for which a worker outlives SIGTERM.
 _GRACE = 30
+#: Shorter trainings end before a worker pays off.
+_SHORT = 50
+#: Workers that feed one GPU by default. One is enough for a CPU, whose steps take longer.
+_PER_GPU = 4
+
+
+def default_workers(fabric: Fabric, episodes: int) -> int:
+    """How many additional processes load episodes: none on a single core or in a short training.
+
+    Args:
+        fabric: devices and processes, launched.
+        episodes: number of episodes to load.
+    """
+    if episodes < _SHORT:
+        return 0
+    per_node: int = fabric.world_size // max(1, _nodes(fabric))
+    free = _cores() // max(1, per_node) - 1
+    return max(0, min(free, 1 if fabric.device.type == "cpu" else _PER_GPU))
 
 
 def load_episodes(
-    episodes: Any, indices: Sequence[int], *, workers: int
+    episodes: Any,
+    indices: Sequence[int],
+    *,
+    workers: int,
+    pin: bool = False,
+    state_of: Callable[[int], Any] | None = None,
 ) -> Generator[Any, None, None]:
     """Yield ``episodes[index]`` for each of ``indices``. Close the generator, so that the workers end.
 
@@ -23,6 +51,9 @@ def load_episodes(
         episodes: a dataset or a sequence.
         indices: in this order.
         workers: number of additional processes.
+        pin: put the tensors into pinned memory, from which a GPU copies while it computes.
+        state_of: gives the state with which the episode of an index is drawn, or None. It is asked when
+            the episode is handed to a worker, up to twice the number of workers in advance.
 
     Raises:
         PrismError: an episode cannot be loaded.
@@ -31,37 +62,82 @@ def load_episodes(
         _Guarded(episodes),
         batch_size=None,
         collate_fn=_unchanged,
-        sampler=indices,
+        sampler=_Requests(indices, state_of),
         num_workers=workers,
+        pin_memory=pin,
         worker_init_fn=_outlive_signals,
     )
     iterator = iter(loader)
     try:
         for _ in indices:
-            episode = next(iterator)
-            if isinstance(episode, PrismError):
-                raise episode
-            yield episode
+            loaded = next(iterator)
+            if isinstance(loaded.value, PrismError):
+                raise loaded.value
+            yield loaded.value
     finally:
         del iterator  # a traceback would keep it and its workers alive
 
 
-class _Guarded(Dataset[Any]):
+class _Requests:
+    """The indices of the episodes, each with the state to draw it with."""
+
+    def __init__(self, indices: Sequence[int], state_of: Callable[[int], Any] | None) -> None:
+        self.indices, self.state_of = indices, state_of
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        for index in self.indices:
+            yield index, None if self.state_of is None else self.state_of(index)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class _Loaded:
+    """An episode, or the error of one. It is an object of ours, because torch turns tuples into lists."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def pin_memory(self) -> _Loaded:
+        return self if isinstance(self.value, PrismError) else _Loaded(_pinned(self.value))
+
+
+class _Guarded(Dataset[_Loaded]):
     """Episodes, or the error that one raised: torch would turn that of a worker into a traceback."""
 
     def __init__(self, episodes: Any) -> None:
         self.episodes = episodes
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, request: tuple[int, Any]) -> _Loaded:
+        index, state = request
         try:
-            return self.episodes[index]
+            if state is not None:
+                self.episodes.load_state_dict(state)
+            return _Loaded(self.episodes[index])
         except PrismError as error:
-            return error
+            return _Loaded(error)
+
+
+def _pinned(value: Any) -> Any:
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return type(value)(map(_pinned, value))
+    return pin_memory(value)
 
 
 def _unchanged(episode: Any) -> Any:
     """Keeps batches of any type as the dataset gives them; torch would turn tuples into lists."""
     return episode
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _nodes(fabric: Fabric) -> int:
+    return int(getattr(fabric.strategy, "num_nodes", 1))
 
 
 def _outlive_signals(worker: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prism_meta.bilevel.strategies import MetaStrategy, Objective
 from prism_meta.data.cache import CachedCase
-from prism_meta.data.episodes import Episodes
+from prism_meta.data.drawing import DrawnEpisodes
 from prism_meta.errors import ConfigError
 from prism_meta.training.build import (
     build_episodes,
@@ -22,7 +22,7 @@ from prism_meta.training.build import (
     missing_rates,
 )
 from prism_meta.training.config import Config
-from prism_meta.training.fit import OnStep, fit
+from prism_meta.training.fit import OnStep, fit, inner_steps
 from prism_meta.training.outer import Outer
 from prism_meta.training.run import Run
 
@@ -97,17 +97,23 @@ def build_parts(config: Config, source: Any, own: Own, *, fabric: Fabric) -> Par
     meta = config.meta
     prepared = only(source, CachedCase)
     rates = _rates(source, config, own)
-    episodes = build_episodes(config, prepared, rank=fabric.global_rank) if prepared else source
-    torch.manual_seed(config.seed)  # gives every process the same initial weights
-    model = own.model or build_model(config)
-    fabric.to_device(model)
-    objective = own.objective or build_objective(config.objective, rates)
-    if isinstance(objective, nn.Module):
-        objective.to(fabric.device)
     inner_lr = torch.tensor(meta.inner_lr)
     strategy = own.strategy or build_strategy(
         meta, inner_lr, weight_decay=config.training.weight_decay
     )
+    episodes = (
+        build_episodes(config, prepared, inner_steps=inner_steps(strategy), rank=fabric.global_rank)
+        if prepared
+        else source
+    )
+    torch.manual_seed(config.seed)  # gives every process the same initial weights
+    model = own.model or build_model(config)
+    fabric.to_device(model)
+    objective = own.objective or build_objective(
+        config.objective, rates, sample_losses=config.masks.follow_losses
+    )
+    if isinstance(objective, nn.Module):
+        objective.to(fabric.device)
     steps = len(episodes) // meta.episodes
     outer = build_outer(config, model, objective, strategy, steps=steps)
     decays = meta.inner_decay and own.strategy is None and not outer.prescribed
@@ -123,7 +129,7 @@ def only(cases: Any, kind: type[_T] | tuple[type[_T], ...]) -> list[_T]:
 
 def _rates(source: Any, config: Config, own: Own) -> Sequence[float]:
     """The missing rates of the training cases, as far as they are known."""
-    cases = source.cases if isinstance(source, Episodes) else only(source, CachedCase)
+    cases = source.cases if isinstance(source, DrawnEpisodes) else only(source, CachedCase)
     if cases:
         return missing_rates(cases)
     if own.objective is None and config.objective.weighting == "preference":

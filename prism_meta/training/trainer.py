@@ -28,7 +28,8 @@ from prism_meta.training import log
 from prism_meta.training.adaptive import Adaptive
 from prism_meta.training.checkpoint import load_checkpoint, save_checkpoint
 from prism_meta.training.communication import mean_over_processes, mean_state
-from prism_meta.training.loader import load_episodes
+from prism_meta.training.feedback import Feedback, without_samples
+from prism_meta.training.loader import default_workers, load_episodes
 from prism_meta.training.processes import Processes
 from prism_meta.training.stopping import TrainingStopped
 
@@ -47,7 +48,8 @@ class Trainer:
     Args:
         learner: its model is on the device of ``fabric``, and so is its objective if that is
             ``Adaptive``; a checkpoint keeps the state of such an objective.
-        episodes: item t is (D_train, D_meta) of episode t and depends on t only.
+        episodes: item t is (D_train, D_meta) of episode t and depends on t only, except for those that
+            follow losses (``AdaptiveEpisodes``). D_train may be ``StepBatches``.
         fabric: devices and processes, launched.
         scheduler: schedule of the learner's optimizer, one step per outer step. Defaults to a
             constant rate.
@@ -58,14 +60,14 @@ class Trainer:
         episodes_per_step: number of episodes that an outer step averages over.
         epoch: length of an epoch in outer steps. Defaults to no epochs.
         checkpoint_every: number of outer steps between checkpoints.
-        workers: number of additional processes that load data.
+        workers: number of additional processes that load data. Defaults to ``default_workers``.
         seed: seed of the model's own randomness (dropout).
     """
 
     def __init__(
         self,
         learner: MetaLearner,
-        episodes: Dataset[tuple[Batch, Batch]] | Sequence[tuple[Batch, Batch]],
+        episodes: Dataset[tuple[Any, Batch]] | Sequence[tuple[Any, Batch]],
         *,
         fabric: Fabric,
         scheduler: LRScheduler | None = None,
@@ -75,7 +77,7 @@ class Trainer:
         episodes_per_step: int = 1,
         epoch: int | None = None,
         checkpoint_every: int = 100,
-        workers: int = 0,
+        workers: int | None = 0,
         seed: int = 0,
     ) -> None:
         self.learner, self.episodes, self.fabric = learner, episodes, fabric
@@ -88,6 +90,7 @@ class Trainer:
         self.episodes_per_step = episodes_per_step
         self.workers, self.seed = workers, seed
         self.processes = Processes(fabric)
+        self.feedback = Feedback(episodes, episodes_per_step, self.processes)
 
     def fit(
         self,
@@ -125,7 +128,17 @@ class Trainer:
             self._save(0, total)  # so that every run can be resumed, whatever model it was given
         self.learner.model.train()
         indices = range(start * count, total * count)
-        with closing(load_episodes(self.episodes, indices, workers=self.workers)) as episodes:
+        workers = self.workers
+        if workers is None:
+            workers = default_workers(self.fabric, len(indices))
+        loaded = load_episodes(
+            self.episodes,
+            indices,
+            workers=self.feedback.most_workers(workers),
+            pin=self.fabric.device.type == "cuda",
+            state_of=self.feedback.state_of,
+        )
+        with closing(loaded) as episodes:
             return self._train(episodes, range(start, total), on_step, should_stop)
 
     def _train(
@@ -155,6 +168,7 @@ class Trainer:
             if save or done % _STEPS_PER_READING == 0:
                 history += self._log(pending)
                 pending.clear()
+                self.feedback.read(done)
                 if on_step is not None:
                     on_step(done, history[-1])
             if save:
@@ -164,7 +178,7 @@ class Trainer:
         return history
 
     def _step(
-        self, step: int, episodes: Sequence[tuple[Batch, Batch]]
+        self, step: int, episodes: Sequence[tuple[Any, Batch]]
     ) -> tuple[MetaGradient, Tensor]:
         torch.manual_seed(self.seed * 1_000_003 + step)
         if self.inner_lr is not None and self._first_inner_lr is not None:
@@ -178,6 +192,7 @@ class Trainer:
                 for train, meta in episodes
             ]
         result = self._averaged(MetaGradient.mean(results))
+        result = replace(result, terms=without_samples(result.terms))
         if self.objective is not None:
             # Learned weights are not among the terms, because the meta loss does not use them.
             result = replace(result, terms={**self.objective.weights(), **result.terms})
@@ -187,6 +202,7 @@ class Trainer:
         if self.objective is not None:
             for each in results:
                 self.objective.observe(each.terms)
+        self.feedback.collect(results, episodes)
         self.scheduler.step()
         return result, norm
 
@@ -276,6 +292,7 @@ class Trainer:
             "optimizer": self.learner.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "objective": {} if self.objective is None else self.objective.state_dict(),
+            "episodes": self.feedback.state_dict(),
         }
 
     def _restore(self, total: int) -> int:
@@ -300,6 +317,7 @@ class Trainer:
             self.learner.optimizer.load_state_dict(state["optimizer"])
             if self.objective is not None:
                 self.objective.load_state_dict(state["objective"])
+            self.feedback.load_state_dict(state.get("episodes", {}), step)
             if state["steps"] == total:
                 self.scheduler.load_state_dict(state["scheduler"])
             else:

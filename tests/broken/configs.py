@@ -17,6 +17,7 @@ INTEGERS = {
     "data.workers": (0, 256),
     "model.width": (1, 4096),
     "model.depth": (2, 12),
+    "episodes.support": (1, 10_000),
     "meta.inner_steps": (1, 10_000),
     "meta.episodes": (1, 10_000),
     "meta.cg_steps": (1, 10_000),
@@ -28,6 +29,7 @@ INTEGERS = {
 FLOATS = {
     "data.align": ("yes", "true", "1", "resampled", "[]"),
     "data.foreground": ("-0.1", "1.1"),
+    "masks.power": ("-1", "101"),
     "objective.beta": ("-1", "1e9"),
     "objective.delta": ("-1", "1e9"),
     "objective.preference_rate": ("-1", "1e9"),
@@ -43,7 +45,7 @@ FLOATS = {
     "evaluation.overlap": ("-0.5", "1"),
 }
 CHOICES = (
-    "masks.train", "masks.meta", "model.network", "model.fusion", "objective.weighting",
+    "masks.train", "masks.meta", "episodes.kind", "model.network", "model.fusion", "objective.weighting",
     "objective.direction", "objective.prototype", "meta.strategy", "meta.inner", "meta.inner_state",
     "fabric.accelerator", "fabric.precision", "evaluation.empty", "data.layout", "data.split",
 )  # fmt: skip
@@ -125,6 +127,23 @@ TOGETHER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "shared state without inner steps": (
         ("meta.inner_state=shared", "meta.inner=adamw", "meta.strategy=single_level"),
         ("inner_state: shared does not go with single_level",),
+    ),
+    "hard masks without all subsets": (
+        ("masks.train=hard", "masks.meta=full"),
+        ("masks: meta: hard masks follow the losses", "use dynamic"),
+    ),
+    "a power of no hard masks": (("masks.power=2",), ("power: only hard masks have one",)),
+    "support without tasks": (
+        ("episodes.support=2",),
+        ("support: 2 support cases need kind = task",),
+    ),
+    "tasks with masks": (
+        ("episodes.kind=task", "masks.train=static"),
+        ("masks, episodes.kind: all samples of a task show one subset",),
+    ),
+    "more support cases than there are": (
+        ("episodes.kind=task", "episodes.support=50"),
+        ("no task can be drawn", "use fewer support cases", "episodes.support"),
     ),
     "rates and a table": (
         ("data.missing_rates=[0, 0, 0, 0]", "data.availability=a.csv"),

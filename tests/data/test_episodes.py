@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,11 @@ from prism_meta.data.labels import BRATS_LABELS
 from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.masking import DynamicMask, FullMask, SingleModalityMask, StaticMask
 from prism_meta.data.preprocessing import Preprocessing
+from prism_meta.data.subset_masks import OneSubsetMask
 from prism_meta.errors import ConfigError
 from prism_meta.modalities import Batch
+from prism_meta.step_batches import StepBatches
+from prism_meta.training.loader import load_episodes
 
 #: The synthetic cases have voxels of 1 mm.
 OWN_GRID = Preprocessing((1.0, 1.0, 1.0))
@@ -76,6 +82,94 @@ def test_episodes_depend_on_seed_rank_and_step_alone(
     others = [data[4], episodes(pool, seed=4)[0], episodes(pool, seed=3, rank=1)[0]]
     for other in others:
         assert not any(equal(other, episode) for episode in first)
+
+
+def test_each_inner_step_has_a_batch_of_its_own(pool: list[CachedCase]) -> None:
+    data = episodes(pool, inner_steps=3, batch_size=2)
+    again = episodes(pool, inner_steps=3, batch_size=2)
+    available = {case.id: case.availability for case in pool}
+    for t in (4, 0, 4, 2):
+        train, meta = data[t]
+        assert isinstance(train, StepBatches) and len(train) == 3 and isinstance(meta, Batch)
+        for a, b in combinations((*train, meta), 2):
+            assert not torch.equal(a.image, b.image)
+        for one, other in zip((*train, meta), (*again[t][0], again[t][1]), strict=True):
+            assert equal((one, one), (other, other))
+        seen = {name for batch in train for name in batch.case_ids}
+        assert not seen & set(meta.case_ids)
+        assert len(seen) == 3, "all three cases of the half are drawn before one comes again"
+        for batch in train:
+            for shown, case in zip(batch.mask, batch.case_ids, strict=True):
+                assert shown.any() and not (shown & ~available[case]).any()
+    masks = {tuple(batch.mask.flatten().tolist()) for t in range(8) for batch in data[t][0]}
+    assert len(masks) > 8, "each batch has its own masks"
+    assert isinstance(episodes(pool)[0][0], Batch)
+
+
+def test_one_inner_step_draws_what_it_always_drew(pool: list[CachedCase]) -> None:
+    """The first batch of several has the cases of the only one."""
+    one, several = episodes(pool), episodes(pool, inner_steps=2)
+    for t in range(4):
+        assert one[t][0].case_ids == several[t][0][0].case_ids
+        assert torch.equal(one[t][0].image, several[t][0][0].image)
+
+
+def test_worker_processes_keep_the_batches_of_the_steps(pool: list[CachedCase]) -> None:
+    data = episodes(pool, inner_steps=2, steps=3)
+    with closing(load_episodes(data, range(3), workers=1)) as loaded:
+        for t, (train, meta) in enumerate(loaded):
+            assert isinstance(train, StepBatches)
+            assert equal((train[0], train[1]), data[t][0]) and equal(
+                (meta, meta), (data[t][1],) * 2
+            )
+
+
+def test_one_subset_per_inner_step(pool: list[CachedCase]) -> None:
+    """As Reptile over all subsets needs it: each of K batches shows one subset, and all differ."""
+    data = episodes(pool, inner_steps=4, train_mask=OneSubsetMask(), steps=20)
+    available = {case.id: case.availability for case in pool}
+    orders = set()
+    for t in range(20):
+        train, meta = data[t]
+        shown = [tuple(batch.mask[0].tolist()) for batch in train]
+        orders.add(tuple(shown))
+        assert shown == (list(dict.fromkeys(shown)) * 4)[:4], (
+            "none comes again before all have come"
+        )
+        for batch in train:
+            assert (batch.mask == batch.mask[0]).all()
+            assert all(not (batch.mask[0] & ~available[case]).any() for case in batch.case_ids)
+            assert not set(batch.case_ids) & set(meta.case_ids)
+    assert len(orders) > 15, "the order is drawn anew for each episode"
+
+
+@pytest.mark.parametrize("per_patient", [2, 3])
+@pytest.mark.parametrize("train_mask", [DynamicMask(), FullMask(), OneSubsetMask()], ids=str)
+def test_the_batches_come_from_disjoint_patients(
+    pool: list[CachedCase], per_patient: int, train_mask: Any
+) -> None:
+    shared = [replace(c, patient=f"patient{k // per_patient}") for k, c in enumerate(pool)]
+    if isinstance(train_mask, FullMask):  # complete cases of two patients
+        shared[1] = replace(shared[1], patient="patient9")
+    of = {case.id: case.patient for case in shared}
+    data = episodes(shared, steps=40, inner_steps=2, train_mask=train_mask)
+    seen = set()
+    for t in range(40):
+        train, meta = data[t]
+        patients = {of[name] for batch in train for name in batch.case_ids}
+        assert not patients & {of[name] for name in meta.case_ids}
+        seen |= patients
+    assert seen == (
+        {"patient0", "patient9"} if isinstance(train_mask, FullMask) else set(of.values())
+    )
+
+
+def test_cases_of_one_patient_make_no_episode(pool: list[CachedCase]) -> None:
+    alone = [replace(case, patient="anna") for case in pool]
+    assert faults_of(partial(episodes, alone), ConfigError) == (
+        "6 training cases of one patient: an episode needs at least 2, because its train and meta batch "
+        "come from different patients; add cases or hold fewer out",
+    )
 
 
 def test_drawing_leaves_the_global_random_state_alone(pool: list[CachedCase]) -> None:

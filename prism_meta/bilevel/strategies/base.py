@@ -16,31 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from prism_meta.bilevel.functional.model import Evaluation, FunctionalModel
 from prism_meta.bilevel.functional.protocols import Objective
 from prism_meta.bilevel.functional.trees import Params, State, detached, filled
-
-
-class StepBatches(tuple[Any, ...]):
-    """Train batches for the inner steps: step k gets batch k modulo their number.
-
-    Example:
-        >>> StepBatches([1, 2]).of_step(2)
-        1
-    """
-
-    def of_step(self, k: int) -> Any:
-        """The batch of inner step ``k``."""
-        return self[k % len(self)]
-
-    @classmethod
-    def of(cls, train: Any) -> StepBatches:
-        """``train`` itself if it is a ``StepBatches``, else one batch for all steps.
-
-        Raises:
-            ValueError: there is no batch.
-        """
-        batches = train if isinstance(train, cls) else cls([train])
-        if not batches:
-            raise ValueError("train: got StepBatches without a batch, expected at least one")
-        return batches
+from prism_meta.step_batches import StepBatches as StepBatches
 
 
 @dataclass(frozen=True)

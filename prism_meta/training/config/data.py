@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from prism_meta.data.episodes import DEFAULT_FOREGROUND
+from prism_meta.data.drawing import DEFAULT_FOREGROUND
 from prism_meta.data.grids import Align
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.preprocessing import DEFAULT_SPACING
@@ -78,8 +78,9 @@ class DataConfig(Section):
     split: By = "patient"
     #: Folder of prepared volumes. Defaults to a folder beside the run folder.
     cache: UserPath | None = None
-    #: Number of additional processes that load data.
-    workers: Annotated[int, Field(strict=True, ge=0, le=256)] = 0
+    #: Number of additional processes that load data. Defaults to one on a CPU with several cores, to up to
+    #: four for a GPU, and to none for fewer than 50 episodes.
+    workers: Annotated[int, Field(strict=True, ge=0, le=256)] | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> DataConfig:

@@ -26,5 +26,6 @@ ARGUMENT_KEYS: Mapping[str, str] = MappingProxyType(
         "split": "data.split",
         "train_mask": "masks.train",
         "meta_mask": "masks.meta",
+        "support": "episodes.support",
     }
 )

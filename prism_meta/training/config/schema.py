@@ -34,7 +34,9 @@ from prism_meta.training.config.types import (
 )
 from prism_meta.training.outer import ALPHA, HYPER_LR, LR, WEIGHT_DECAY
 
-Mask = Literal["dynamic", "static", "full", "single", "balanced"]
+Mask = Literal["dynamic", "static", "full", "single", "balanced", "hard", "one_subset"]
+#: Policies that seldom or never show some of the subsets.
+_FEW_SUBSETS = ("static", "full", "single")
 
 
 class MaskConfig(Section):
@@ -42,6 +44,44 @@ class MaskConfig(Section):
 
     train: Mask = "dynamic"
     meta: Mask = "dynamic"
+    #: Hard masks show a subset in proportion to this power of its running loss in meta batches.
+    power: Annotated[float, Field(strict=True, ge=0, le=100)] = 4.0
+
+    @property
+    def follow_losses(self) -> bool:
+        """Whether a policy needs the losses of the samples."""
+        return "hard" in (self.train, self.meta)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MaskConfig:
+        faults = []
+        if self.follow_losses and self.meta in _FEW_SUBSETS:
+            faults.append(
+                f"meta: hard masks follow the losses of the meta batches, and {self.meta} ones show few "
+                "subsets there; use dynamic, balanced, one_subset or hard"
+            )
+        if self.power != MaskConfig.model_fields["power"].default and not self.follow_losses:
+            faults.append("power: only hard masks have one; leave it out, or use hard for train")
+        raise_faults(ConfigError, faults)
+        return self
+
+
+class EpisodesConfig(Section):
+    """What an episode is."""
+
+    #: Meta-Drop's episodes, whose two batches have masks of their own; or tasks: support and query from one
+    #: site (if the cases name theirs) and with one subset.
+    kind: Literal["meta_drop", "task"] = "meta_drop"
+    #: Number of support cases of a task.
+    support: Repeats = 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EpisodesConfig:
+        if self.kind != "task" and self.support != 1:
+            raise ValueError(
+                f"support: {self.support} support cases need kind = task; set it, or leave support out"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -214,6 +254,7 @@ class Config(Section):
     seed: Annotated[int, Field(strict=True, ge=0, lt=2**32)] = 0
     data: DataConfig = DataConfig()
     masks: MaskConfig = MaskConfig()
+    episodes: EpisodesConfig = EpisodesConfig()
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     meta: MetaConfig = MetaConfig()
@@ -235,6 +276,11 @@ class Config(Section):
                 f"objective.weighting: learned weights follow the gradient of the meta loss through "
                 f"the inner steps, and meta.strategy {self.meta.strategy} has none; use first_order or "
                 "second_order, or weighting fixed or preference"
+            )
+        if self.episodes.kind == "task" and self.masks != MaskConfig():
+            faults.append(
+                "masks, episodes.kind: all samples of a task show one subset, without masks of their own; "
+                "leave masks out, or use episodes.kind meta_drop"
             )
         factor, patch = 2 ** (self.model.depth - 1), self.data.patch
         if self.model.network == "unet" and (
