@@ -144,7 +144,9 @@ def test_one_subset_per_inner_step(pool: list[CachedCase]) -> None:
 
 
 @pytest.mark.parametrize("per_patient", [2, 3])
-@pytest.mark.parametrize("train_mask", [DynamicMask(), FullMask(), OneSubsetMask()], ids=str)
+@pytest.mark.parametrize(
+    "train_mask", [DynamicMask(), FullMask(), OneSubsetMask()], ids=lambda mask: type(mask).__name__
+)
 def test_the_batches_come_from_disjoint_patients(
     pool: list[CachedCase], per_patient: int, train_mask: Any
 ) -> None:
