@@ -21,8 +21,8 @@ from prism_meta.training.lock import HOLDER
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="file names of this system differ")
 
 OPTIONS = settings(
-    "training.steps=2", "training.checkpoint_every=1", "data.holdout=1", "meta.inner=adamw",
-    "meta.inner_state=carried", "objective.weighting=learned",
+    'data.modalities=["flair","t1"]', "training.steps=2", "training.checkpoint_every=1", "data.holdout=1",
+    "meta.inner=adamw", "meta.inner_state=carried", "objective.weighting=learned",
 )  # fmt: skip
 
 
