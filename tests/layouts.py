@@ -46,14 +46,14 @@ class Written:
 
 
 def _files(modalities: Sequence[str], label: str, pattern: str) -> Callable[[Path], Path]:
-    """A file for each modality and label; ``pattern`` says where."""
+    """A file for each modality and label; ``pattern`` says where, with case k of patient p = 0, 0, 1."""
 
     def write(root: Path) -> Path:
         for k in range(3):
             for m, name in enumerate(modalities):
                 if (k, m) != (2, 1):
-                    save(image(k, m), root / pattern.format(k=k, name=name), AFFINE)
-            save(niftis.draw_label(), root / pattern.format(k=k, name=label), AFFINE)
+                    save(image(k, m), root / pattern.format(k=k, p=k // 2, name=name), AFFINE)
+            save(niftis.draw_label(), root / pattern.format(k=k, p=k // 2, name=label), AFFINE)
         return root
 
     return write
@@ -180,9 +180,9 @@ LAYOUTS = {
     "BraTS 2023": Written(
         "folders",
         FOLDERS,
-        _files(("t2f", "t1c"), "seg", "BraTS-GLI-7-00{k}/BraTS-GLI-7-00{k}-{name}.nii.gz"),
-        ids=tuple(f"BraTS-GLI-7-00{k}" for k in range(3)),
-        patients=("BraTS-GLI-7",) * 3,
+        _files(("t2f", "t1c"), "seg", "BraTS-GLI-{p}-00{k}/BraTS-GLI-{p}-00{k}-{name}.nii.gz"),
+        ids=tuple(f"BraTS-GLI-{k // 2}-00{k}" for k in range(3)),
+        patients=tuple(f"BraTS-GLI-{k // 2}" for k in range(3)),
     ),
     "folders with others inside": Written(
         "folders", FOLDERS, _dicom(_files(NAMES, "seg", "p{k}/{name}.nii.gz"))

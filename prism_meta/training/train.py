@@ -128,6 +128,8 @@ def train(
         (40, 48, 36)
     """
     run = _resumed(out, config, extend) if resume else None
+    if run is None and out is not None:
+        Run.check_new(out)
     config = run.config if run is not None else config or Config()
     own = Own(model, objective, strategy)
     if model is not None:
@@ -140,8 +142,6 @@ def train(
     training, test, folds, meta = _split(config, cases)
     if run is not None:
         run.check_cases(only(training, Case))
-    elif out is not None:
-        Run.check_new(out)
     fabric.launch()
     processes = Processes(fabric)
     with ExitStack() as stack:

@@ -27,7 +27,6 @@ INTEGERS = {
 }
 #: Values out of the range of each number.
 FLOATS = {
-    "data.align": ("yes", "true", "1", "resampled", "[]"),
     "data.foreground": ("-0.1", "1.1"),
     "masks.power": ("-1", "101"),
     "objective.beta": ("-1", "1e9"),
@@ -47,7 +46,7 @@ FLOATS = {
 CHOICES = (
     "masks.train", "masks.meta", "episodes.kind", "model.network", "model.fusion", "objective.weighting",
     "objective.direction", "objective.prototype", "meta.strategy", "meta.inner", "meta.inner_state",
-    "fabric.accelerator", "fabric.precision", "evaluation.empty", "data.layout", "data.split",
+    "fabric.accelerator", "fabric.precision", "evaluation.empty", "data.layout", "data.split", "data.align",
 )  # fmt: skip
 SWITCHES = (
     "objective.scale_decay", "objective.weighted", "objective.unimodal", "meta.inner_decay",

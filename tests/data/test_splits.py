@@ -18,7 +18,7 @@ from prism_meta.data.cases import Case
 from prism_meta.data.splits import draw_folds, draw_holdout, read_folds
 from prism_meta.errors import ConfigError
 from prism_meta.training.build import build_episodes, build_fabric
-from prism_meta.training.cases import prepare_configured, split
+from prism_meta.training.cases import load_configured, prepare_configured, split
 from prism_meta.training.processes import Processes
 
 NAMES = ("flair", "t1ce", "t1", "t2")
@@ -193,15 +193,28 @@ def test_a_run_writes_its_folds_and_another_can_use_them(tmp_path: Path) -> None
 
 def test_a_patient_is_never_in_both_sets(tmp_path: Path) -> None:
     root = layouts.LAYOUTS["CSV"].write(tmp_path / "data")  # p0 and p1 are of patient x, at site A
-    assert trained(tmp_path, root, "a", "data.holdout=1")[0] == 0
-    assert json.loads((tmp_path / "a" / "run.json").read_text())["test"] == ["p2"]
+    for by in ("patient", "site"):
+        config = pm.load_config(
+            overrides=[
+                'data.modalities=["flair", "t1ce"]',
+                "data.holdout=1",
+                f"data.split={by}",
+            ]
+        )
+        made = split(config, load_configured(config, root))
+        assert [case.id for case in made.test] == ["p2"]
+        assert [case.id for case in made.training] == ["p0", "p1"]
+    # A patient is never in both batches of an episode either.
+    code, output = trained(tmp_path, root, "a", "data.holdout=1")
+    assert code == 2 and errors(output) == [
+        "2 training cases of one patient: an episode needs at least 2, because its train and meta batch "
+        "come from different patients; add cases or hold fewer out (set data.holdout)"
+    ]
     code, output = trained(tmp_path, root, "b", 'data.test_cases=["p0"]')
     assert code == 2 and errors(output) == [
         "data.test_cases: patient x has cases in both sets (p1, p0); hold out all cases of the patient, "
         "or none"
     ]
-    assert trained(tmp_path, root, "c", "data.holdout=1", "data.split=site")[0] == 0
-    assert json.loads((tmp_path / "c" / "run.json").read_text())["test"] == ["p2"]
 
 
 def test_the_two_batches_have_rates_of_their_own(tmp_path: Path) -> None:

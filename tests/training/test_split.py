@@ -24,8 +24,8 @@ def test_cases_are_named_in_any_unicode_form(of_case: str, of_config: str) -> No
     config = load_config(
         overrides=[f"data.test_cases=['{unicodedata.normalize(of_config, NAME)}']"]
     )
-    training, test = split(config, cases)
-    assert test == cases[:1] and training == cases[1:]
+    made = split(config, cases)
+    assert made.test == cases[:1] and made.training == cases[1:]
 
 
 def test_a_case_twice_in_two_unicode_forms() -> None:
