@@ -7,6 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from niftis import write_cases
+from torch import nn
+
+from prism_meta.errors import ConfigError
+from prism_meta.training import train as train_module
+from prism_meta.training.config import Config
 
 # The tests are many small operations, which a second thread would only slow down.
 torch.set_num_threads(1)
@@ -22,3 +27,34 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = write_cases(tmp_path_factory.mktemp("cases"), 4)
     (root / "p0" / "p0_t2.nii.gz").unlink()
     return root
+
+
+@pytest.fixture
+def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are empty. Drawing takes half of the time of a small evaluation; tests/report looks at it."""
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda figure, file, **options: file.write(b"drawn")
+    )
+
+
+_checked: dict[str, Exception | None] = {}
+
+
+@pytest.fixture
+def checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each configuration is checked once in the session, which takes most of the time of a refusal."""
+    check = train_module.check_configuration
+
+    def once(config: Config, *, model: nn.Module | None = None) -> None:
+        key = config.model_dump_json()
+        if model is not None or key not in _checked:
+            try:
+                check(config, model=model)
+            except ConfigError as error:
+                _checked[key] = error
+                raise
+            _checked[key] = None
+        elif (error := _checked[key]) is not None:
+            raise error
+
+    monkeypatch.setattr(train_module, "check_configuration", once)

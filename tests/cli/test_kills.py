@@ -18,7 +18,10 @@ from niftis import write_cases
 from prism_meta.training import train as train_module
 from prism_meta.training.lock import HOLDER
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="file names of this system differ")
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="file names of this system differ"),
+    pytest.mark.usefixtures("without_drawing"),
+]
 
 OPTIONS = settings(
     'data.modalities=["flair","t1"]', "training.steps=2", "training.checkpoint_every=1", "data.holdout=1",

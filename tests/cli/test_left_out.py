@@ -15,6 +15,8 @@ from prism_meta.errors import PrismError
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.training.run import Run
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
+
 DAMAGES = {
     **{f"image {what}": IMAGES[what] for what in ("truncated", "with a NaN", "that exists twice")},
     **{f"label {what}": damage for what, damage in LABELS.items()},

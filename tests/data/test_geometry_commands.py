@@ -13,6 +13,8 @@ from commands import errors, run
 from niftis import save
 from stacks import STACKS, Stack, oblique
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
+
 NAMES = ("bssfp", "lge", "t2")
 CARDIAC = Stack((120, 90, 8), oblique((120, 90, 8), (1.2, 1.2, 10.0)), 2)
 SLICES: tuple[str, ...] = ()

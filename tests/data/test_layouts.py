@@ -19,6 +19,8 @@ from prism_meta.data.layouts.folders import LAYOUTS as ALL
 from prism_meta.data.layouts.folders import find, find_cases, load_cases
 from prism_meta.data.layouts.names import FileNames
 
+pytestmark = pytest.mark.usefixtures("without_drawing")
+
 FILES = FileNames(NAMES)
 MODALITIES = 'data.modalities=["flair", "t1ce"]'
 
