@@ -162,8 +162,6 @@ def test_a_full_disk_keeps_what_was_written(
 _LIMITED = """
 import resource, sys
 from prism_meta.cli.commands import main
-
-pytestmark = pytest.mark.usefixtures("without_drawing")
 resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
 sys.argv[0] = "prism-meta"
 main()
