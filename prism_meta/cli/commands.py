@@ -29,7 +29,6 @@ from prism_meta.training.train import train
 
 console = Console()
 
-
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
