@@ -1,4 +1,4 @@
-"""The command line: prism-meta demo | train | evaluate | predict | compare."""
+"""The command line: prism-meta demo | cases | train | evaluate | predict | compare."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from prism_meta.cli import demo, workflow
+from prism_meta.cli import demo, survey_command, workflow
 from prism_meta.cli.ending import Commands
 from prism_meta.cli.options import CASES_HELP, ConfigFile, Overrides, RunFolder
 from prism_meta.cli.usage import path, print_any_character, tell
@@ -74,6 +74,9 @@ def run_demo(
     with progress_bars("predict") as advance:
         written = workflow.predict_folder(run, test_root, out / "predictions", advance)
     console.print(f"{len(written)} label volumes in {out / 'predictions'}", soft_wrap=True)
+
+
+app.command("cases", epilog=survey_command.EXAMPLES)(survey_command.run_cases)
 
 
 @app.command(

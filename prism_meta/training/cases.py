@@ -195,6 +195,14 @@ def _held_out(config: Config, cases: Sequence[Case]) -> tuple[set[str], str | No
     return set(folds[number]), content
 
 
+def both_shown(training: Sequence[Case], meta: Sequence[Case]) -> list[Case]:
+    """The cases with what either batch shows, which is what is prepared; see ``Split``."""
+    return [
+        replace(case, files={**other.files, **case.files})
+        for case, other in zip(training, meta, strict=True)
+    ]
+
+
 def prepare_configured(
     config: Config,
     cases: Sequence[Case],
@@ -221,11 +229,7 @@ def prepare_configured(
         TrainingStopped: ``should_stop`` was true.
     """
     done = 0
-    # What either batch shows is prepared.
-    whole = [
-        replace(case, files={**other.files, **case.files})
-        for case, other in zip(cases, meta or cases, strict=True)
-    ]
+    whole = both_shown(cases, meta or cases)
 
     def prepared(name: str) -> None:
         nonlocal done
