@@ -79,7 +79,8 @@ def _modalities(survey: Survey) -> Group:
     table.add_column("modality", overflow="fold")
     table.add_column("cases", justify="right")
     table.add_column("missing", justify="right")
-    for head in ("smallest voxel", "largest voxel"):
+    measured = bool(survey.intensities)
+    for head in ("smallest voxel", "largest voxel") if measured else ():
         table.add_column(head, justify="right")
     for name, count in survey.counts.items():
         ends = survey.intensities.get(name)
@@ -87,9 +88,10 @@ def _modalities(survey: Survey) -> Group:
             Text(name),
             str(count),
             f"{100 * survey.missing_rates[name]:.0f} %",
-            *((_NONE, _NONE) if ends is None else map(_range, ends)),
+            *(map(_range, ends) if ends else (_NONE, _NONE) if measured else ()),
         )
-    return _section("Modalities", table, "voxels: median over cases (smallest to largest)")
+    caption = "of voxels: the median over cases (smallest to largest)" if measured else ""
+    return _section("Modalities", table, caption)
 
 
 def _subsets(survey: Survey) -> Group:
@@ -137,7 +139,7 @@ def _sites(survey: Survey) -> Group:
 
 
 def _table() -> Table:
-    return Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), pad_edge=False)
+    return Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
 
 
 def _section(title: str, table: Table, caption: str = "") -> Group:
