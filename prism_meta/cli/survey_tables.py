@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from prism_meta.errors import one_line
 from prism_meta.report.figures.style import HIDDEN, SHOWN
 from prism_meta.training.survey_result import CaseSurvey, Spread, Survey
 
@@ -63,7 +64,7 @@ def _cases(survey: Survey, title: str) -> Group:
     table.add_column("label", justify="right", no_wrap=True)
     for case in survey.cases:
         table.add_row(
-            Text(case.id if case.usable else f"✗ {case.id}"),
+            Text(one_line(case.id if case.usable else f"✗ {case.id}")),
             *_shown(case.modalities, survey.modalities),
             _NONE if case.shape is None else "×".join(map(str, case.shape)),
             _NONE if case.spacing is None else "×".join(_number(s) for s in case.spacing),
@@ -134,7 +135,7 @@ def _sites(survey: Survey) -> Group:
     table.add_column("site", overflow="fold")
     table.add_column("cases", justify="right")
     for site, count in survey.sites.items():
-        table.add_row(Text("unknown" if site is None else site), str(count))
+        table.add_row(Text("unknown" if site is None else one_line(site)), str(count))
     return _section("Sites", table)
 
 
@@ -145,7 +146,7 @@ def _table() -> Table:
 def _section(title: str, table: Table, caption: str = "") -> Group:
     """A table with lines above and below, which may be longer than the table is wide."""
     below = [Text(caption, style="dim")] if caption else []
-    return Group(Text(title, style="bold"), table, *below, Text())
+    return Group(Text(one_line(title), style="bold"), table, *below, Text())
 
 
 def _plain(name: str) -> Text:

@@ -52,7 +52,7 @@ def survey(
         config: names of modalities and labels, the layout, the split, and the kind of episodes.
         root: folder of cases, or a manifest.
         fast: read headers only, which finds no damaged voxels and no unknown label values.
-        on_case: called after each case.
+        on_case: called after each case, with its name on one line.
 
     Example:
         >>> import tempfile
@@ -81,11 +81,11 @@ def survey(
         faults += own
         surveys.append(replace(one, usable=not own and case not in found.refused))
         if on_case is not None:
-            on_case(number, total, case.id)
+            on_case(number, total, one_line(case.id))
     for number, case in enumerate(predicted, start=len(cases) + 1):
         faults += look(case, labelled=False)[1]
         if on_case is not None:
-            on_case(number, total, case.id)
+            on_case(number, total, one_line(case.id))
     notes = [*names.notes.lines(), *_notes(surveys, predicted)]
     return Survey(
         found.layout,
