@@ -1,26 +1,23 @@
-"""The command line: prism-meta demo | train | evaluate | predict | compare."""
+"""The command line: prism-meta demo | cases | train | evaluate | predict | compare."""
 
 from __future__ import annotations
 
-import logging
-import os
 import signal
 import warnings
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from prism_meta.bilevel.strategies import ALL_STRATEGIES
-from prism_meta.cli import demo, workflow
-from prism_meta.cli.usage import ErrorLines, path, print_any_character, tell
+from prism_meta.cli import demo, survey_command, workflow
+from prism_meta.cli.ending import Commands
+from prism_meta.cli.options import CASES_HELP, ConfigFile, Overrides, RunFolder
+from prism_meta.cli.usage import path, print_any_character, tell
 from prism_meta.errors import CaseError, PrismError, raise_faults
 from prism_meta.files import writable_folder
 from prism_meta.report import compare
 from prism_meta.report.tables import comparison_table, results_table
-from prism_meta.training import cases
 from prism_meta.training.build import build_fabric
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.config.baselines import BASELINES
@@ -32,75 +29,14 @@ from prism_meta.training.train import train
 
 console = Console()
 
-
-class _Terminated(BaseException):
-    """SIGTERM came."""
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
-
-
-class _Told(logging.Handler):
-    """Prints on standard error what the library says of the cases."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(record.getMessage(), err=True)
-
-
-def _is_first() -> bool:
-    """Whether this is the first of the processes that a training starts; they all find the same."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0"
-
-
-class _Commands(ErrorLines):
-    """Ends every command alike: faults are a line each and code 2, signals a line and 128 + number."""
-
-    def invoke(self, ctx: Any) -> Any:
-        before = signal.signal(signal.SIGTERM, _terminate)
-        said, told = logging.getLogger(cases.__name__), _Told()
-        said.setLevel(logging.INFO)
-        if _is_first():
-            said.addHandler(told)
-        try:
-            return super().invoke(ctx)
-        except PrismError as error:
-            if _is_first():
-                for fault in error.faults:
-                    tell(f"error: {fault}")
-            raise SystemExit(2) from error
-        except (KeyboardInterrupt, _Terminated) as error:
-            tell("interrupted; no file is half-written, run the same command again")
-            number = signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT
-            raise SystemExit(128 + number) from error
-        finally:
-            said.removeHandler(told)
-            signal.signal(signal.SIGTERM, before)
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Train one segmentation network for every subset of modalities, and evaluate it on each.",
 )
-
-RunFolder = Annotated[
-    Path,
-    typer.Argument(parser=path, metavar="RUN", help="Run folder that prism-meta train wrote."),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        "-s",
-        metavar="KEY=VALUE",
-        help="Set one key of the configuration, e.g. training.steps=500. Repeatable. Strategies for "
-        f"meta.strategy: {', '.join(kind.name for kind in ALL_STRATEGIES)}.",
-    ),
-]
 
 
 @app.command(
@@ -140,6 +76,9 @@ def run_demo(
     console.print(f"{len(written)} label volumes in {out / 'predictions'}", soft_wrap=True)
 
 
+app.command("cases", epilog=survey_command.EXAMPLES)(survey_command.run_cases)
+
+
 @app.command(
     "train",
     epilog="[bold]Examples[/bold]  prism-meta train cases --out runs/a  ·  "
@@ -153,7 +92,7 @@ def run_train(
         typer.Argument(
             parser=path,
             metavar="CASES",
-            help="Folder of cases (a folder per case, BIDS, Decathlon, nnU-Net), or a manifest.",
+            help=CASES_HELP,
         ),
     ] = None,
     out: Annotated[
@@ -162,12 +101,7 @@ def run_train(
             "--out", "-o", parser=path, help="Run folder to create. Defaults to runs/prism."
         ),
     ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", "-c", parser=path, help="TOML file. Defaults to the built-in settings."
-        ),
-    ] = None,
+    config: ConfigFile = None,
     baseline: Annotated[
         str | None,
         typer.Option(

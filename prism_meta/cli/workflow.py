@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prism_meta.data.cases import Case, Volume
+from prism_meta.data.checks import no_label
 from prism_meta.errors import CaseError, ConfigError, OutputError, PrismError, raise_faults
-from prism_meta.evaluation.faults import no_label
 from prism_meta.evaluation.predictions import PredictionTable
 from prism_meta.evaluation.saving import region_volumes, save_labels
 from prism_meta.evaluation.subsets import in_order

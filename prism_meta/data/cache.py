@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from prism_meta.data.cases import Case
+from prism_meta.data.checks import no_brain, no_label
 from prism_meta.data.labels import LabelSet
 from prism_meta.data.preprocessing import Prepared, Preprocessing
 from prism_meta.errors import CaseError, OutputError, one_line, raise_faults
@@ -173,9 +174,7 @@ def _prepare_case(
     case: Case, preprocessing: Preprocessing, labels: LabelSet, cache: Path
 ) -> CachedCase:
     if case.label is None:
-        raise CaseError(
-            f"case {case.id}: no label file; training and evaluation need one, add it or remove the case"
-        )
+        raise CaseError(no_label(case))
     path = cache / f"{_short(case.id)}-{_fingerprint(case, preprocessing, labels)}.safetensors"
     shape = _verified_shape(path)
     if shape is None:
@@ -188,10 +187,7 @@ def _store(path: Path, case: Case, ready: Prepared, *, num_classes: int) -> tupl
     if ready.target is None:
         raise CaseError(f"case {case.id}: no label was read; give a case with a label file")
     if not ready.brain.any():
-        names = ", ".join(dict.fromkeys(p.name for p in case.files.values()))
-        raise CaseError(
-            f"case {case.id}: all voxels are 0 in {names}; restore the files or remove the case"
-        )
+        raise CaseError(no_brain(case))
     # One tensor per modality, so that hidden ones are not read. Half precision halves the reading time.
     tensors = {
         f"image_{case.modalities.index(name)}": image.half().contiguous()

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prism_meta.data.grids import TOLERANCE, Align, Notes, distance, overlap, resample
+from prism_meta.data.grids import TOLERANCE, Align, Notes, distance, overlap, resample, voxel_sizes
 from prism_meta.data.memory import excess
 from prism_meta.data.nifti import NiftiError, NiftiHeader, read_header, read_voxels
 from prism_meta.errors import CaseError, Fault, raise_faults
@@ -50,7 +50,7 @@ class Volume:
     @property
     def spacing(self) -> tuple[float, ...]:
         """Voxel size in mm along each axis."""
-        return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return voxel_sizes(self.affine)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,16 @@ def corners(shape: Sequence[int]) -> NDArray[np.float64]:
     return np.array([[*c, 1.0] for c in product(*((0, n - 1) for n in shape))]).T
 
 
+def voxel_sizes(affine: NDArray[np.float64]) -> tuple[float, ...]:
+    """Voxel size in mm along each array axis.
+
+    Example:
+        >>> voxel_sizes(np.diag([1.0, -2.0, 3.0, 1.0]))
+        (1.0, 2.0, 3.0)
+    """
+    return tuple(float(s) for s in np.linalg.norm(affine[:3, :3], axis=0))
+
+
 def distance(
     shape: Sequence[int], affine: NDArray[np.float64], reference: NDArray[np.float64]
 ) -> float:

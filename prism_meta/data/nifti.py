@@ -23,7 +23,7 @@ from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling, array_from_file
 from numpy.typing import NDArray
 
-from prism_meta.data.grids import distance
+from prism_meta.data.grids import distance, voxel_sizes
 from prism_meta.data.memory import excess
 
 #: Voxel sizes in mm; others are taken for a wrong unit or a damaged header.
@@ -83,6 +83,11 @@ class NiftiHeader:
     def stored_shape(self) -> tuple[int, ...]:
         """(D, H, W), or (D, H, W, C) for several channels."""
         return self.shape if self.channels == 1 else (*self.shape, self.channels)
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """Voxel size in mm along each axis."""
+        return voxel_sizes(self.affine)
 
     @property
     def end(self) -> int:

@@ -108,15 +108,12 @@ class Preprocessing:
                 an image has NaN or infinite voxels.
         """
         self.check_size(volume, num_classes=1 if labels is None else len(labels.names))
-        # Computed before the z-score, which also gives 0 for brain voxels that have the mean value.
-        brain = torch.stack([torch.from_numpy(x != 0) for x in volume.images.values()]).any(0)
         images = [
             torch.from_numpy(self._z_score(x, f"{volume.name}: {name}"))
             for name, x in volume.images.items()
         ]
         affine = torch.from_numpy(volume.affine)
         image, new_affine = self._resample(torch.stack(images), affine)
-        inside = self._resample(brain[None].float(), affine)[0][0] > 0.5
         target = None
         if labels is not None and volume.label is not None:
             # Not nearest-neighbour: at a factor of 2 the neighbours are equally near, and the choice
@@ -128,10 +125,17 @@ class Preprocessing:
         return Prepared(
             image,
             names=tuple(volume.images),
-            brain=inside,
+            brain=self.brain(volume),
             affine=new_affine,
             target=target,
         )
+
+    def brain(self, volume: Volume) -> Tensor:
+        """Where any modality of a volume is not 0, on the model's grid: bool (D, H, W)."""
+        # Not of the z-scores, which are 0 for brain voxels that have the mean value, too.
+        brain = torch.stack([torch.from_numpy(x != 0) for x in volume.images.values()]).any(0)
+        inside, _ = self._resample(brain[None].float(), torch.from_numpy(volume.affine))
+        return inside[0] > 0.5
 
     def check_size(self, volume: Volume, *, num_classes: int) -> None:
         """Check that the maps on both grids fit into memory, before any is made.

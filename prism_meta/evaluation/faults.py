@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prism_meta.data.cases import Case
+from prism_meta.data.checks import no_label
 from prism_meta.errors import CaseError
 
 
@@ -18,11 +19,6 @@ def evaluation_faults(cases: Sequence[Case]) -> list[str]:
     for case in cases:
         faults += case.header_faults() if case.label else [no_label(case)]
     return faults
-
-
-def no_label(case: Case) -> str:
-    """The fault of a case without a label file."""
-    return f"case {case.id}: no label file; add one, because evaluation compares with it"
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prism_meta.data.cases import Case, Volume
+from prism_meta.data.checks import no_label
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.preprocessing import Preprocessing, label_classes
 from prism_meta.data.restore import restore_classes
@@ -19,7 +20,6 @@ from prism_meta.evaluation.faults import (
     check_finite,
     evaluation_faults,
     memory_as_case_error,
-    no_label,
 )
 from prism_meta.evaluation.metrics import BratsEmpty, EmptyPolicy
 from prism_meta.evaluation.regions import measure

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from prism_meta.data.availability import apply_availability, available, drop_modalities
 from prism_meta.data.cache import CachedCase, prepare
 from prism_meta.data.cases import Case
-from prism_meta.data.layouts.folders import find
+from prism_meta.data.layouts.base import Found
+from prism_meta.data.layouts.folders import find, search
 from prism_meta.data.layouts.names import FileNames
 from prism_meta.data.splits import (
     draw_folds,
@@ -39,13 +40,31 @@ def load_configured(config: Config, root: Path | str) -> list[Case]:
     Raises:
         CaseError: cases have faults, no case has a modality, or most have no label.
     """
-    names = _names(config, label=True)
+    names = file_names(config, label=True)
     with configuration_keys():
         found = find(root, names, layout=_layout(config))
         _log.info("%s", found.sentence())
-        faults = [*found.faults, *found.modality_faults(names), *found.label_faults(names)]
-        raise_faults(CaseError, faults)
+        raise_faults(CaseError, training_faults(found, names))
     return found.cases
+
+
+def search_configured(config: Config, root: Path | str, names: FileNames) -> Found:
+    """What is found at ``root``, with its faults, in the layout that the configuration names.
+
+    Args:
+        config: the layout.
+        root: a folder or a manifest.
+        names: see ``file_names``.
+    """
+    found = search(root, names, layout=_layout(config))
+    if names.label is not None:
+        _log.info("%s", found.sentence())
+    return found
+
+
+def training_faults(found: Found, names: FileNames) -> list[str]:
+    """What keeps a data set from being trained on, as far as names and headers tell."""
+    return [*found.faults, *found.modality_faults(names), *found.label_faults(names)]
 
 
 def find_configured(
@@ -60,7 +79,7 @@ def find_configured(
         root: the folder.
         label: False leaves the labels out, so that a damaged one is no fault.
     """
-    names, layout = _names(config, label=label), _layout(config)
+    names, layout = file_names(config, label=label), _layout(config)
     found = find(root, names, layout=layout)
     if not found.cases and layout is not None:
         # A run that was trained on cases in one layout may predict cases in another.
@@ -77,7 +96,8 @@ def _layout(config: Config) -> str | None:
     return None if config.data.layout == "auto" else config.data.layout
 
 
-def _names(config: Config, *, label: bool) -> FileNames:
+def file_names(config: Config, *, label: bool) -> FileNames:
+    """The names of the files of the modalities, and of the label if ``label`` is true."""
     data = config.data
     return FileNames(data.modalities, data.label if label else None, data.files, data.align)
 
@@ -175,6 +195,14 @@ def _held_out(config: Config, cases: Sequence[Case]) -> tuple[set[str], str | No
     return set(folds[number]), content
 
 
+def both_shown(training: Sequence[Case], meta: Sequence[Case]) -> list[Case]:
+    """The cases with what either batch shows, which is what is prepared; see ``Split``."""
+    return [
+        replace(case, files={**other.files, **case.files})
+        for case, other in zip(training, meta, strict=True)
+    ]
+
+
 def prepare_configured(
     config: Config,
     cases: Sequence[Case],
@@ -201,11 +229,7 @@ def prepare_configured(
         TrainingStopped: ``should_stop`` was true.
     """
     done = 0
-    # What either batch shows is prepared.
-    whole = [
-        replace(case, files={**other.files, **case.files})
-        for case, other in zip(cases, meta or cases, strict=True)
-    ]
+    whole = both_shown(cases, meta or cases)
 
     def prepared(name: str) -> None:
         nonlocal done

@@ -10,6 +10,10 @@ from broken import Broken, whole
 #: Arguments as they are, and what is said of them.
 PLAIN: dict[str, tuple[str, ...]] = {
     "trian": ("no such command 'trian'",),
+    "cases": ("missing argument 'CASES'",),
+    "cases a b": ("unexpected extra argument",),
+    "cases --json": ("missing argument",),
+    "cases a --fast=1": ("--fast",),
     "train": ("got no cases", "--resume"),
     "train --fast": ("no such option: --fast",),
     "train a b": ("unexpected extra argument",),
@@ -123,6 +127,7 @@ BROKEN = [
         Broken(f"{command} {path!r}", _path(command, path, *more), ("expected a file or folder",))
         for path in PATHS
         for command, more in (
+            ("cases", ()),
             ("train", ()),
             ("evaluate", ()),
             ("predict", ("a", "b")),

@@ -55,12 +55,13 @@ def test_every_command_writes_in_every_encoding(
     encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Names that the terminal cannot encode are escaped, and the work that was done is reported."""
-    cases = write_cases(tmp_path / "Fälle", 3)
+    cases = write_cases(tmp_path / "Fälle-≥", 3)
     for folder in list(cases.iterdir()):
         folder.rename(folder.with_name(f"日本-{folder.name}"))
     out = tmp_path / "run-≥"
     options = [part for value in (*SMALL, "data.holdout=1") for part in ("-s", value)]
     commands: list[tuple[int, list[object]]] = [
+        (0, ["cases", cases, *options]),
         (0, ["train", cases, "--out", out, *options, "-s", "training.steps=1"]),
         (0, ["evaluate", out]),
         (0, ["predict", out, cases, tmp_path / "labels-≥"]),

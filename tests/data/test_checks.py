@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
-from niftis import OWN, cut, write_case
+from niftis import OWN, SHAPE, affine_of, cut, save, write_case
 
 from prism_meta.data import memory
-from prism_meta.data.checks import case_faults
+from prism_meta.data.cases import Case
+from prism_meta.data.checks import check_case, no_label
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.preprocessing import Preprocessing
+
+
+def case_faults(case: Case, **options: Any) -> list[str]:
+    return list(check_case(case, **options).faults)
 
 
 def test_a_good_case_has_no_faults(tmp_path: Path) -> None:
@@ -46,5 +53,27 @@ def test_a_case_without_label(tmp_path: Path) -> None:
     (case,) = load_cases(tmp_path)
     assert case_faults(case, preprocessing=Preprocessing(OWN)) == []
     assert case_faults(case, preprocessing=Preprocessing(OWN), labels=BRATS_LABELS) == [
-        "case p0: no label file; add it or remove the case"
+        no_label(case)
     ]
+
+
+def test_every_file_is_read_although_another_is_damaged(tmp_path: Path) -> None:
+    """So that no fault comes to light only when another one is removed."""
+    folder = write_case(tmp_path / "p0")
+    (case,) = load_cases(tmp_path)
+    cut(folder / "p0_flair.nii.gz")
+    save(np.full(SHAPE, np.nan, np.float32), folder / "p0_t1.nii.gz", affine_of(OWN))
+    save(np.zeros((4, 4, 4), np.float32), folder / "p0_t2.nii.gz", affine_of(OWN))
+    save(np.full(SHAPE, 9, np.int16), folder / "p0_seg.nii.gz", affine_of(OWN))
+    checked = check_case(case, preprocessing=Preprocessing(OWN), labels=BRATS_LABELS)
+    found = sorted(fault.split()[2].strip(":") for fault in checked.faults)
+    assert found == [f"p0_{name}.nii.gz" for name in ("flair", "seg", "t1", "t2")]
+    assert checked.volume is not None and list(checked.volume.images) == ["t1ce"]
+
+
+def test_an_empty_case(tmp_path: Path) -> None:
+    folder = write_case(tmp_path / "p0", modalities=("t1",))
+    save(np.zeros(SHAPE, np.float32), folder / "p0_t1.nii.gz", affine_of(OWN))
+    (case,) = load_cases(tmp_path, ("t1",))
+    (fault,) = case_faults(case, preprocessing=Preprocessing(OWN), labels=BRATS_LABELS)
+    assert fault.startswith("case p0: all voxels are 0 in p0_t1.nii.gz")

@@ -57,12 +57,15 @@ def test_every_layout_has_a_test() -> None:
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
-def test_each_layout_trains_evaluates_and_predicts(tmp_path: Path, kind: str) -> None:
+def test_each_layout_is_surveyed_trains_evaluates_and_predicts(tmp_path: Path, kind: str) -> None:
     written = LAYOUTS[kind]
     root = written.write(tmp_path / "data")
     # An episode needs two patients: where one has two of the three cases, none is held out.
     hold = len(set(written.patients or written.ids)) == 3
     options = settings("training.steps=2", MODALITIES, f"data.holdout={int(hold)}")
+    code, output = run("cases", root, *options)
+    assert code == 0, output
+    assert f"{root}: {written.title}, 3 cases of " in output
     code, output = run("train", root, "--out", tmp_path / "run", *options)
     assert code == 0, output
     assert f"layout: {written.title}, 3 cases" in output

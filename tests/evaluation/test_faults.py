@@ -55,7 +55,9 @@ def test_evaluate_names_the_faults_of_all_headers_before_it_predicts(tmp_path: P
     cases[1] = Case(cases[1].id, cases[1].modalities, files=cases[1].files)
     first, second = faults_of(lambda: predictor(NoNet()).evaluate(cases))
     assert first.startswith("case p0: p0_t1.nii.gz cannot be read")
-    assert second == "case p1: no label file; add one, because evaluation compares with it"
+    assert second == (
+        "case p1: no label file; training and evaluation need one, add it or remove the case"
+    )
 
 
 def test_evaluate_names_the_faults_of_all_voxels(

@@ -31,6 +31,8 @@ class Found:
         faults: of the other cases, and of the data set.
         others: how files end that belong to no modality and no label, and how many end so.
         kind: what ``others`` are, for messages. Defaults to "files that end in".
+        refused: cases with faults that have files nevertheless.
+        only_predicted: whether there are images without labels, which only predictions use.
     """
 
     layout: str
@@ -38,6 +40,8 @@ class Found:
     faults: list[str] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     kind: str = "files that end in"
+    refused: list[Case] = field(default_factory=list)
+    only_predicted: bool = False
 
     def sentence(self) -> str:
         """The layout and the number of cases.
@@ -56,6 +60,8 @@ class Found:
         self.faults.extend(faults)
         if not faults:
             self.cases.append(case)
+        elif case.files:
+            self.refused.append(case)
 
     def modality_faults(self, names: FileNames) -> list[str]:
         """The modalities that no case has: a fault of names rather than a missing rate of 1."""
@@ -201,6 +207,7 @@ def only_once(found: Found, counts: Counter[str], fault: str) -> None:
     twice = {name: count for name, count in counts.items() if count > 1}
     found.faults[:0] = [f"case {name}: {count} {fault}" for name, count in twice.items()]
     found.cases = [case for case in found.cases if case.id not in twice]
+    found.refused = [case for case in found.refused if case.id not in twice]
 
 
 def remaining(files: Iterable[str], owned: Mapping[str, Sequence[str]], case: str) -> Counter[str]:

@@ -41,6 +41,7 @@ class Decathlon(Layout):
         except CaseError as error:
             found.faults.extend(error.faults)
             return found
+        found.only_predicted = names.label is not None and bool(contents.test)
         channels = contents.assign(names, found)
         counts: Counter[str] = Counter()
         for image, label in sorted(_listed(contents, names, images)):

@@ -38,11 +38,16 @@ def find(root: Path | str, names: FileNames, *, layout: str | None = None) -> Fo
     Raises:
         ConfigError: there is no layout of this name.
     """
-    root = Path(root)
-    found = _layout(root, names, layout).find(root, names)
+    found = search(root, names, layout=layout)
     for line in names.notes.lines():
         _log.warning("%s", one_line(line))
     return found
+
+
+def search(root: Path | str, names: FileNames, *, layout: str | None = None) -> Found:
+    """The same as ``find``, but nothing is logged of ``names.notes``."""
+    root = Path(root)
+    return _layout(root, names, layout).find(root, names)
 
 
 def _layout(root: Path, names: FileNames, layout: str | None) -> Layout:

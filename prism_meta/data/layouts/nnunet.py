@@ -42,6 +42,7 @@ class NnUNet(Layout):
         folders = _folders(root)
         if names.label is not None and len(folders) > 1:
             folders = folders[:1]
+            found.only_predicted = True
         if not folders:
             message = f"{root}: no such folder, expected nnU-Net's raw data; give its folder"
             found.faults.append(Fault(message, "layout"))

@@ -1,0 +1,60 @@
+"""How every command ends: faults are a line each and code 2, signals a line and 128 + their number."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+import typer
+
+from prism_meta.cli.usage import ErrorLines, tell
+from prism_meta.errors import PrismError
+from prism_meta.training import cases
+
+
+class Commands(ErrorLines):
+    """The group of all commands; it prints their errors, so that they only raise them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        before = signal.signal(signal.SIGTERM, _terminate)
+        said, told = logging.getLogger(cases.__name__), _Told()
+        said.setLevel(logging.INFO)
+        if _is_first():
+            said.addHandler(told)
+        try:
+            return super().invoke(ctx)
+        except PrismError as error:
+            if _is_first():
+                for fault in error.faults:
+                    tell(f"error: {fault}")
+            raise SystemExit(2) from error
+        except (KeyboardInterrupt, _Terminated) as error:
+            tell("interrupted; no file is half-written, run the same command again")
+            number = signal.SIGTERM if isinstance(error, _Terminated) else signal.SIGINT
+            raise SystemExit(128 + number) from error
+        finally:
+            said.removeHandler(told)
+            signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
+class _Told(logging.Handler):
+    """Prints on standard error what the library says of the cases."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(record.getMessage(), err=True)
+
+
+def _is_first() -> bool:
+    """Whether this is the first of the processes that a training starts; they all find the same."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,34 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prism_meta.bilevel.strategies import ALL_STRATEGIES
+from prism_meta.cli.usage import path
+
+RunFolder = Annotated[
+    Path,
+    typer.Argument(parser=path, metavar="RUN", help="Run folder that prism-meta train wrote."),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", parser=path, help="TOML file. Defaults to the built-in settings."
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Set one key of the configuration, e.g. training.steps=500. Repeatable. Strategies for "
+        f"meta.strategy: {', '.join(kind.name for kind in ALL_STRATEGIES)}.",
+    ),
+]
+#: What CASES may be.
+CASES_HELP = "Folder of cases (a folder per case, BIDS, Decathlon, nnU-Net), or a manifest."
