@@ -64,6 +64,16 @@ def memory_of(accelerator: str) -> int | None:
         return None
 
 
+def device_kind(accelerator: str) -> Literal["cpu", "cuda"]:
+    """Where tensors live with this accelerator; every GPU counts as "cuda".
+
+    Example:
+        >>> device_kind("cpu")
+        'cpu'
+    """
+    return "cpu" if _on_cpu(accelerator) else "cuda"
+
+
 def _accelerators() -> dict[str, str]:
     """The accelerators of this machine, by their names in Lightning Fabric."""
     found = {"cpu": f"a CPU with {os.cpu_count()} cores"}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,10 @@ from prism_meta.data.cache import CachedCase
 from prism_meta.errors import ConfigError, PrismError
 from prism_meta.training.build import build_episodes
 from prism_meta.training.config import Config
+from prism_meta.training.devices import device_kind, memory_of
 from prism_meta.training.memory import StepMemory, step_memory
 from prism_meta.training.survey_result import CaseSurvey, Survey
+from prism_meta.training.trial import seconds_per_step
 
 #: Slices that lie further apart than this many times their voxels are no volume to a 3-D network (nnU-Net).
 ANISOTROPY = 3
@@ -39,8 +41,15 @@ BATCHES = {2: (8, 32), 3: (2, 4)}
 WIDTHS = (8, 32)
 #: The coarsest maps have at least so many voxels per axis, and there are at most so many scales.
 COARSEST, SCALES = 4, 5
-#: What convolutions allocate inside, and what an allocator loses to fragments, as a share of the estimate.
-SLACK = 0.1
+#: What an allocator loses to fragments, as a share of a step's memory: glibc on a CPU
+#: (``benchmarks/planning.py``), and torch's own on a GPU, where it was not measured.
+FRAGMENTS = {"cpu": 0.3, "cuda": 0.1}
+#: Bytes beside the steps: Python, the libraries and a prepared volume on a CPU; CUDA's context on a GPU.
+OUTSIDE = {"cpu": 600 * 2**20, "cuda": 500 * 2**20}
+#: What is planned for if nobody says: on a CPU, larger steps take minutes; on a GPU, this share of it.
+ON_CPU, SHARE_OF_GPU = 2 * 10**9, 0.9
+#: Share of the given time that steps are planned for; the rest is for reading and writing.
+SHARE_OF_TIME = 0.9
 #: Episodes that are looked at for the one that shows the most modalities.
 EPISODES = 200
 
@@ -61,20 +70,36 @@ class Plan:
         config: the configuration.
         choices: what was chosen, and why.
         step: the memory of an outer step.
-        slack: the share of it that is kept free, in bytes.
-        others: what the process needs beside it, by name, in bytes.
+        masks: (B, M) bool, the masks of the train batches and of the meta batch that need it.
     """
 
     config: Config
     choices: tuple[Choice, ...]
     step: StepMemory
-    slack: int
-    others: dict[str, int]
+    masks: tuple[Tensor, ...]
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What needs memory -> bytes."""
+        kind = device_kind(self.config.fabric.accelerator)
+        return {
+            "weights and optimizer": self.step.model,
+            "the batches of an episode": self.step.batches,
+            "activations, graphs and copies of a step": self.step.graphs,
+            f"fragments, {FRAGMENTS[kind]:.0%} of these": _with_fragments(self.step.total, kind)
+            - self.step.total,
+            "outside of steps": OUTSIDE[kind],
+        }
 
     @property
     def total(self) -> int:
         """Predicted peak in bytes."""
-        return self.step.total + self.slack + sum(self.others.values())
+        return sum(self.parts.values())
+
+    def to_toml(self) -> str:
+        """The configuration as a TOML file, with the reasons."""
+        reasons = [f"# {key} = {value}: {reason}\n" for key, value, reason in self.choices]
+        return "".join(["# Planned by prism-meta plan.\n", *reasons, "\n", self.config.to_toml()])
 
 
 def plan(
@@ -82,7 +107,6 @@ def plan(
     found: Survey,
     memory: int,
     *,
-    others: dict[str, int] | None = None,
     on_try: Callable[[str], None] = lambda tried: None,
 ) -> Plan:
     """Choose ``data.spacing``, ``patch`` and ``batch_size``, ``model.width`` and ``depth``.
@@ -91,17 +115,15 @@ def plan(
         config: everything else, e.g. the strategy and the masks; what it says of these keys is not used.
         found: the data set. Headers are enough.
         memory: bytes that training may use.
-        others: what the process needs beside the steps, by name, in bytes.
         on_try: called with each choice whose memory is estimated, in words.
 
     Raises:
         ConfigError: the smallest choice needs more memory than ``memory``.
         PrismError: no case has a header that could be read.
     """
-    others = others or {}
     spacing, shape, reason = _grid(found.cases)
     choices = [Choice("data.spacing", list(spacing), reason)]
-    search = _Search(config, found, memory - sum(others.values()), spacing, on_try)
+    search = _Search(config, found, memory, spacing, on_try)
     flat = spacing[2] > ANISOTROPY * max(spacing[:2])
     dims, why = 2, f"slices lie more than {ANISOTROPY} times as far apart as their voxels"
     if not flat:
@@ -109,15 +131,15 @@ def plan(
         dims = 3 if search.fits(_Sizes(least, BATCHES[3][0], WIDTHS[0])) else 2
         size = " x ".join(map(str, least))
         why = f"a volume of {size} does not fit" if dims == 2 else f"a volume of {size} or more fits"
-    batch, most = BATCHES[dims]
+    (batch, most), whole = BATCHES[dims], {2: "slice", 3: "volume"}[dims]
     patches = list(_patches(shape[:dims]))
     best = _largest(patches, lambda patch: search.fits(_Sizes(patch, batch, WIDTHS[0])))
     if best is None:
-        smallest = search.tried[_Sizes(patches[0], batch, WIDTHS[0])]
+        least = search.plan(_Sizes(patches[0], batch, WIDTHS[0]), ())
         raise ConfigError(
             f"memory: training on patches of {' x '.join(map(str, patches[0]))} needs "
-            f"{decimal(_with_slack(smallest.total) + sum(others.values()))}, but there are "
-            f"{decimal(memory)}; give more memory, or use a strategy that needs less"
+            f"{decimal(least.total)}, but there are {decimal(memory)}; give more memory, or use a strategy "
+            "that needs less"
         )
     sizes = _Sizes(best, batch, WIDTHS[0])
     if best == patches[-1]:  # what is left goes into the batch, then into the width
@@ -125,18 +147,36 @@ def plan(
             sizes = sizes._replace(batch=2 * sizes.batch)
         while sizes.width < WIDTHS[1] and search.fits(sizes._replace(width=2 * sizes.width)):
             sizes = sizes._replace(width=2 * sizes.width)
-        reason = "the median volume" if dims == 3 else "the median slice"
+        reason = f"the median {whole}"
     else:
         reason = "the largest that fits, in the proportions of the median volume"
     choices += [
         Choice("data.patch", list(sizes.patch), f"{reason}; {dims}-D, because {why}"),
-        Choice("data.batch_size", sizes.batch, "doubled while it fits and the patch is complete"),
-        Choice("model.width", sizes.width, "doubled while it fits and the batch is complete"),
-        Choice("model.depth", sizes.depth, f"the coarsest maps keep {COARSEST} voxels"),
+        Choice("data.batch_size", sizes.batch, f"{batch}; more only if the patch is the whole {whole}"),
+        Choice("model.width", sizes.width, f"{WIDTHS[0]}; more only if a batch of {most} fits as well"),
+        Choice("model.depth", sizes.depth, f"its coarsest maps keep {COARSEST} voxels per axis; at most {SCALES}"),
     ]
-    step = search.tried[sizes]
-    return Plan(
-        search.config(sizes), tuple(choices), step, _with_slack(step.total) - step.total, others
+    return search.plan(sizes, choices)
+
+
+def with_steps(made: Plan, seconds: float) -> Plan:
+    """The plan with as many outer steps as this machine takes in ``seconds``; it takes two of them."""
+    device = device_kind(made.config.fabric.accelerator)
+    each = seconds_per_step(made.config, made.masks, device=device)
+    steps = max(1, int(SHARE_OF_TIME * seconds / each))
+    values = made.config.model_dump()
+    values["training"] |= {"steps": steps}
+    reason = f"{each:.2g} s each on this machine, in {SHARE_OF_TIME:.0%} of the time"
+    choice = Choice("training.steps", steps, reason)
+    return replace(made, config=Config.model_validate(values), choices=(*made.choices, choice))
+
+
+def default_memory(config: Config) -> int:
+    """Bytes that are planned for if nobody says."""
+    accelerator = config.fabric.accelerator
+    there = memory_of(accelerator) or ON_CPU
+    return (
+        min(there, ON_CPU) if device_kind(accelerator) == "cpu" else int(SHARE_OF_GPU * there)
     )
 
 
@@ -163,7 +203,7 @@ class _Search:
     ) -> None:
         self.base, self.found, self.memory = config, found, memory
         self.spacing, self.on_try = spacing, on_try
-        self.tried: dict[_Sizes, StepMemory] = {}
+        self.tried: dict[_Sizes, tuple[StepMemory, list[Tensor]]] = {}
 
     def config(self, sizes: _Sizes) -> Config:
         values = self.base.model_dump()
@@ -174,14 +214,19 @@ class _Search:
         return Config.model_validate(values)
 
     def fits(self, sizes: _Sizes) -> bool:
+        return self.plan(sizes, ()).total <= self.memory
+
+    def plan(self, sizes: _Sizes, choices: Sequence[Choice]) -> Plan:
+        config = self.config(sizes)
         if sizes not in self.tried:
             self.on_try(f"{sizes.batch} x {' x '.join(map(str, sizes.patch))}, width {sizes.width}")
-            config = self.config(sizes)
-            self.tried[sizes] = step_memory(config, most_shown(_episodes(config, self.found)))
-        return _with_slack(self.tried[sizes].total) <= self.memory
+            masks = most_shown(drawn_masks(config, self.found))
+            self.tried[sizes] = step_memory(config, masks), masks
+        step, masks = self.tried[sizes]
+        return Plan(config, tuple(choices), step, tuple(masks))
 
 
-def _episodes(config: Config, found: Survey) -> Iterator[list[Tensor]]:
+def drawn_masks(config: Config, found: Survey) -> Iterator[list[Tensor]]:
     """The masks of the episodes that training will draw, one after the other."""
     shown = [torch.tensor([m in c.modalities for m in found.modalities]) for c in found.cases]
     cases = [  # no patch of them is read
@@ -205,8 +250,8 @@ def most_shown(episodes: Iterator[list[Tensor]]) -> list[Tensor]:
     return max(first, key=lambda masks: sum(int(mask.sum()) for mask in masks))
 
 
-def _with_slack(size: int) -> int:
-    return math.ceil(size * (1 + SLACK))
+def _with_fragments(size: int, kind: str) -> int:
+    return math.ceil(size * (1 + FRAGMENTS[kind]))
 
 
 def _up(size: float) -> int:

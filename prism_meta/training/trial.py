@@ -22,8 +22,8 @@ from prism_meta.training.config import Config
 
 def trial_step(
     config: Config, masks: Sequence[Tensor], *, device: torch.device | str = "cpu"
-) -> Callable[[], None]:
-    """A function that takes one outer step of ``config`` on random patches.
+) -> Callable[..., None]:
+    """A function that takes one outer step of ``config`` on random patches, with other masks if given.
 
     Args:
         config: all sizes, the objective and the strategy.
@@ -45,11 +45,12 @@ def trial_step(
         inner_state=config.meta.inner_state,
         clip_norm=config.training.clip_norm,
     )
-    batches = [_random_batch(config, mask).to(device) for mask in masks]
-    train = batches[0] if len(batches) == 2 else StepBatches(batches[:-1])
+    usual = list(masks)
 
-    def step() -> None:
-        learner.step_episodes([(train, batches[-1])] * config.meta.episodes)
+    def step(masks: Sequence[Tensor] = usual) -> None:
+        *batches, meta = (_random_batch(config, mask).to(device) for mask in masks)
+        train = batches[0] if len(batches) == 1 else StepBatches(batches)
+        learner.step_episodes([(train, meta)] * config.meta.episodes)
 
     return step
 
