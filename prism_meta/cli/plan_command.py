@@ -65,12 +65,10 @@ def run_plan(
     typer.echo(f"configuration in {out}; train with: prism-meta train {root} -c {out}")
 
 
-def planned_for(
-    config: Config, root: Path, memory: int, *, seconds: float | None = None
-) -> Plan:
+def planned_for(config: Config, root: Path, memory: int, *, seconds: float | None = None) -> Plan:
     """Plan for a data set, with a progress bar."""
     with progress_bars("headers", "plan") as advance:
-        found = survey(config, root, fast=True, on_case=lambda *done: advance(*done, task="headers"))
+        found = survey(config, root, fast=True, on_case=advance)
         raise_faults(CaseError, found.faults)
         tried = 0
 
@@ -110,7 +108,9 @@ def plan_table(made: Plan, memory: int) -> Table:
     table.add_section()
     for name, size in made.parts.items():
         table.add_row("memory", decimal(size), name)
-    table.add_row("memory", decimal(made.total), f"in all, of {decimal(memory)}")
+    if made.preparation:
+        table.add_row("memory", decimal(made.preparation), "preparing a case, before the steps")
+    table.add_row("memory", decimal(made.total), f"at the peak, of {decimal(memory)}")
     return table
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -64,7 +64,7 @@ def memory_of(accelerator: str) -> int | None:
         return None
 
 
-def device_kind(accelerator: str) -> Literal["cpu", "cuda"]:
+def device_kind(accelerator: str) -> Literal[cpu, cuda]:
     """Where tensors live with this accelerator; every GPU counts as "cuda".
 
     Example:

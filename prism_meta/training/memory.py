@@ -77,9 +77,7 @@ def step_memory(
         else:
             model = on_meta(model)
         inner_lr = torch.tensor(config.meta.inner_lr)
-        strategy = build_strategy(
-            config.meta, inner_lr, weight_decay=config.training.weight_decay
-        )
+        strategy = build_strategy(config.meta, inner_lr, weight_decay=config.training.weight_decay)
         train, meta = _episode(config, masks)
         objective = _OnMeta(config)
         with LiveBytes() as live:

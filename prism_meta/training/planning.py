@@ -41,11 +41,15 @@ BATCHES = {2: (8, 32), 3: (2, 4)}
 WIDTHS = (8, 32)
 #: The coarsest maps have at least so many voxels per axis, and there are at most so many scales.
 COARSEST, SCALES = 4, 5
-#: What an allocator loses to fragments, as a share of a step's memory: glibc on a CPU
-#: (``benchmarks/planning.py``), and torch's own on a GPU, where it was not measured.
-FRAGMENTS = {"cpu": 0.3, "cuda": 0.1}
-#: Bytes beside the steps: Python, the libraries and a prepared volume on a CPU; CUDA's context on a GPU.
-OUTSIDE = {"cpu": 600 * 2**20, "cuda": 500 * 2**20}
+#: What an allocator loses to fragments, as a share of a step's memory. glibc on a CPU lost 0.1 to 0.5 in ten
+#: steps (``benchmarks/planning.py``), and more in long trainings on small patches. Torch's own allocator on
+#: a GPU was not measured.
+FRAGMENTS = {"cpu": 0.5, "cuda": 0.1}
+#: Bytes beside the steps: Python, the libraries and a process that loads data; CUDA's context on a GPU.
+OUTSIDE = {"cpu": 650 * 2**20, "cuda": 500 * 2**20}
+#: Bytes that preparing a case takes beside the libraries, per voxel of its files and per map, i.e. modality
+#: or class. Measured; it is done before the first step, and not on the GPU.
+PREPARATION, LIBRARIES = 15, 420 * 2**20
 #: What is planned for if nobody says: on a CPU, larger steps take minutes; on a GPU, this share of it.
 ON_CPU, SHARE_OF_GPU = 2 * 10**9, 0.9
 #: Share of the given time that steps are planned for; the rest is for reading and writing.
@@ -71,16 +75,18 @@ class Plan:
         choices: what was chosen, and why.
         step: the memory of an outer step.
         masks: (B, M) bool, the masks of the train batches and of the meta batch that need it.
+        preparation: what preparing the largest case needs, in bytes; that is over before the first step.
     """
 
     config: Config
     choices: tuple[Choice, ...]
     step: StepMemory
     masks: tuple[Tensor, ...]
+    preparation: int
 
     @property
     def parts(self) -> dict[str, int]:
-        """What needs memory -> bytes."""
+        """What needs memory during the steps -> bytes."""
         kind = device_kind(self.config.fabric.accelerator)
         return {
             "weights and optimizer": self.step.model,
@@ -93,8 +99,8 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Predicted peak in bytes."""
-        return sum(self.parts.values())
+        """Predicted peak in bytes, of the steps or of the preparation."""
+        return max(sum(self.parts.values()), self.preparation)
 
     def to_toml(self) -> str:
         """The configuration as a TOML file, with the reasons."""
@@ -121,6 +127,12 @@ def plan(
         ConfigError: the smallest choice needs more memory than ``memory``.
         PrismError: no case has a header that could be read.
     """
+    largest = preparation(config, found)
+    if largest > memory:
+        raise ConfigError(
+            f"memory: preparing the largest case needs {decimal(largest)}, but there are "
+            f"{decimal(memory)}; give more memory"
+        )
     spacing, shape, reason = _grid(found.cases)
     choices = [Choice("data.spacing", list(spacing), reason)]
     search = _Search(config, found, memory, spacing, on_try)
@@ -130,15 +142,17 @@ def plan(
         least = tuple(min(SMALLEST_VOLUME, _up(size)) for size in shape)
         dims = 3 if search.fits(_Sizes(least, BATCHES[3][0], WIDTHS[0])) else 2
         size = " x ".join(map(str, least))
-        why = f"a volume of {size} does not fit" if dims == 2 else f"a volume of {size} or more fits"
+        why = (
+            f"a volume of {size} does not fit" if dims == 2 else f"a volume of {size} or more fits"
+        )
     (batch, most), whole = BATCHES[dims], {2: "slice", 3: "volume"}[dims]
     patches = list(_patches(shape[:dims]))
     best = _largest(patches, lambda patch: search.fits(_Sizes(patch, batch, WIDTHS[0])))
     if best is None:
-        least = search.plan(_Sizes(patches[0], batch, WIDTHS[0]), ())
+        needed = search.plan(_Sizes(patches[0], batch, WIDTHS[0]), ()).total
         raise ConfigError(
             f"memory: training on patches of {' x '.join(map(str, patches[0]))} needs "
-            f"{decimal(least.total)}, but there are {decimal(memory)}; give more memory, or use a strategy "
+            f"{decimal(needed)}, but there are {decimal(memory)}; give more memory, or use a strategy "
             "that needs less"
         )
     sizes = _Sizes(best, batch, WIDTHS[0])
@@ -152,11 +166,28 @@ def plan(
         reason = "the largest that fits, in the proportions of the median volume"
     choices += [
         Choice("data.patch", list(sizes.patch), f"{reason}; {dims}-D, because {why}"),
-        Choice("data.batch_size", sizes.batch, f"{batch}; more only if the patch is the whole {whole}"),
-        Choice("model.width", sizes.width, f"{WIDTHS[0]}; more only if a batch of {most} fits as well"),
-        Choice("model.depth", sizes.depth, f"its coarsest maps keep {COARSEST} voxels per axis; at most {SCALES}"),
+        Choice(
+            "data.batch_size", sizes.batch, f"{batch}; more only if the patch is the whole {whole}"
+        ),
+        Choice(
+            "model.width", sizes.width, f"{WIDTHS[0]}; more only if a batch of {most} fits as well"
+        ),
+        Choice(
+            "model.depth",
+            sizes.depth,
+            f"its coarsest maps keep {COARSEST} voxels; at most {SCALES}",
+        ),
     ]
     return search.plan(sizes, choices)
+
+
+def preparation(config: Config, found: Survey) -> int:
+    """Bytes that preparing the largest case needs on a CPU; 0 on a GPU, which does not take part."""
+    if device_kind(config.fabric.accelerator) != "cpu":
+        return 0
+    maps = len(found.modalities) + len(config.data.labels) + 1
+    largest = max((math.prod(case.shape) for case in found.cases if case.shape), default=0)
+    return LIBRARIES + PREPARATION * maps * largest
 
 
 def with_steps(made: Plan, seconds: float) -> Plan:
@@ -175,9 +206,7 @@ def default_memory(config: Config) -> int:
     """Bytes that are planned for if nobody says."""
     accelerator = config.fabric.accelerator
     there = memory_of(accelerator) or ON_CPU
-    return (
-        min(there, ON_CPU) if device_kind(accelerator) == "cpu" else int(SHARE_OF_GPU * there)
-    )
+    return min(there, ON_CPU) if device_kind(accelerator) == "cpu" else int(SHARE_OF_GPU * there)
 
 
 class _Sizes(NamedTuple):
@@ -223,7 +252,7 @@ class _Search:
             masks = most_shown(drawn_masks(config, self.found))
             self.tried[sizes] = step_memory(config, masks), masks
         step, masks = self.tried[sizes]
-        return Plan(config, tuple(choices), step, tuple(masks))
+        return Plan(config, tuple(choices), step, tuple(masks), preparation(config, self.found))
 
 
 def drawn_masks(config: Config, found: Survey) -> Iterator[list[Tensor]]:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from prism_meta.bilevel.functional.kernels import autocast_type
 from prism_meta.bilevel.functional.errors import CheckpointError, ReplayError
+from prism_meta.bilevel.functional.kernels import autocast_type
 
 T = TypeVar("T")
 
