@@ -85,3 +85,17 @@ def in_each_round(seconds: Sequence[float], base: Sequence[float]) -> list[float
 def with_spread(values: Sequence[float]) -> str:
     """The median and the range, as text."""
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of a process and its children that are no mapped files; pages that they share count once."""
+    total = 0
+    try:
+        for line in Path("/proc", str(pid), "smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss_Anon:"):
+                total += int(line.split()[1]) * 1024
+        for task in Path("/proc", str(pid), "task").iterdir():
+            total += sum(anonymous(int(child)) for child in (task / "children").read_text().split())
+    except (OSError, ValueError):  # it has just ended
+        pass
+    return total

@@ -27,8 +27,8 @@ what calls and bytes were measured to cost, predicts the step together. The seco
 waiting is what is asked for. Other work on the machine disturbs them, so the table shows the median of the
 ratios of each round.
 
-Result: the medians of the six strategies are 0.90 to 1.14 times the prediction, but single rounds 0.45 to 1.9,
-because other work shared the two cores. Without a pull half the bytes are sent. At 100 times the speed
+Result: the medians of the six strategies are 0.90 to 1.14 times the prediction, but single rounds 0.45 to
+1.9, because other work shared the two cores. Without a pull half the bytes are sent. At 100 times the speed
 and 10 Gbit/s, 8 processes in second order have an efficiency of 0.46, or 0.33 with a pull.
 """
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from niftis import write_cases
-from torch import nn
+from torch import Tensor, nn
 
 from prism_meta.errors import ConfigError
+from prism_meta.training import planning
 from prism_meta.training import train as train_module
 from prism_meta.training.config import Config
+from prism_meta.training.memory import StepMemory
 
 # The tests are many small operations, which a second thread would only slow down.
 torch.set_num_threads(1)
@@ -58,3 +62,14 @@ def checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
             raise error
 
     monkeypatch.setattr(train_module, "check_configuration", once)
+
+
+@pytest.fixture
+def memory_by_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of a step is 1000 bytes per voxel and channel, which takes no time to estimate."""
+
+    def memory(config: Config, masks: Sequence[Tensor]) -> StepMemory:
+        voxels = config.data.batch_size * math.prod(config.data.patch)
+        return StepMemory(0, 0, 1000 * voxels * config.model.width)
+
+    monkeypatch.setattr(planning, "step_memory", memory)

@@ -1,4 +1,4 @@
-"""The command line: prism-meta demo | cases | train | evaluate | predict | compare."""
+"""The command line: prism-meta demo | cases | plan | train | evaluate | predict | compare."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from prism_meta.cli import demo, survey_command, workflow
+from prism_meta.cli import demo, plan_command, survey_command, workflow
 from prism_meta.cli.ending import Commands
 from prism_meta.cli.options import CASES_HELP, ConfigFile, Overrides, RunFolder
 from prism_meta.cli.usage import path, print_any_character, tell
@@ -77,6 +77,7 @@ def run_demo(
 
 
 app.command("cases", epilog=survey_command.EXAMPLES)(survey_command.run_cases)
+app.command("plan", epilog=plan_command.EXAMPLES)(plan_command.run_plan)
 
 
 @app.command(
@@ -150,6 +151,8 @@ def run_train(
                 "train --extend: works on a run; give --resume RUN, or set training.steps"
             )
         settings = load_config(config, overrides or [], baseline=baseline)
+        if not (config or overrides or baseline):
+            settings = plan_command.planned_by_train(settings, root)
         _train(root, settings, out or Path("runs/prism"), stop=stop)
         return
     if config or baseline or overrides or out:

@@ -115,14 +115,27 @@ class DrawnEpisodes(Dataset[tuple[Any, Batch]], ABC):
         return self.steps
 
     def __getitem__(self, step: int) -> tuple[Any, Batch]:
-        entropy = np.random.SeedSequence((self.seed, self.rank, step))
-        generator = Generator().manual_seed(int(entropy.generate_state(1)[0]))
+        entropy = self._entropy(step)
         random = np.random.RandomState(entropy.generate_state(2)[1])
         changes = np.random.RandomState(random.randint(2**31)) if self.augmentation else None
-        train, meta = self.draw(generator)
+        train, meta = self._drawn(entropy)
         batches = [self._batch(drawn, random, changes) for drawn in (*train, meta)]
         last = batches.pop()
         return (batches[0] if len(batches) == 1 else StepBatches(batches)), last
+
+    def masks(self, step: int) -> list[Tensor]:
+        """The masks of episode t, bool (B, M): one per train batch, and that of the meta batch.
+
+        No patch is read.
+        """
+        train, meta = self._drawn(self._entropy(step))
+        return [drawn.mask for drawn in (*train, meta)]
+
+    def _entropy(self, step: int) -> np.random.SeedSequence:
+        return np.random.SeedSequence((self.seed, self.rank, step))
+
+    def _drawn(self, entropy: np.random.SeedSequence) -> tuple[list[Drawn], Drawn]:
+        return self.draw(Generator().manual_seed(int(entropy.generate_state(1)[0])))
 
     def _batch(
         self,

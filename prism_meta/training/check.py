@@ -6,7 +6,6 @@ through it and through the objective, which takes milliseconds, whatever the siz
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,14 +13,13 @@ from typing import Any
 import torch
 from rich.filesize import decimal
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_any_only, tree_map_only
 
 from prism_meta.errors import ConfigError
 from prism_meta.modalities import Batch
 from prism_meta.training.build import build_model, build_objective
 from prism_meta.training.config import Config
 from prism_meta.training.devices import memory_of
+from prism_meta.training.shapes import Shapes, on_meta
 
 #: Copies of the parameters: the weights, their gradient, and the two moments of AdamW.
 _COPIES = 4
@@ -52,7 +50,7 @@ the coarsest of 4 scales; use more than 8, or a smaller depth
     saved: dict[int, Any] = {}
     own = model is not None
     try:
-        with torch.random.fork_rng(devices=[]), _Shapes(), _saved_by_autograd(saved):
+        with torch.random.fork_rng(devices=[]), Shapes(), _saved_by_autograd(saved):
             parameters = _run(config, model)
     except NotImplementedError:
         return  # an operator of a foreign model that the meta device lacks
@@ -82,17 +80,8 @@ def _run(config: Config, model: nn.Module | None) -> int:
         batch = Batch(torch.zeros(()).expand(image.shape), mask, target)
         objective(lambda _, mask, **options: built(image, mask, **options), batch)
         return _size(built)
-    _on_meta(model)(image, mask)
+    on_meta(model)(image, mask)
     return _size(model)
-
-
-def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers have no values; a model may keep what it computes."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()
-    }
-    memo |= {id(buffer): buffer.detach().to("meta") for buffer in model.buffers()}
-    return copy.deepcopy(model, memo)
 
 
 def _size(model: nn.Module) -> int:
@@ -117,25 +106,6 @@ def _check_memory(config: Config, parameters: int, activations: int) -> None:
         f"for a batch of {data.batch_size} patches of {' x '.join(map(str, data.patch))}, but there are "
         f"{decimal(available)} of memory; make some of the four smaller"
     )
-
-
-class _Shapes(TorchDispatchMode):
-    """Operators that mix meta tensors with others compute only shapes, as if all were on one device."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = (args, kwargs or {})
-        if tree_any_only(Tensor, lambda tensor: tensor.is_meta, given):
-            given = tree_map_only(
-                Tensor, lambda tensor: tensor if tensor.is_meta else _empty(tensor), given
-            )
-        return func(*given[0], **given[1])
-
-
-def _empty(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="meta")
 
 
 @contextmanager

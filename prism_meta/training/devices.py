@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -62,6 +62,16 @@ def memory_of(accelerator: str) -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not POSIX
         return None
+
+
+def device_kind(accelerator: str) -> Literal[cpu, cuda]:
+    """Where tensors live with this accelerator; every GPU counts as "cuda".
+
+    Example:
+        >>> device_kind("cpu")
+        'cpu'
+    """
+    return "cpu" if _on_cpu(accelerator) else "cuda"
 
 
 def _accelerators() -> dict[str, str]:

@@ -14,6 +14,13 @@ PLAIN: dict[str, tuple[str, ...]] = {
     "cases a b": ("unexpected extra argument",),
     "cases --json": ("missing argument",),
     "cases a --fast=1": ("--fast",),
+    "plan": ("missing argument 'CASES'",),
+    "plan a b": ("unexpected extra argument",),
+    "plan a --memory": ("--memory",),
+    "plan a --memory lots": ("memory: got 'lots'",),
+    "plan a --memory -1GB": ("memory: got '-1GB'",),
+    "plan a --time soon": ("soon",),
+    "plan a --out": ("--out",),
     "train": ("got no cases", "--resume"),
     "train --fast": ("no such option: --fast",),
     "train a b": ("unexpected extra argument",),
@@ -128,6 +135,7 @@ BROKEN = [
         for path in PATHS
         for command, more in (
             ("cases", ()),
+            ("plan", ()),
             ("train", ()),
             ("evaluate", ()),
             ("predict", ("a", "b")),

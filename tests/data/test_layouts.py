@@ -19,7 +19,7 @@ from prism_meta.data.layouts.folders import LAYOUTS as ALL
 from prism_meta.data.layouts.folders import find, find_cases, load_cases
 from prism_meta.data.layouts.names import FileNames
 
-pytestmark = pytest.mark.usefixtures("without_drawing")
+pytestmark = pytest.mark.usefixtures("without_drawing", "memory_by_voxels")
 
 FILES = FileNames(NAMES)
 MODALITIES = 'data.modalities=["flair", "t1ce"]'
@@ -63,6 +63,8 @@ def test_each_layout_is_surveyed_trains_evaluates_and_predicts(tmp_path: Path, k
     # An episode needs two patients: where one has two of the three cases, none is held out.
     hold = len(set(written.patients or written.ids)) == 3
     options = settings("training.steps=2", MODALITIES, f"data.holdout={int(hold)}")
+    code, output = run("plan", root, "--out", tmp_path / "plan.toml", *options)
+    assert code == 0, output
     code, output = run("cases", root, *options)
     assert code == 0, output
     assert f"{root}: {written.title}, 3 cases of " in output

@@ -20,6 +20,7 @@ from prism_meta.training.build import build_model, build_objective
 from prism_meta.training.check import check_configuration
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.config.baselines import BASELINES
+from prism_meta.training.shapes import Shapes
 
 GIB = 2**30
 
@@ -88,7 +89,7 @@ def test_the_estimate_is_what_autograd_saves() -> None:
     """Bytes saved by a real pass over one patch, with all modalities, are those of the meta device."""
     config = load_config(overrides=["data.patch=[24, 16]", "model.width=4"])
     estimated: dict[int, torch.UntypedStorage] = {}
-    with check._Shapes(), check._saved_by_autograd(estimated):
+    with Shapes(), check._saved_by_autograd(estimated):
         parameters = check._run(config, None)
     model = build_model(config)
     sizes: dict[int, int] = {}

@@ -39,6 +39,14 @@ class _RecurrentWithoutCudnn(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
 
 
+def autocast_type(device: torch.device) -> str:
+    """The device type whose autocast applies on ``device``: its own, or "cpu" if it has none.
+
+    The meta device, on which memory is estimated, has none.
+    """
+    return device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+
+
 @contextmanager
 def differentiable(twice: bool) -> Iterator[None]:
     """Within the context kernels have second derivatives if ``twice``, else torch chooses freely."""

@@ -124,7 +124,7 @@ class FunctionalModel:
         buffers: Params | None,
         twice: bool,
     ) -> Evaluation:
-        if torch.is_autocast_enabled(self.device.type):
+        if torch.is_autocast_enabled(kernels.autocast_type(self.device)):
             torch.clear_autocast_cache()  # it would keep the cast weights of every step alive
         state = self.state(params, buffers)
 
@@ -211,7 +211,7 @@ class Evaluation:
         scaled = isinstance(scale, Tensor) or scale != 1.0
         if scaled:
             vectors = tree_map(lambda v: None if v is None else scale * v, vectors)
-        device = self.model.device.type
+        device = kernels.autocast_type(self.model.device)
         with (
             torch.autocast(device, enabled=False),
             translated(),

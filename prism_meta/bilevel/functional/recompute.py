@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
 from prism_meta.bilevel.functional.errors import CheckpointError, ReplayError
+from prism_meta.bilevel.functional.kernels import autocast_type
 
 T = TypeVar("T")
 
@@ -115,7 +116,7 @@ class RandomState:
     def capture(cls, device: torch.device) -> RandomState:
         """The present states."""
         on_device = None
-        if device.type != "cpu":
+        if device.type not in ("cpu", "meta"):
             on_device = torch.get_device_module(device).get_rng_state(device)
         return cls(
             device, torch.get_rng_state(), on_device, np.random.get_state(), random.getstate()
@@ -153,8 +154,9 @@ class ReplayCheck:
         """Note one step; ``tolerance`` is relative and defaults to the rounding of the loss's type."""
         if tolerance is None:
             dtype = taken.dtype
-            if torch.is_autocast_enabled(taken.device.type):
-                dtype = torch.get_autocast_dtype(taken.device.type)
+            device = autocast_type(taken.device)
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
             tolerance = torch.finfo(dtype).eps ** 0.75
         self._pairs.append((taken.detach(), replayed.detach(), tolerance))
 
@@ -164,7 +166,7 @@ class ReplayCheck:
         Raises:
             ReplayError: the loss differs by more than rounding.
         """
-        if not self._pairs:
+        if not self._pairs or self._pairs[0][0].is_meta:
             return
         same = [torch.isclose(b, a, rtol=r, atol=r, equal_nan=True) for a, b, r in self._pairs]
         if torch.stack(same).all():

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
+from prism_meta.bilevel.functional.kernels import autocast_type
+
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
@@ -51,10 +53,10 @@ def _plain(x: Tensor, *others: Tensor | None) -> bool:
     given = [x, *(t for t in others if t is not None)]
     return (
         x.dtype in (torch.float32, torch.float64)
-        and x.device.type in ("cpu", "cuda")
+        and x.device.type in ("cpu", "cuda", "meta")
         and all(type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype for t in given)
         and all(forward_ad.unpack_dual(t).tangent is None for t in given)
-        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.is_autocast_enabled(autocast_type(x.device))
         and not torch._C._are_functorch_transforms_active()
         and not _runs_again()
     )
