@@ -64,7 +64,7 @@ def memory_of(accelerator: str) -> int | None:
         return None
 
 
-def device_kind(accelerator: str) -> Literal[cpu, cuda]:
+def device_kind(accelerator: str) -> Literal["cpu", "cuda"]:
     """Where tensors live with this accelerator; every GPU counts as "cuda".
 
     Example:
