@@ -45,8 +45,8 @@ from prism_meta.records import read_records
 from prism_meta.report import compare
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.memory import step_memory
+from prism_meta.training.plan_result import Plan
 from prism_meta.training.planning import (
-    Plan,
     drawn_masks,
     most_shown,
     plan,

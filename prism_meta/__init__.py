@@ -37,7 +37,8 @@ from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.data.subset_masks import HardMask, OneSubsetMask
 from prism_meta.data.tasks import TaskEpisodes
 from prism_meta.errors import CaseError, ConfigError, PrismError
-from prism_meta.evaluation.predictor import Predictor, evaluate, predict
+from prism_meta.evaluation.predictor import Predictor
+from prism_meta.evaluation.shortcuts import evaluate, predict
 from prism_meta.modalities import BRATS, Batch, subset, subset_name, subsets
 from prism_meta.networks.fusion import AttentionFusion, Fusion, MeanFusion, RegionAwareFusion
 from prism_meta.networks.multi_encoder import MultiEncoderNet

@@ -16,7 +16,8 @@ from prism_meta.cli.usage import path, tell
 from prism_meta.errors import CaseError, ConfigError, OutputError, raise_faults
 from prism_meta.files import write_whole
 from prism_meta.training.config import Config, load_config
-from prism_meta.training.planning import Plan, default_memory, plan, with_steps
+from prism_meta.training.plan_result import Plan
+from prism_meta.training.planning import default_memory, plan, with_steps
 from prism_meta.training.progress import progress_bars
 from prism_meta.training.stopping import duration
 from prism_meta.training.survey import survey

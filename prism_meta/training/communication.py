@@ -5,6 +5,7 @@ Each message waits for every process, so one message per tensor costs more than 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -12,11 +13,40 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from prism_meta.bilevel.functional.trees import State
+from prism_meta.bilevel.strategies import MetaGradient
 
 if TYPE_CHECKING:  # it takes two seconds to import
     from lightning_fabric import Fabric
 
 _T = TypeVar("_T")
+
+
+def mean_meta_gradient(result: MetaGradient, fabric: Fabric) -> MetaGradient:
+    """The mean over all processes, which keeps their models equal.
+
+    Args:
+        result: of this process, without the parts that its outer step does not read.
+        fabric: devices and processes, launched.
+    """
+    # A parameter is unused only if no process used it; otherwise only some processes would step.
+    names = list(result.gradient)
+    unused = torch.tensor([float(n in result.unused) for n in names])
+    averaged: dict[str, Any] = {
+        "train_loss": result.train_loss,
+        "meta_loss": result.meta_loss,
+        "gradient": result.gradient,
+        "adapted": result.adapted,
+        "hyper_gradient": result.hyper_gradient,
+        "weight_gradient": result.weight_gradient,
+        "buffers": result.buffers,
+        "inner_buffers": result.inner_buffers,
+    }
+    averaged, unused = mean_over_processes((averaged, unused), fabric)
+    if result.state:
+        averaged["state"] = mean_state(result.state, fabric)
+    everywhere = unused > 1 - 0.5 / fabric.world_size  # a mean of ones may be rounded
+    unused_names = (n for n, u in zip(names, everywhere.tolist(), strict=True) if u)
+    return replace(result, unused=frozenset(unused_names), **averaged)
 
 
 def mean_over_processes(values: _T, fabric: Fabric) -> _T:

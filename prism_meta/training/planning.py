@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from prism_meta.training.build import build_episodes
 from prism_meta.training.config import Config
 from prism_meta.training.devices import device_kind, memory_of
 from prism_meta.training.memory import StepMemory, step_memory
+from prism_meta.training.plan_result import Choice, Plan
 from prism_meta.training.survey_result import CaseSurvey, Survey
 from prism_meta.training.trial import seconds_per_step
 
@@ -41,12 +42,6 @@ BATCHES = {2: (8, 32), 3: (2, 4)}
 WIDTHS = (8, 32)
 #: The coarsest maps have at least so many voxels per axis, and there are at most so many scales.
 COARSEST, SCALES = 4, 5
-#: What an allocator loses to fragments, as a share of a step's memory. glibc on a CPU lost 0.1 to 0.5 in ten
-#: steps (``benchmarks/planning.py``), and more in long trainings on small patches. Torch's own allocator on
-#: a GPU was not measured.
-FRAGMENTS = {"cpu": 0.5, "cuda": 0.1}
-#: Bytes beside the steps: Python, the libraries and a process that loads data; CUDA's context on a GPU.
-OUTSIDE = {"cpu": 650 * 2**20, "cuda": 500 * 2**20}
 #: Bytes that preparing a case takes beside the libraries, per voxel of its files and per map, i.e. modality
 #: or class. Measured; it is done before the first step, and not on the GPU.
 PREPARATION, LIBRARIES = 15, 420 * 2**20
@@ -56,56 +51,6 @@ ON_CPU, SHARE_OF_GPU = 2 * 10**9, 0.9
 SHARE_OF_TIME = 0.9
 #: Episodes that are looked at for the one that shows the most modalities.
 EPISODES = 200
-
-
-class Choice(NamedTuple):
-    """A key of the configuration that was chosen, and why."""
-
-    key: str
-    value: Any
-    reason: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A configuration that fits the data and the memory. See ``plan``.
-
-    Args:
-        config: the configuration.
-        choices: what was chosen, and why.
-        step: the memory of an outer step.
-        masks: (B, M) bool, the masks of the train batches and of the meta batch that need it.
-        preparation: what preparing the largest case needs, in bytes; that is over before the first step.
-    """
-
-    config: Config
-    choices: tuple[Choice, ...]
-    step: StepMemory
-    masks: tuple[Tensor, ...]
-    preparation: int
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """What needs memory during the steps -> bytes."""
-        kind = device_kind(self.config.fabric.accelerator)
-        return {
-            "weights and optimizer": self.step.model,
-            "the batches of an episode": self.step.batches,
-            "activations, graphs and copies of a step": self.step.graphs,
-            f"fragments, {FRAGMENTS[kind]:.0%} of these": _with_fragments(self.step.total, kind)
-            - self.step.total,
-            "outside of steps": OUTSIDE[kind],
-        }
-
-    @property
-    def total(self) -> int:
-        """Predicted peak in bytes, of the steps or of the preparation."""
-        return max(sum(self.parts.values()), self.preparation)
-
-    def to_toml(self) -> str:
-        """The configuration as a TOML file, with the reasons."""
-        reasons = [f"# {key} = {value}: {reason}\n" for key, value, reason in self.choices]
-        return "".join(["# Planned by prism-meta plan.\n", *reasons, "\n", self.config.to_toml()])
 
 
 def plan(
@@ -277,10 +222,6 @@ def most_shown(episodes: Iterator[list[Tensor]]) -> list[Tensor]:
     """
     first = (masks for masks, _ in zip(episodes, range(EPISODES), strict=False))
     return max(first, key=lambda masks: sum(int(mask.sum()) for mask in masks))
-
-
-def _with_fragments(size: int, kind: str) -> int:
-    return math.ceil(size * (1 + FRAGMENTS[kind]))
 
 
 def _up(size: float) -> int:

@@ -27,7 +27,7 @@ from prism_meta.modalities import Batch
 from prism_meta.training import log
 from prism_meta.training.adaptive import Adaptive
 from prism_meta.training.checkpoint import load_checkpoint, save_checkpoint
-from prism_meta.training.communication import mean_over_processes, mean_state
+from prism_meta.training.communication import mean_meta_gradient
 from prism_meta.training.feedback import Feedback, without_samples
 from prism_meta.training.loader import default_workers, load_episodes
 from prism_meta.training.processes import Processes
@@ -191,7 +191,9 @@ class Trainer:
                 )
                 for train, meta in episodes
             ]
-        result = self._averaged(MetaGradient.mean(results))
+        result = MetaGradient.mean(results)
+        if self.fabric.world_size > 1:
+            result = mean_meta_gradient(self.learner.needed(result), self.fabric)
         result = replace(result, terms=without_samples(result.terms))
         if self.objective is not None:
             # Learned weights are not among the terms, because the meta loss does not use them.
@@ -205,32 +207,6 @@ class Trainer:
         self.feedback.collect(results, episodes)
         self.scheduler.step()
         return result, norm
-
-    def _averaged(self, result: MetaGradient) -> MetaGradient:
-        """The mean over all processes, which keeps their models equal."""
-        if self.fabric.world_size == 1:
-            return result
-
-        result = self.learner.needed(result)
-        # A parameter is unused only if no process used it; otherwise only some processes would step.
-        names = list(result.gradient)
-        unused = torch.tensor([float(n in result.unused) for n in names])
-        averaged: dict[str, Any] = {
-            "train_loss": result.train_loss,
-            "meta_loss": result.meta_loss,
-            "gradient": result.gradient,
-            "adapted": result.adapted,
-            "hyper_gradient": result.hyper_gradient,
-            "weight_gradient": result.weight_gradient,
-            "buffers": result.buffers,
-            "inner_buffers": result.inner_buffers,
-        }
-        averaged, unused = mean_over_processes((averaged, unused), self.fabric)
-        if result.state:
-            averaged["state"] = mean_state(result.state, self.fabric)
-        everywhere = unused > 1 - 0.5 / self.fabric.world_size  # a mean of ones may be rounded
-        unused_names = (n for n, u in zip(names, everywhere.tolist(), strict=True) if u)
-        return replace(result, unused=frozenset(unused_names), **averaged)
 
     def _gather(self, objective: Adaptive) -> None:
         """Give all processes the same state of the objective.

@@ -9,7 +9,7 @@ import pytest
 from commands import errors, run
 from niftis import write_cases
 
-from prism_meta.training import planning
+from prism_meta.training import plan_result, planning
 from prism_meta.training.config import load_config
 
 pytestmark = pytest.mark.usefixtures("memory_by_voxels")
@@ -40,7 +40,7 @@ def test_train_without_settings_plans(
 ) -> None:
     monkeypatch.setattr(planning, "device_kind", lambda accelerator: "cpu")
     monkeypatch.setattr(planning, "ON_CPU", 8 * 10**8)
-    monkeypatch.setattr(planning, "OUTSIDE", {"cpu": 690 * 10**6})
+    monkeypatch.setattr(plan_result, "OUTSIDE", {"cpu": 690 * 10**6})
     monkeypatch.setattr(planning, "preparation", lambda config, found: 0)
     code, output = run("train", cases, "--out", tmp_path / "run", "--time-limit", "1s")
     assert code in (0, 143), output

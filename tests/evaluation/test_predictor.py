@@ -21,7 +21,8 @@ from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.evaluation import windows
 from prism_meta.evaluation.metrics import DiagonalEmpty, EmptyPolicy, NanEmpty, dice_hd95
-from prism_meta.evaluation.predictor import Predictor, evaluate, predict
+from prism_meta.evaluation.predictor import Predictor
+from prism_meta.evaluation.shortcuts import evaluate, predict
 from prism_meta.modalities import subset_name, subsets
 from prism_meta.networks.prism import PrismNet
 from prism_meta.networks.wrapped import wrap

@@ -12,11 +12,10 @@ from helpers import faults_of
 
 from prism_meta.errors import ConfigError, PrismError
 from prism_meta.modalities import BRATS
-from prism_meta.training import planning
+from prism_meta.training import plan_result, planning
 from prism_meta.training.config import load_config
+from prism_meta.training.plan_result import OUTSIDE, Plan
 from prism_meta.training.planning import (
-    OUTSIDE,
-    Plan,
     default_memory,
     drawn_masks,
     most_shown,
@@ -56,8 +55,8 @@ BRAIN: Grid = ((240, 240, 155), (1, 1, 1), 2)
 @pytest.fixture
 def by_voxels(memory_by_voxels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory of a step is 1000 bytes per voxel and channel, and the process needs no other."""
-    monkeypatch.setattr(planning, "OUTSIDE", {"cpu": 0})
-    monkeypatch.setattr(planning, "FRAGMENTS", {"cpu": 0.0})
+    monkeypatch.setattr(plan_result, "OUTSIDE", {"cpu": 0})
+    monkeypatch.setattr(plan_result, "FRAGMENTS", {"cpu": 0.0})
     monkeypatch.setattr(planning, "preparation", lambda config, found: 0)
 
 

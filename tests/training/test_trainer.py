@@ -30,6 +30,7 @@ from prism_meta.modalities import Batch
 from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights, RelativePreference, Weighting
 from prism_meta.training.build import build_objective, build_strategy
+from prism_meta.training.communication import mean_meta_gradient
 from prism_meta.training.config.schema import Config, MetaConfig, load_config
 from prism_meta.training.trainer import Trainer
 
@@ -189,21 +190,18 @@ def test_sums_of_several_processes_are_gathered(tmp_path: Path) -> None:
     torch.testing.assert_close(here.factor, both.factor)
 
 
-def test_a_parameter_is_unused_only_if_no_process_used_it(tmp_path: Path) -> None:
+def test_a_parameter_is_unused_only_if_no_process_used_it() -> None:
     """Here a and b are unused, in the other process b and c: only b is passed by in both."""
     there = torch.tensor([0.0, 1.0, 1.0])
 
     def all_reduce(sent: Tensor, reduce_op: str) -> Tensor:
         return torch.cat((sent[:-3], (sent[-3:] + there) / 2))  # the flags are sent last
 
-    trained = trainer(tmp_path, None)
-    trained.fabric = SimpleNamespace(  # type: ignore[assignment]
-        world_size=2, all_reduce=all_reduce, device=torch.device("cpu")
-    )
+    fabric: Any = SimpleNamespace(world_size=2, all_reduce=all_reduce, device=torch.device("cpu"))
     zero = torch.zeros(())
     gradient = dict.fromkeys("abc", zero)
     result = MetaGradient(gradient, gradient, zero, zero, unused=frozenset("ab"))
-    assert trained._averaged(result).unused == {"b"}
+    assert mean_meta_gradient(result, fabric).unused == {"b"}
 
 
 def test_an_objective_without_state_is_left_alone(tmp_path: Path) -> None:
