@@ -151,9 +151,11 @@ def run_train(
                 "train --extend: works on a run; give --resume RUN, or set training.steps"
             )
         settings = load_config(config, overrides or [], baseline=baseline)
+        out = out or Path("runs/prism")
         if not (config or overrides or baseline):
+            Run.check_new(out)  # before anything that takes time
             settings = plan_command.planned_by_train(settings, root)
-        _train(root, settings, out or Path("runs/prism"), stop=stop)
+        _train(root, settings, out, stop=stop)
         return
     if config or baseline or overrides or out:
         raise PrismError(
@@ -225,11 +227,20 @@ def run_predict(
             help="Use only these modalities, separated by + or commas. Defaults to all of a case."
         ),
     ] = "",
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODALITY",
+            help="Write labels on the grid of this modality's file, if the files of a case have several.",
+        ),
+    ] = None,
 ) -> None:
     """Write one label volume per case, on the grid of its files, and a table of the volumes of regions."""
     names = [name.strip() for name in subset.replace("+", ",").split(",") if name.strip()]
     with progress_bars("predict") as advance:
-        written = workflow.predict_folder(Run.open(run), root, out, advance, subset=names)
+        written = workflow.predict_folder(
+            Run.open(run), root, out, advance, subset=names, grid=grid
+        )
     console.print(f"{len(written)} label volumes in {out}", soft_wrap=True)
 
 

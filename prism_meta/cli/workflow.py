@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,7 +107,13 @@ def evaluate_run(
 
 
 def predict_folder(
-    run: Run, root: Path, out: Path, progress: Progress, *, subset: Sequence[str] = ()
+    run: Run,
+    root: Path,
+    out: Path,
+    progress: Progress,
+    *,
+    subset: Sequence[str] = (),
+    grid: str | None = None,
 ) -> list[Path]:
     """Write a label volume for each case of ``root``, and ``predictions.csv`` with their volumes.
 
@@ -119,6 +125,8 @@ def predict_folder(
         out: folder for the label volumes.
         progress: called after each case.
         subset: names of the modalities to use. Defaults to all that a case has.
+        grid: modality on whose grid the labels are written; all files are resampled onto it. Defaults to
+            the grid of the case.
 
     Returns:
         The written label volumes.
@@ -136,9 +144,16 @@ def predict_folder(
         for name in dict.fromkeys(unknown)
     ]
     faults += [f"subset: {name} occurs twice; give each name once" for name in twice]
+    wanted = None if grid is None else known.get(composed(grid))
+    if grid is not None and wanted is None:
+        faults.append(f"grid: unknown modality {grid}; use one of {', '.join(modalities)}")
     raise_faults(ConfigError, faults)
     # Labels are not needed, so a damaged label file must not stop a prediction.
-    found, faults = find_configured(run.config, root, label=False)
+    config = run.config
+    if wanted is not None:
+        aligned = config.data.model_copy(update={"align": "resample"})
+        config = config.model_copy(update={"data": aligned})
+    found, faults = find_configured(config, root, label=False)
     _refuse_case_folder(out, root, found)
     predictor = run.predictor()
     labels = predictor.labels
@@ -148,6 +163,15 @@ def predict_folder(
         writable_folder(out)
         cases, refused = _writable(table, found, subset)
         faults += refused
+        if wanted is not None:
+            faults += [
+                f"case {case.id}: has no {wanted}, on whose grid its labels should lie; leave --grid out"
+                for case in cases
+                if wanted not in case.files
+            ]
+            cases = [
+                replace(case, grid=case.files[wanted]) for case in cases if wanted in case.files
+            ]
         for number, case in enumerate(cases, start=1):
             chosen = [name in (subset or case.files) for name in modalities]
             try:

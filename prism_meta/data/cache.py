@@ -72,8 +72,12 @@ class CachedCase:
             object.__setattr__(self, "patient", self.id)
 
     def centres(self) -> list[Tensor]:
-        """Flat voxel indices to centre patches on: in the brain, then in each foreground class."""
-        stored = _mapped(self.path)
+        """Flat voxel indices to centre patches on: in the brain, then in each foreground class.
+
+        Raises:
+            CaseError: see ``patch``.
+        """
+        stored = self._stored()
         return [stored[f"centres_{k}"] for k in range(int(stored.metadata["centres"]))]
 
     def patch(
@@ -88,13 +92,25 @@ class CachedCase:
 
         Returns:
             Image (M, *size) float32 and target (*size) long.
+
+        Raises:
+            CaseError: the file was removed or damaged since ``prepare`` verified it.
         """
         box = tuple(slice(c, c + s) for c, s in zip(corner, size, strict=True))
         image = torch.zeros(len(shown), *size)
-        stored = _mapped(self.path)
+        stored = self._stored()
         for m in shown.nonzero().flatten().tolist():
             image[m] = stored[f"image_{m}"][box]
         return image, stored["target"][box].long()
+
+    def _stored(self) -> _Mapped:
+        try:
+            return _mapped(self.path)
+        except (OSError, SafetensorError) as error:
+            raise CaseError(
+                f"case {self.id}: its prepared volume {one_line(str(self.path))} was removed or damaged "
+                "since the training started; start again with --resume, which prepares it again"
+            ) from error
 
 
 class _Mapped:

@@ -64,8 +64,9 @@ def step_memory(
 
     Example:
         >>> from prism_meta.training.config import load_config
-        >>> small = [load_config(overrides=["data.patch=[32, 32]", "model.width=4", f"meta.strategy={s}"])
-        ...          for s in ("first_order", "second_order")]
+        >>> sizes = ["data.patch=[32, 32]", "model.network=unet"]
+        >>> small = [load_config(overrides=[*sizes, f"meta.strategy={order}"])
+        ...          for order in ("first_order", "second_order")]
         >>> first, second = (step_memory(config) for config in small)
         >>> first.model == second.model, second.graphs > 2 * first.graphs
         (True, True)

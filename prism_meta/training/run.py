@@ -12,7 +12,9 @@ weights.safetensors      the model's weights
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -27,7 +29,7 @@ from torch import nn
 from prism_meta.data.cases import Case
 from prism_meta.errors import ConfigError, PrismError
 from prism_meta.evaluation.predictor import Predictor
-from prism_meta.files import writable_folder, write_whole
+from prism_meta.files import cannot_write, writable_folder, write_whole
 from prism_meta.training import log
 from prism_meta.training.build import build_model, build_predictor
 from prism_meta.training.checkpoint import load_checkpoint
@@ -75,9 +77,11 @@ class Run:
         """Check that a run can be started in ``folder``, without making it.
 
         Raises:
-            PrismError: it holds a run already, or files that the run would overwrite.
+            PrismError: it is a file, or holds a run already, or files that the run would overwrite.
         """
         folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise cannot_write(folder, FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)))
         if (folder / "run.json").exists():
             raise PrismError(
                 f"{folder}: holds a run already; continue it with --resume, or give another --out"

@@ -105,6 +105,10 @@ FOLDERS: dict[str, tuple[Command, tuple[str, ...]]] = {
         _with_run("predict", "RUN", "CASES", "OUT", "--subset", "flair+pet"),
         ("pet",),
     ),
+    "predict on the grid of an unknown modality": (
+        _with_run("predict", "RUN", "CASES", "OUT", "--grid", "pet"),
+        ("grid: unknown modality pet; use one of",),
+    ),
     "predict a subset that has a name twice": (
         _with_run("predict", "RUN", "CASES", "OUT", "--subset", "t1+flair+t1,t2+t2+pet"),
         (

@@ -24,7 +24,7 @@ def files(folder: Path) -> dict[str, bytes | None]:
     return found
 
 
-@pytest.mark.usefixtures("without_drawing", "checked_once")
+@pytest.mark.usefixtures("without_drawing", "without_metrics", "checked_once")
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
 def test_a_broken_input_is_refused(broken: Broken, tmp_path: Path) -> None:
     arguments = broken.command(tmp_path)

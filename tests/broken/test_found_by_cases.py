@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,9 +19,11 @@ BROKEN = [
     for kind in (cases, layouts, tables)
     for broken in kind.BROKEN
     if not broken.name.startswith(("predict, ", "evaluate, ")) or "label" in broken.name
+    # Of the 24 bits that test_broken flips in a file, a few.
+    if not re.search(r"bit \d*[1-7,9] of 24", broken.name)
 ]
-#: One in so many runs also where slow tests do not, and meets the later command, too.
-QUICK = 20
+#: One in so many meets the later command, too.
+LATER = 20
 
 
 def surveying(arguments: Sequence[object]) -> list[object]:
@@ -33,13 +36,7 @@ def surveying(arguments: Sequence[object]) -> list[object]:
     return ["cases", root, "--config", Path(str(run_folder)) / "config.toml"]
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        pytest.param(broken, id=broken.name, marks=[pytest.mark.slow] if k % QUICK else [])
-        for k, broken in enumerate(BROKEN)
-    ],
-)
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.name)
 def test_the_faults_of_later_commands_are_found(broken: Broken, tmp_path: Path) -> None:
     arguments = broken.command(tmp_path)
     before = files(tmp_path)
@@ -54,7 +51,7 @@ def test_the_faults_of_later_commands_are_found(broken: Broken, tmp_path: Path) 
 @pytest.mark.parametrize(
     "broken",
     [
-        *BROKEN[::QUICK],
+        *BROKEN[::LATER],
         *(broken for broken in BROKEN if broken.name.startswith(("evaluate, ", "folders: "))),
     ],
     ids=lambda broken: broken.name,

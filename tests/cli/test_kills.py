@@ -80,8 +80,8 @@ SCENES = {
     ),
 }
 every_scene = pytest.mark.parametrize("name", SCENES)
-# What resuming writes, extending writes, too.
-every_scene_but_resume = pytest.mark.parametrize("name", [n for n in SCENES if n != "resume"])
+# What resuming and extending write, training writes, too.
+every_writer = pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
 
 
 def succeed(arguments: list[object]) -> None:
@@ -137,7 +137,7 @@ def test_killed_at_any_moment(root: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@every_scene_but_resume
+@every_writer
 def test_the_disk_is_full_at_any_moment(root: Path, name: str) -> None:
     scene = SCENES[name]
     scene.start(root)
@@ -160,7 +160,7 @@ def test_the_disk_is_full_at_any_moment(root: Path, name: str) -> None:
 
 
 @pytest.mark.slow
-@every_scene_but_resume
+@every_writer
 def test_files_may_not_grow(root: Path, name: str) -> None:
     """The system itself refuses to write on, in the middle of a file; its message differs."""
     scene = SCENES[name]

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("without_drawing")
 
 DAMAGES = {
     **{f"image {what}": IMAGES[what] for what in ("truncated", "with a NaN", "that exists twice")},
-    **{f"label {what}": damage for what, damage in LABELS.items()},
+    **{f"label {what}": LABELS[what] for what in ("missing", "with a NaN", "of another place")},
 }
 
 

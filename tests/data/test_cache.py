@@ -9,6 +9,7 @@ import niftis
 import numpy as np
 import pytest
 import torch
+from helpers import faults_of
 from niftis import SHAPE, write_case, write_cases
 from safetensors.torch import load, save_file
 
@@ -360,3 +361,17 @@ def test_centres_lie_in_the_brain_and_in_each_class(cases: list[Case], tmp_path:
     assert [len(c) > 0 for c in classes] == [True, True, True, False], "no case has a cyst"
     for k, centres in enumerate(classes, start=1):
         assert torch.equal(centres, (ready.target == k).flatten().nonzero().flatten()), k
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"x" * 9)])
+def test_a_volume_that_is_gone_when_it_is_needed(
+    cases: list[Case], tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    case = prepare(cases, tmp_path, preprocessing=Preprocessing(), labels=BRATS_LABELS)[0]
+    damage(case.path)
+    for read in (case.centres, lambda: case.patch((0, 0, 0), (2, 2, 2), shown=case.availability)):
+        (fault,) = faults_of(read, CaseError)
+        assert fault == (
+            f"case {case.id}: its prepared volume {case.path} was removed or damaged since the training "
+            "started; start again with --resume, which prepares it again"
+        )

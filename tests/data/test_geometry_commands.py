@@ -129,3 +129,28 @@ def test_files_on_other_grids(tmp_path: Path) -> None:
     for k in range(2):
         assert_on_grid(labels / f"p{k}.nii.gz", root / f"p{k}" / "bssfp.nii.gz")
     assert not (tmp_path / "refused").exists()
+
+
+def test_labels_on_the_grid_of_one_modality(tmp_path: Path) -> None:
+    root = _misaligned(tmp_path / "cases")
+    labels = through(tmp_path, root, "data.align=resample")
+    trained = tmp_path / "run"
+    code, output = run("predict", trained, root, tmp_path / "lge", "--grid", "lge")
+    assert code == 0, output
+    for k in range(2):
+        assert_on_grid(tmp_path / "lge" / f"p{k}.nii.gz", root / f"p{k}" / "lge.nii.gz")
+    code, output = run("predict", trained, root, tmp_path / "first", "--grid", "bssfp")
+    assert code == 0, output  # the grid that is taken without the option
+    for k in range(2):
+        same = [nib.load(folder / f"p{k}.nii.gz") for folder in (labels, tmp_path / "first")]
+        np.testing.assert_array_equal(*(np.asarray(image.dataobj) for image in same))
+    code, output = run("predict", trained, root, tmp_path / "t2", "--grid", "t2")
+    assert (code, errors(output)) == (
+        2, ["case p1: has no t2, on whose grid its labels should lie; leave --grid out"]
+    )  # fmt: skip
+    assert [path.name for path in (tmp_path / "t2").glob("*.nii.gz")] == ["p0.nii.gz"]
+    code, output = run("predict", trained, root, tmp_path / "t9", "--grid", "t9")
+    assert (code, errors(output)) == (
+        2, ["grid: unknown modality t9; use one of bssfp, lge, t2"]
+    )  # fmt: skip
+    assert not (tmp_path / "t9").exists()

@@ -153,6 +153,7 @@ def test_second_order_gets_a_smaller_patch() -> None:
     assert voxels[1] < voxels[0]
 
 
+@pytest.mark.usefixtures("memory_by_voxels")
 def test_too_little_memory() -> None:
     grid: Grid = ((96, 96, 12), (1, 1, 8), 2)
     (fault,) = faults_of(lambda: plan(CONFIG, found(grid, grid), 6 * 10**8), ConfigError)

@@ -28,6 +28,8 @@ from torch.nn import functional as F  # noqa: N812, torch's own convention
 
 from prism_meta.bilevel.functional.kernels import autocast_type
 
+#: Devices that have the kernels; on "meta" the same tensors are made as on a CPU, without values.
+DEVICES = ("cpu", "cuda", "meta")
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
@@ -53,7 +55,7 @@ def _plain(x: Tensor, *others: Tensor | None) -> bool:
     given = [x, *(t for t in others if t is not None)]
     return (
         x.dtype in (torch.float32, torch.float64)
-        and x.device.type in ("cpu", "cuda", "meta")
+        and x.device.type in DEVICES
         and all(type(t) in (Tensor, nn.Parameter) and t.dtype == x.dtype for t in given)
         and all(forward_ad.unpack_dual(t).tangent is None for t in given)
         and not torch.is_autocast_enabled(autocast_type(x.device))
