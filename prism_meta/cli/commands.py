@@ -152,7 +152,7 @@ def run_train(
             )
         settings = load_config(config, overrides or [], baseline=baseline)
         out = out or Path("runs/prism")
-        if not (config or overrides or baseline):
+        if not (config or baseline or plan_command.sets_sizes(overrides or [])):
             Run.check_new(out)  # before anything that takes time
             settings = plan_command.planned_by_train(settings, root)
         _train(root, settings, out, stop=stop)

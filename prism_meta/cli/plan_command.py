@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from prism_meta.errors import CaseError, ConfigError, OutputError, raise_faults
 from prism_meta.files import write_whole
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.plan_result import Plan
-from prism_meta.training.planning import default_memory, plan, with_steps
+from prism_meta.training.planning import PLANNED, default_memory, plan, with_steps
 from prism_meta.training.progress import progress_bars
 from prism_meta.training.stopping import duration
 from prism_meta.training.survey import survey
@@ -86,14 +87,24 @@ def planned_for(config: Config, root: Path, memory: int, *, seconds: float | Non
     return made
 
 
+def sets_sizes(overrides: Sequence[str]) -> bool:
+    """Whether any of the keys that a plan chooses is set.
+
+    Example:
+        >>> sets_sizes(["data.holdout=4"]), sets_sizes(["data.holdout=4", "data.patch=[64, 64]"])
+        (False, True)
+    """
+    return any(override.split("=")[0].strip() in PLANNED for override in overrides)
+
+
 def planned_by_train(config: Config, root: Path) -> Config:
-    """What ``train`` uses without settings; it says what it planned."""
+    """What ``train`` uses without a configuration; it says what it planned."""
     memory = default_memory(config)
     made = planned_for(config, root, memory)
     chosen = ", ".join(f"{key} = {value}" for key, value, _ in made.choices)
     tell(
-        f"planned for {decimal(memory)} of memory: {chosen} (prism-meta plan says why; give --config or "
-        "--set to choose yourself)"
+        f"planned for {decimal(memory)} of memory: {chosen} (prism-meta plan says why; give --config, or "
+        "set one of these keys, to choose yourself)"
     )
     return made.config
 

@@ -30,6 +30,8 @@ from prism_meta.training.plan_result import Choice, Plan
 from prism_meta.training.survey_result import CaseSurvey, Survey
 from prism_meta.training.trial import seconds_per_step
 
+#: The keys that a plan chooses.
+PLANNED = ("data.spacing", "data.patch", "data.batch_size", "model.width", "model.depth")
 #: Slices that lie further apart than this many times their voxels are no volume to a 3-D network (nnU-Net).
 ANISOTROPY = 3
 #: A patch in 3-D has at least so many voxels per axis, or the whole volume; with less memory it is 2-D.

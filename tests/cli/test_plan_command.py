@@ -35,21 +35,26 @@ def test_it_writes_a_configuration_that_trains(cases: Path, tmp_path: Path) -> N
     assert code == 0, output
 
 
-def test_train_without_settings_plans(
+def test_train_without_sizes_plans(
     cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(planning, "device_kind", lambda accelerator: "cpu")
     monkeypatch.setattr(planning, "ON_CPU", 8 * 10**8)
     monkeypatch.setattr(plan_result, "OUTSIDE", {"cpu": 690 * 10**6})
     monkeypatch.setattr(planning, "preparation", lambda config, found: 0)
-    code, output = run("train", cases, "--out", tmp_path / "run", "--time-limit", "1s")
+    code, output = run(
+        "train", cases, "--out", tmp_path / "run", "-s", "seed=4", "--time-limit", "1s"
+    )
     assert code in (0, 143), output
     said = " ".join(output.split())
     assert "planned for 800.0 MB of memory: data.spacing = [1.0, 1.0, 1.0], data.patch = " in said
-    assert "prism-meta plan says why; give --config or --set to choose yourself" in said
+    assert (
+        "prism-meta plan says why; give --config, or set one of these keys, to choose yourself"
+        in said
+    )
     if (tmp_path / "run" / "run.json").exists():
         facts = json.loads((tmp_path / "run" / "run.json").read_text())
-        assert facts["config"]["data"]["spacing"] == [1.0, 1.0, 1.0]
+        assert facts["config"]["data"]["spacing"] == [1.0, 1.0, 1.0] and facts["seed"] == 4
 
 
 @pytest.mark.parametrize(
