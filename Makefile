@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo quick-demo test lint clean
+.PHONY: demo quick-demo test slow-test lint clean
 
 # The stamp is written last, so an interrupted installation is repeated.
 .venv/installed: pyproject.toml
@@ -31,7 +31,11 @@ quick-demo: .venv/installed
 	$(BIN)/prism-meta demo --quick --out demo-quick
 
 test: .venv/learn2learn
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto -m "not slow"
+
+# Kills, full disks, several processes, and other enumerations that take minutes.
+slow-test: .venv/learn2learn
+	$(BIN)/pytest -n auto -m slow
 
 lint: .venv/learn2learn
 	$(BIN)/ruff check .

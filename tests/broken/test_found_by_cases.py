@@ -12,6 +12,8 @@ from commands import errors, run
 from broken import Broken, cases, layouts, tables
 from broken.test_broken import files
 
+pytestmark = pytest.mark.slow
+
 #: Data sets and availability tables that a command refuses. Evaluation and prediction meet the same damages
 #: as training, so that of these only damaged labels are tried.
 BROKEN = [

@@ -168,6 +168,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["predict", "evaluate"])
 def test_files_that_do_not_fit_leave_nothing(tmp_path: Path, command: str) -> None:
     pytest.importorskip("resource")

@@ -19,6 +19,8 @@ from prism_meta.objective.weighting import LearnedWeights
 from prism_meta.training.communication import mean_over_processes, mean_state
 from prism_meta.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 STEPS, RANKS = 3, 2
 #: Modalities that each process's episodes show: no process uses the encoders of all three.
 MASKS = ([[True, True, False], [True, False, False]], [[False, True, True], [False, False, True]])

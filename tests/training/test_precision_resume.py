@@ -26,6 +26,8 @@ from prism_meta.training.build import build_fabric
 from prism_meta.training.config.schema import load_config
 from prism_meta.training.fit import fit
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 MASK = [[True, True, False], [True, False, True], [False, True, True]]
 

@@ -35,6 +35,8 @@ from prism_meta.training.config import load_config
 from prism_meta.training.fit import fit
 from prism_meta.training.run import Run
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = (
     "data.patch=[8, 8]",
     "data.spacing=[1, 1, 1]",
