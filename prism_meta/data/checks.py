@@ -106,12 +106,12 @@ def _readable(case: Case, faults: list[str]) -> Case:
     """The case with those of its files that can be read and lie on one grid; adds faults of the others."""
     kept = replace(case, files={}, label=None, grid=None)
     for name, file in case.files.items():
-        alone, more = (
+        single, more = (
             replace(kept, files={name: file}),
             replace(kept, files={**kept.files, name: file}),
         )
         with _collected(faults):
-            alone.read()
+            single.read()
             if not more.header_faults():
                 kept = more
     if case.label is not None and kept.files:

@@ -1,4 +1,4 @@
-"""``predict`` and ``evaluate``: one call each, for a model that is at hand."""
+"""``predict`` and ``evaluate`` as functions of a model, for use without a ``Predictor``."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def trial_step(
     usual = list(masks)
 
     def step(masks: Sequence[Tensor] = usual) -> None:
-        *batches, meta = (_random_batch(config, mask).to(device) for mask in masks)
+        *batches, meta = (random_batch(config, mask).to(device) for mask in masks)
         train = batches[0] if len(batches) == 1 else StepBatches(batches)
         learner.step_episodes([(train, meta)] * config.meta.episodes)
 
@@ -66,7 +66,8 @@ def seconds_per_step(
     return time.perf_counter() - start
 
 
-def _random_batch(config: Config, mask: Tensor) -> Batch:
+def random_batch(config: Config, mask: Tensor) -> Batch:
+    """Patches of noise of the configured size, of which ``mask``, bool (B, M), is shown, and random labels."""
     shape, classes = config.data.patch, len(config.data.labels) + 1
     image = torch.randn(*mask.shape, *shape) * mask.view(*mask.shape, *[1] * len(shape))
     return Batch(image, mask, torch.randint(classes, (len(mask), *shape)))

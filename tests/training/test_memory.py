@@ -16,7 +16,7 @@ from prism_meta.networks.wrapped import wrap
 from prism_meta.training.build import build_model, build_objective, build_strategy
 from prism_meta.training.config import load_config
 from prism_meta.training.memory import step_memory
-from prism_meta.training.trial import _random_batch
+from prism_meta.training.trial import random_batch
 
 SMALL = ("data.patch=[32, 32]", "data.batch_size=2", "model.width=4", "model.depth=2")
 
@@ -71,7 +71,7 @@ def test_it_is_what_real_tensors_need(strategy: str, network: str, shown: str) -
     estimated = step_memory(config, masks)
     model, objective = build_model(config), build_objective(config.objective, [0.0] * 4)
     method = build_strategy(config.meta, torch.tensor(0.05), weight_decay=0.0)
-    train, meta = (_random_batch(config, mask) for mask in masks)
+    train, meta = (random_batch(config, mask) for mask in masks)
     method.meta_gradient(model, objective, train, meta)  # what is made once is there
     with Alive() as alive:
         method.meta_gradient(model, objective, train, meta)
