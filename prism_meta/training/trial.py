@@ -67,7 +67,7 @@ def seconds_per_step(
 
 
 def random_batch(config: Config, mask: Tensor) -> Batch:
-    """Patches of noise of the configured size, of which ``mask``, bool (B, M), is shown, and random labels."""
+    """Patches of noise and random labels; ``mask``, bool (B, M), says which modalities are shown."""
     shape, classes = config.data.patch, len(config.data.labels) + 1
     image = torch.randn(*mask.shape, *shape) * mask.view(*mask.shape, *[1] * len(shape))
     return Batch(image, mask, torch.randint(classes, (len(mask), *shape)))
