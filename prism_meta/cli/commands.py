@@ -12,6 +12,7 @@ from rich.console import Console
 
 from prism_meta.cli import demo, plan_command, survey_command, workflow
 from prism_meta.cli.ending import Commands
+from prism_meta.cli.evaluating import evaluate_run
 from prism_meta.cli.options import CASES_HELP, ConfigFile, Overrides, RunFolder
 from prism_meta.cli.usage import path, print_any_character, tell
 from prism_meta.errors import CaseError, PrismError, raise_faults
@@ -203,7 +204,10 @@ def run_evaluate(
         ),
     ] = None,
 ) -> None:
-    """Evaluate a run on every subset of modalities and write a table, CSV, JSON and an HTML report."""
+    """Evaluate a run on every subset of modalities and write a table, CSV, JSON and an HTML report.
+
+    If it is interrupted, the same command goes on with the cases that are not yet measured.
+    """
     _evaluate(Run.open(run), root=root, out=out)
 
 
@@ -308,7 +312,7 @@ def _train(
 
 def _evaluate(run: Run, *, root: Path | None = None, out: Path | None = None) -> None:
     with progress_bars("evaluate") as advance:
-        result = workflow.evaluate_run(run, advance, root=root, out=out, command=command_line())
+        result = evaluate_run(run, advance, root=root, out=out, command=command_line(), tell=tell)
     console.print(
         results_table(
             result.summary,
