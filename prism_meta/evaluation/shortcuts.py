@@ -65,7 +65,7 @@ def evaluate(
     empty: EmptyPolicy | None = None,
     on_prediction: OnPrediction | None = None,
 ) -> list[Record]:
-    """Measure Dice and HD95 of every case, subset and region; see ``Predictor.evaluate``.
+    """Measure every case, subset and region; see ``Predictor.evaluate``.
 
     Args:
         model: a trained ``PrismNet`` or wrapped net.
