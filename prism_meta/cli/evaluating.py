@@ -17,7 +17,8 @@ from prism_meta.evaluation.subsets import in_order
 from prism_meta.files import kept_if_used, writable_folder
 from prism_meta.modalities import subset_name, subsets
 from prism_meta.records import Record
-from prism_meta.report import Summary, summarize
+from prism_meta.report import Summary, summarize, summarize_policies
+from prism_meta.report.averages import empty_count
 from prism_meta.report.html import REPORT_FILES, write_report
 from prism_meta.report.overlays import OverlayCollector
 from prism_meta.training.cases import find_configured
@@ -38,12 +39,16 @@ class Evaluation:
         report: the HTML file.
         summary: its numbers.
         policy: what an empty mask gives.
+        by_policy: the summary under each policy for empty masks.
+        empty: number of records with an empty prediction or truth.
         faults: what was wrong with the cases that were left out.
     """
 
     report: Path
     summary: Summary
     policy: str
+    by_policy: dict[str, Summary]
+    empty: int
     faults: tuple[str, ...] = ()
 
 
@@ -112,7 +117,14 @@ def evaluate_run(
             faults=CaseError(faults).faults,
         )
         unfinished.remove()
-    return Evaluation(report, summary, predictor.empty.statement, CaseError(faults).faults)
+    return Evaluation(
+        report,
+        summary,
+        predictor.empty.statement,
+        summarize_policies(records),
+        empty_count(records),
+        CaseError(faults).faults,
+    )
 
 
 def _measure(

@@ -1,72 +1,18 @@
-"""Dice, HD95 and normalised surface Dice of regions, with a named policy for empty masks.
-
-MONAI computes the distances. The policy decides what an empty mask gives, and every table prints its
-policy, because the choice moves averages by more than most methods do.
-"""
+"""Dice, HD95 and normalised surface Dice of two masks; a named policy says what empty masks give."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from prism_meta.empty_masks import BratsEmpty, EmptyPolicy
+
 #: Tolerance of the normalised surface Dice in mm, one of the two of BraTS-Lighthouse 2025 (0.5 and 1 mm).
 TOLERANCE = 1.0
-
-
-class EmptyPolicy(Protocol):
-    """What an empty mask gives: ``(dice, hd95)``."""
-
-    name: str
-    statement: str
-
-    def both(self, diagonal: float) -> tuple[float, float]:
-        """The value if neither the prediction nor the truth has a voxel of the region."""
-
-    def one(self, diagonal: float) -> tuple[float, float]:
-        """The value if only one of them has: a missed tumour or an invented one."""
-
-
-class BratsEmpty:
-    """The BraTS rule: both empty is perfect, one empty is the worst of the 240x240x155 mm grid."""
-
-    name = "brats"
-    statement = "both empty: Dice 1, HD95 0; one empty: Dice 0, HD95 373.13 mm"
-
-    def both(self, diagonal: float) -> tuple[float, float]:
-        return 1.0, 0.0
-
-    def one(self, diagonal: float) -> tuple[float, float]:
-        return 0.0, 373.13
-
-
-class NanEmpty:
-    """Undefined values are NaN, and averages leave them out; a missed tumour still has Dice 0."""
-
-    name = "nan"
-    statement = "both empty: NaN; one empty: Dice 0, HD95 NaN (averages leave NaN out)"
-
-    def both(self, diagonal: float) -> tuple[float, float]:
-        return math.nan, math.nan
-
-    def one(self, diagonal: float) -> tuple[float, float]:
-        return 0.0, math.nan
-
-
-class DiagonalEmpty:
-    """The BraTS rule, but one empty mask gives the diagonal of the case's own volume in mm."""
-
-    name = "diagonal"
-    statement = "both empty: Dice 1, HD95 0; one empty: Dice 0, HD95 the volume's diagonal in mm"
-
-    def both(self, diagonal: float) -> tuple[float, float]:
-        return 1.0, 0.0
-
-    def one(self, diagonal: float) -> tuple[float, float]:
-        return 0.0, diagonal
 
 
 def diagonal_of(shape: Sequence[int], spacing: Sequence[float]) -> float:

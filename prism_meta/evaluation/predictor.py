@@ -15,13 +15,13 @@ from prism_meta.data.checks import no_label
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.preprocessing import Preprocessing, label_classes
 from prism_meta.data.restore import restore_classes
+from prism_meta.empty_masks import BratsEmpty, EmptyPolicy
 from prism_meta.errors import CaseError, raise_faults
 from prism_meta.evaluation.faults import (
     check_finite,
     evaluation_faults,
     memory_as_case_error,
 )
-from prism_meta.evaluation.metrics import BratsEmpty, EmptyPolicy
 from prism_meta.evaluation.regions import measure
 from prism_meta.evaluation.subsets import (
     Subset,

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from prism_meta.data.cases import Volume
 from prism_meta.data.labels import LabelSet
+from prism_meta.empty_masks import EmptyPolicy
 from prism_meta.evaluation.lesions import count_lesions
-from prism_meta.evaluation.metrics import EmptyPolicy, diagonal_of, overlap
+from prism_meta.evaluation.metrics import diagonal_of, overlap
 from prism_meta.evaluation.windows import box_or_whole
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prism_meta.data.cases import Case
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.preprocessing import Preprocessing
-from prism_meta.evaluation.metrics import EmptyPolicy
+from prism_meta.empty_masks import EmptyPolicy
 from prism_meta.evaluation.predictor import OnPrediction, Predictor
 from prism_meta.evaluation.subsets import Subset
 from prism_meta.evaluation.windows import OVERLAP

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prism_meta.empty_masks import EMPTY_POLICIES, rescored
 from prism_meta.errors import PrismError
 from prism_meta.records import Record, index_records, nan_to_none
 
@@ -147,3 +148,31 @@ def summarize(records: Sequence[Record], *, subset_order: Sequence[str] | None =
 def _mean(values: Iterable[float]) -> float:
     defined = [value for value in values if not math.isnan(value)]
     return math.fsum(defined) / len(defined) if defined else math.nan
+
+
+def summarize_policies(records: Sequence[Record]) -> dict[str, Summary]:
+    """The summary of the same predictions under each policy for empty masks, by its name.
+
+    Args:
+        records: records of an evaluation, each (case, subset, region) once. If one of them has no volumes
+            or no diagonal, there is nothing to say, and the result is empty.
+
+    Raises:
+        PrismError: see ``summarize``.
+
+    Example:
+        >>> missed = Record("p1", "t1", "ET", 0.0, 373.13, 0.0, 0.0, 2.5, 1, 1, 0, 300.0)
+        >>> {name: summary.overall.hd95 for name, summary in summarize_policies([missed]).items()}
+        {'brats': 373.13, 'nan': nan, 'diagonal': 300.0}
+    """
+    if any(math.isnan(r.predicted_ml + r.true_ml + r.diagonal) for r in records):
+        return {}
+    return {
+        policy.name: summarize([rescored(record, policy) for record in records])
+        for policy in EMPTY_POLICIES
+    }
+
+
+def empty_count(records: Sequence[Record]) -> int:
+    """The number of records whose prediction or truth is empty, which policies score differently."""
+    return sum(record.predicted_ml == 0 or record.true_ml == 0 for record in records)

@@ -15,7 +15,7 @@ from prism_meta.errors import one_line
 from prism_meta.files import atomic, writable_folder
 from prism_meta.modalities import subset_name
 from prism_meta.records import Record, write_records
-from prism_meta.report.averages import summarize
+from prism_meta.report.averages import empty_count, summarize, summarize_policies
 from prism_meta.report.figures.curves import training_curves, weight_curves
 from prism_meta.report.figures.scores import dice_by_count, heat_map
 from prism_meta.report.figures.slices import draw_overlay
@@ -82,7 +82,7 @@ def write_report(
 
     folder = writable_folder(folder, files=REPORT_FILES)
     records = [replace(r, case=one_line(r.case), region=one_line(r.region)) for r in records]
-    summary = summarize(records)
+    summary, by_policy = summarize(records), summarize_policies(records)
     shown = shown_modalities(summary, modalities)
     check_overlays(overlays, class_names)
     drawn = [draw_overlay(overlay, modalities) for overlay in overlays]
@@ -91,6 +91,13 @@ def write_report(
         "empty_masks": policy_statement,
         "left_out": list(faults),
         **summary.to_dict(),
+        "policies": {
+            name: {
+                "overall": under.overall.to_dict(),
+                "by_region": {region: cell.to_dict() for region, cell in under.by_region.items()},
+            }
+            for name, under in by_policy.items()
+        },
     }
 
     environment = Environment(
@@ -113,6 +120,8 @@ def write_report(
         modalities=modalities,
         policy=policy_statement,
         left_out=undefined_note(summary),
+        by_policy=by_policy,
+        empty=empty_count(records),
         heat=[heat_map(summary, "dice"), heat_map(summary, "hd95")],
         by_count=dice_by_count(summary, shown),
         curves=training_curves(history, modalities),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prism_meta.report.averages import Summary
@@ -98,6 +98,42 @@ def results_table(
         f"mean of {len(summary.subsets)}",
         style="bold",
     )
+    return table
+
+
+def policies_table(by_policy: Mapping[str, Summary], *, empty: int) -> Table:
+    """Build the table of the same predictions under each policy for empty masks.
+
+    Args:
+        by_policy: made by ``summarize_policies``.
+        empty: number of records with an empty prediction or truth; part of the caption.
+
+    Example:
+        >>> from prism_meta.records import Record
+        >>> from prism_meta.report import summarize_policies
+        >>> missed = Record("p1", "t1", "ET", 0.0, 373.13, 0.0, 0.0, 2.5, 1, 1, 0, 300.0)
+        >>> table = policies_table(summarize_policies([missed]), empty=1)
+        >>> [list(column.cells) for column in table.columns[:3]]
+        [['brats', 'nan', 'diagonal'], ['0.0', '0.0', '0.0'], ['373.1', '–', '300.0']]
+    """
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text("The same predictions under each policy for empty masks", style="bold"),
+        caption=Text(
+            f"Means over all subsets and regions. {empty} records have an empty prediction or truth."
+        ),
+        caption_justify="left",
+        box=SIMPLE,
+    )
+    table.add_column("policy")
+    for head in ("Dice, %", "HD95, mm", "undefined"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, summary in by_policy.items():
+        cell = summary.overall
+        table.add_row(name, format_dice(cell.dice), format_mm(cell.hd95), str(cell.undefined))
     return table
 
 

@@ -15,15 +15,15 @@ from scipy.spatial.distance import cdist
 
 from prism_meta.data.cases import Volume
 from prism_meta.data.labels import LabelSet
-from prism_meta.evaluation.metrics import (
-    TOLERANCE,
+from prism_meta.empty_masks import (
+    EMPTY_POLICIES,
     BratsEmpty,
     DiagonalEmpty,
     EmptyPolicy,
     NanEmpty,
-    dice_hd95,
-    overlap,
+    rescored,
 )
+from prism_meta.evaluation.metrics import TOLERANCE, dice_hd95, overlap
 from prism_meta.evaluation.regions import measure
 from prism_meta.records import HEADER, Record
 
@@ -231,6 +231,20 @@ def test_a_missed_lesion_under_each_policy(policy: EmptyPolicy) -> None:
     core = measured(truth, prediction, policy)["core"]
     assert core.dice == 0 and (core.predicted_ml, core.true_ml) == (pytest.approx(0.192), 0.0)
     assert (core.true_lesions, core.missed_lesions, core.false_lesions) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("policy", EMPTY_POLICIES, ids=lambda p: p.name)
+@pytest.mark.parametrize("own", EMPTY_POLICIES, ids=lambda p: p.name)
+def test_a_record_under_another_policy_is_what_that_policy_measures(
+    own: EmptyPolicy, policy: EmptyPolicy
+) -> None:
+    nothing, something, other = (torch.zeros(6, 5, 4, dtype=torch.uint8) for _ in range(3))
+    something[2, 2:4], other[3, 2:4] = 1, 1
+    for prediction in (nothing, something, other):
+        for truth in (nothing, something):
+            found = measured(prediction, truth, own)["core"]
+            expected = measured(prediction, truth, policy)["core"]
+            assert repr(rescored(found, policy)) == repr(expected)
 
 
 def test_volumes_are_those_of_a_sheared_grid() -> None:

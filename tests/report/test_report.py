@@ -16,15 +16,15 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from prism_meta.empty_masks import BratsEmpty
 from prism_meta.errors import PrismError
-from prism_meta.evaluation.metrics import BratsEmpty
 from prism_meta.modalities import BRATS, subset_name, subsets
 from prism_meta.records import Record, read_records
-from prism_meta.report import compare, summarize
+from prism_meta.report import compare, summarize, summarize_policies
 from prism_meta.report.figures.style import class_colour
 from prism_meta.report.html import write_report
 from prism_meta.report.overlays import Overlay
-from prism_meta.report.tables import comparison_table, results_table
+from prism_meta.report.tables import comparison_table, policies_table, results_table
 
 REGIONS = ("WT", "TC", "ET")
 POLICY = BratsEmpty.statement
@@ -239,12 +239,50 @@ def test_page_has_the_numbers(tmp_path: Path) -> None:
     assert [name for name in CLASSES if name in words] == ["core", "oedema"]
 
 
+# Two cases in one region: a Dice of 0.8, and a lesion of 2 ml that is missed in a volume of 300 mm.
+MISSED = [
+    Record("c1", "t1", "ET", 0.8, 2.0, 0.9, 5.0, 4.0, 1, 0, 0, 250.0),
+    Record("c2", "t1", "ET", 0.0, 300.0, 0.0, 0.0, 2.0, 1, 1, 0, 300.0),
+    Record("c3", "t1", "ET", 1.0, 0.0, 1.0, 0.0, 0.0, 0, 0, 0, 300.0),
+]
+#: Mean Dice and HD95, and the undefined records.
+POLICIES = {
+    "brats": (1.8 / 3, (2 + 373.13) / 3, 0),
+    "nan": (0.4, 2.0, 2),
+    "diagonal": (1.8 / 3, 302 / 3, 0),
+}
+
+
+def test_policies_side_by_side(tmp_path: Path) -> None:
+    by_policy = summarize_policies(MISSED)
+    found = {n: (s.overall.dice, s.overall.hd95, s.overall.undefined) for n, s in by_policy.items()}
+    assert found == {name: pytest.approx(values) for name, values in POLICIES.items()}
+    html = report(tmp_path, records=MISSED, modalities=("t1", "t2"), overlays=())
+    words = " ".join(re.sub(r"<style>.*?</style>|<[^>]*>", " ", html, flags=re.S).split())
+    assert (
+        "brats 60.0 60.0 125.0 125.0 0 nan 40.0 40.0 2.0 2.0 2 diagonal 60.0 60.0 100.7 100.7 0"
+        in words
+    )
+    assert "2 records have an empty prediction or truth; the policies differ only there" in words
+    data = json.loads((tmp_path / "summary.json").read_text())["policies"]
+    assert data["nan"]["overall"]["hd95_mm"] == data["nan"]["by_region"]["ET"]["hd95_mm"] == 2.0
+    text = text_of(policies_table(by_policy, empty=2), width=80)
+    rows = [line.split() for line in text.splitlines()]
+    assert ["nan", "40.0", "2.0", "2"] in rows and ["diagonal", "60.0", "100.7", "0"] in rows
+    assert "2 records have an empty prediction or truth." in " ".join(text.split())
+
+
+def test_records_without_volumes_have_one_policy(tmp_path: Path) -> None:
+    assert summarize_policies([*MISSED, Record("c4", "t1", "ET", 0.5, 1.0)]) == {}
+    assert "Policies for empty masks" not in report(tmp_path)
+
+
 def test_files_beside_the_page(tmp_path: Path) -> None:
     report(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "records.csv", "report.html", "summary.json",
     ]  # fmt: skip
-    assert read_records(tmp_path / "records.csv") == records()
+    assert repr(read_records(tmp_path / "records.csv")) == repr(records())
     data = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert data["empty_masks"] == POLICY
     assert data["overall"]["dice"] == pytest.approx(0.64 / 3 + 0.02)
