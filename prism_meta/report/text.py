@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from prism_meta.errors import PrismError, raise_faults
 from prism_meta.report.averages import Summary
-from prism_meta.report.comparison import Interval
+from prism_meta.report.bootstrap import Interval
 
 
 def format_dice(value: float) -> str:
