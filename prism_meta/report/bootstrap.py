@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prism_meta.errors import PrismError
 from prism_meta.records import nan_to_none
 
-#: Number of resamples, unless it is given.
-RESAMPLES = 10_000
+#: Number of resamples for a report. Efron and Tibshirani advise 1000 to 2000 for percentiles.
+RESAMPLES = 2000
 
 Array = NDArray[np.float64]
 
@@ -60,6 +61,9 @@ class Bootstrap:
         seed: random seed.
         resamples: number of resamples R, at least 1.
 
+    Raises:
+        PrismError: there are no resamples.
+
     Example:
         >>> bootstrap = Bootstrap(4, seed=0, resamples=1000)
         >>> bootstrap.intervals(np.array([[0.1, 0.5], [0.3, 0.5], [0.1, 0.5], [0.3, 0.5]]))[1]
@@ -69,7 +73,8 @@ class Bootstrap:
     """
 
     def __init__(self, cases: int, *, seed: int = 0, resamples: int = RESAMPLES) -> None:
-        self.cases, self.seed, self.resamples = cases, seed, resamples
+        if resamples < 1:
+            raise PrismError(f"resamples: got {resamples}, expected at least 1; 10000 is usual")
         # How often each case is drawn; the mean of a resample is then one matrix product.
         drawn = np.random.default_rng(seed).multinomial(
             cases, np.full(cases, 1 / cases), size=resamples

@@ -11,7 +11,7 @@ import numpy as np
 
 from prism_meta.errors import PrismError
 from prism_meta.records import Record, index_records
-from prism_meta.report.bootstrap import RESAMPLES, Bootstrap, Interval, nanmean
+from prism_meta.report.bootstrap import Bootstrap, Interval, nanmean
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Comparison:
 
 
 def compare(
-    a: Sequence[Record], b: Sequence[Record], *, seed: int = 0, resamples: int = RESAMPLES
+    a: Sequence[Record], b: Sequence[Record], *, seed: int = 0, resamples: int = 10_000
 ) -> Comparison:
     """Paired differences b - a with percentile bootstrap intervals over cases.
 
@@ -86,8 +86,6 @@ def compare(
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
-    if resamples < 1:
-        raise PrismError(f"resamples: got {resamples}, expected at least 1; 10000 is usual")
     first, second = index_records(a, "a"), index_records(b, "b")
     unpaired = [key for key in (*first, *second) if (key in first) != (key in second)]
     if unpaired:
