@@ -18,7 +18,7 @@ from prism_meta.cli.usage import path, print_any_character, tell
 from prism_meta.errors import CaseError, PrismError, raise_faults
 from prism_meta.files import writable_folder
 from prism_meta.report import compare
-from prism_meta.report.tables import comparison_table, policies_table, results_table
+from prism_meta.report.tables import comparison_table, findings_table, policies_table, results_table
 from prism_meta.training.build import build_fabric
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.config.baselines import BASELINES
@@ -322,6 +322,7 @@ def _evaluate(run: Run, *, root: Path | None = None, out: Path | None = None) ->
             faults=result.faults,
         )
     )
+    console.print(findings_table(result.summary))
     if result.empty:
         console.print(policies_table(result.by_policy, empty=result.empty))
     console.print(f"report in {result.report}", soft_wrap=True)
