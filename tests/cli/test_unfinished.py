@@ -249,3 +249,13 @@ def test_a_file_that_cannot_be_read(trained: Path, tmp_path: Path) -> None:
     assert errors(output) == [
         f"cannot write {tmp_path / UNFINISHED}: is a directory; remove it, or choose another folder"
     ]
+
+
+def test_a_report_among_the_cases_is_no_case_while_it_is_unfinished(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("run", "cases"):
+        shutil.copytree(trained / name, tmp_path / name)
+    out = tmp_path / "cases" / "report"
+    interrupt(tmp_path, out, at="p4")
+    goes_on(tmp_path, out, monkeypatch, measured=("p4",))
