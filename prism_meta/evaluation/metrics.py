@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prism_meta.empty_masks import BratsEmpty, EmptyPolicy
 
-#: Tolerance of the normalised surface Dice in mm, one of the two of BraTS-Lighthouse 2025 (0.5 and 1 mm).
+#: Tolerance of the normalised surface Dice in mm. The BraTS challenges after 2024 report 0.5 and 1 mm.
 TOLERANCE = 1.0
 
 

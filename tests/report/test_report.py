@@ -256,7 +256,10 @@ def test_page_has_the_numbers(tmp_path: Path) -> None:
     assert f"● ● ● ● {with_ends(40.0, 42.0, 44.0, 42.0)} {hd95} all shown" in words
     assert f"mean of 15 subsets {with_ends(21.3, 23.3, 25.3, 23.3)} {hd95}" in words
     assert f"Dice, % {with_ends(21.3, 23.3, 25.3, 23.3)} HD95, mm" in words
-    assert "regions (95% interval 22.3 to 24.3)" in words
+    assert (
+        "subsets and 3 regions (22.3 to 24.3) 8.2 mm mean HD95 over the same cells (8.2 to 8.2)"
+        in words
+    )
     assert "best minus worst subset, Dice points 30.0 30.0 to 30.0" in words
     assert "worst single modality (flair), Dice, % 12.0 11.0 to 13.0" in words
     # Each modality adds 10 points, in 7 pairs of subsets.
