@@ -43,7 +43,8 @@ def measure(
     """
     # No region has a voxel outside this box; cropping is faster than measuring whole volumes.
     box = box_or_whole((prediction | truth) != 0)
-    voxel = abs(float(np.linalg.det(volume.affine[:3, :3])))  # mm^3
+    # The volume of a voxel in mm^3. Unlike the determinant, it has no rounding errors on a straight grid.
+    voxel = abs(float(np.dot(np.cross(*volume.affine[:3, :2].T), volume.affine[:3, 2])))
     scores = {}
     for region in labels.regions:
         p, t = labels.region(prediction[box], region), labels.region(truth[box], region)
