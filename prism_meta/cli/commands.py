@@ -12,7 +12,7 @@ from rich.console import Console
 
 from prism_meta.cli import demo, plan_command, survey_command, workflow
 from prism_meta.cli.ending import Commands
-from prism_meta.cli.options import CASES_HELP, ConfigFile, Overrides, RunFolder
+from prism_meta.cli.options import CASES_HELP, ConfigFile, Overrides, RunFolder, Weights
 from prism_meta.cli.usage import path, print_any_character, tell
 from prism_meta.errors import CaseError, PrismError, raise_faults
 from prism_meta.files import writable_folder
@@ -26,6 +26,7 @@ from prism_meta.training.progress import progress_bars
 from prism_meta.training.run import Run
 from prism_meta.training.stopping import StopRequest, TrainingStopped, duration
 from prism_meta.training.train import train
+from prism_meta.training.weights import Kind
 
 console = Console()
 
@@ -202,9 +203,10 @@ def run_evaluate(
             help="Folder for the report. Defaults to RUN/evaluation.",
         ),
     ] = None,
+    weights: Weights = None,
 ) -> None:
     """Evaluate a run on every subset of modalities and write a table, CSV, JSON and an HTML report."""
-    _evaluate(Run.open(run), root=root, out=out)
+    _evaluate(Run.open(run), root=root, out=out, weights=weights)
 
 
 @app.command(
@@ -234,12 +236,13 @@ def run_predict(
             help="Write labels on the grid of this modality's file, if the files of a case have several.",
         ),
     ] = None,
+    weights: Weights = None,
 ) -> None:
     """Write one label volume per case, on the grid of its files, and a table of the volumes of regions."""
     names = [name.strip() for name in subset.replace("+", ",").split(",") if name.strip()]
     with progress_bars("predict") as advance:
         written = workflow.predict_folder(
-            Run.open(run), root, out, advance, subset=names, grid=grid
+            Run.open(run), root, out, advance, subset=names, grid=grid, weights=weights
         )
     console.print(f"{len(written)} label volumes in {out}", soft_wrap=True)
 
@@ -306,9 +309,13 @@ def _train(
         console.print(f"run in {out}", soft_wrap=True)
 
 
-def _evaluate(run: Run, *, root: Path | None = None, out: Path | None = None) -> None:
+def _evaluate(
+    run: Run, *, root: Path | None = None, out: Path | None = None, weights: Kind | None = None
+) -> None:
     with progress_bars("evaluate") as advance:
-        result = workflow.evaluate_run(run, advance, root=root, out=out, command=command_line())
+        result = workflow.evaluate_run(
+            run, advance, root=root, out=out, weights=weights, command=command_line()
+        )
     console.print(
         results_table(
             result.summary,

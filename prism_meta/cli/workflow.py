@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from prism_meta.data.cases import Case, Volume
@@ -23,6 +24,7 @@ from prism_meta.report.overlays import OverlayCollector
 from prism_meta.training.cases import find_configured
 from prism_meta.training.config.schema import MetaConfig
 from prism_meta.training.run import Run
+from prism_meta.training.weights import Kind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +33,16 @@ if TYPE_CHECKING:
 
 #: Called during a long task with what is done, the total, and a note to show beside the bar.
 Progress = Callable[[int, int, str], None]
+
+
+#: Kinds of weights as the report names them.
+_WEIGHTS: Mapping[Kind, str] = MappingProxyType(
+    {
+        "best": "the best on the validation cases",
+        "ema": "the moving average",
+        "last": "those after the last step",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -56,18 +68,19 @@ def evaluate_run(
     *,
     root: Path | None = None,
     out: Path | None = None,
+    weights: Kind | None = None,
     command: Sequence[str] = (),
 ) -> Evaluation:
     """Evaluate a run on the cases it held out, or on all cases of another folder.
 
-    A case with a fault is left out, and the report says so.
+    A case with a fault is left out, and the report says so. ``weights`` are those of ``Run.load_model``.
 
     Raises:
         PrismError: there is no case to evaluate on (the faults of all cases together), the files of
             the run cannot be used, or nothing can be written.
     """
     # All files of the run are read first: a fault in one of them must not cost the predictions.
-    history, facts = run.history(), _facts(run, command)
+    history, facts = run.history(), _facts(run, weights or run.kinds[0], command)
     cases, faults = (
         _held_out(run) if root is None else find_configured(run.config, root, label=True)
     )
@@ -77,7 +90,7 @@ def evaluate_run(
         raise_faults(CaseError, faults)
     out = out or run.evaluation
     _refuse_case_folder(out, root or Path(str(run.facts["data"])), cases)
-    predictor = run.predictor()
+    predictor = run.predictor(weights=weights)
     names = run.config.data.modalities
     collector = OverlayCollector()
     with kept_if_used(out):
@@ -114,6 +127,7 @@ def predict_folder(
     *,
     subset: Sequence[str] = (),
     grid: str | None = None,
+    weights: Kind | None = None,
 ) -> list[Path]:
     """Write a label volume for each case of ``root``, and ``predictions.csv`` with their volumes.
 
@@ -127,6 +141,7 @@ def predict_folder(
         subset: names of the modalities to use. Defaults to all that a case has.
         grid: modality on whose grid the labels are written; all files are resampled onto it. Defaults to
             the grid of the case.
+        weights: see ``Run.load_model``.
 
     Returns:
         The written label volumes.
@@ -155,7 +170,7 @@ def predict_folder(
         config = config.model_copy(update={"data": aligned})
     found, faults = find_configured(config, root, label=False)
     _refuse_case_folder(out, root, found)
-    predictor = run.predictor()
+    predictor = run.predictor(weights=weights)
     labels = predictor.labels
     table = PredictionTable(out, list(labels.regions))
     written: list[Path] = []
@@ -299,7 +314,7 @@ def _shown_subsets(summary: Summary, names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(shown))
 
 
-def _facts(run: Run, command: Sequence[str]) -> dict[str, str]:
+def _facts(run: Run, weights: Kind, command: Sequence[str]) -> dict[str, str]:
     meta, own = run.config.meta, run.facts.get("own", {})
     missing = {
         name: sum(name not in files for files in run.facts["train"].values())
@@ -312,6 +327,7 @@ def _facts(run: Run, command: Sequence[str]) -> dict[str, str]:
         "strategy": own.get("strategy") or _strategy(meta),
         "masks": f"train {run.config.masks.train}, meta {run.config.masks.meta}",
         "steps": str(run.config.training.steps),
+        "weights": _WEIGHTS[weights],
         "seed": str(run.config.seed),
         "versions": ", ".join(f"{n} {v}" for n, v in run.facts["versions"].items()),
         "trained with": shlex.join(run.facts["command"]),

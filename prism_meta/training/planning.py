@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -36,8 +37,10 @@ PLANNED = ("data.spacing", "data.patch", "data.batch_size", "model.width", "mode
 ANISOTROPY = 3
 #: A patch in 3-D has at least so many voxels per axis, or the whole volume; with less memory it is 2-D.
 SMALLEST_VOLUME = 64
-#: Sizes of a patch: multiples of the last, from the first to the second.
+#: Sizes of a patch: multiples of the last, from the first to the second. Networks that are named by their
+#: module may halve it five times.
 SMALLEST, LARGEST, MULTIPLE = 32, 512, 16
+MULTIPLE_OF_NAMED = 32
 #: Number of patches in a batch, at first and at most, for 2-D and 3-D.
 BATCHES = {2: (8, 32), 3: (2, 4)}
 #: Channels at the finest scale, at first and at most.
@@ -80,20 +83,22 @@ def plan(
             f"memory: preparing the largest case needs {decimal(largest)}, but there are "
             f"{decimal(memory)}; give more memory"
         )
+    named = config.model.is_named
+    multiple = MULTIPLE_OF_NAMED if named else MULTIPLE
     spacing, shape, reason = _grid(found.cases)
     choices = [Choice("data.spacing", list(spacing), reason)]
     search = _Search(config, found, memory, spacing, on_try)
     flat = spacing[2] > ANISOTROPY * max(spacing[:2])
     dims, why = 2, f"slices lie more than {ANISOTROPY} times as far apart as their voxels"
     if not flat:
-        least = tuple(min(SMALLEST_VOLUME, _up(size)) for size in shape)
+        least = tuple(min(SMALLEST_VOLUME, _up(size, multiple)) for size in shape)
         dims = 3 if search.fits(_Sizes(least, BATCHES[3][0], WIDTHS[0])) else 2
         size = " x ".join(map(str, least))
         why = (
             f"a volume of {size} does not fit" if dims == 2 else f"a volume of {size} or more fits"
         )
     (batch, most), whole = BATCHES[dims], {2: "slice", 3: "volume"}[dims]
-    patches = list(_patches(shape[:dims]))
+    patches = list(_patches(shape[:dims], multiple))
     best = _largest(patches, lambda patch: search.fits(_Sizes(patch, batch, WIDTHS[0])))
     if best is None:
         needed = search.plan(_Sizes(patches[0], batch, WIDTHS[0]), ()).total
@@ -106,7 +111,11 @@ def plan(
     if best == patches[-1]:  # what is left goes into the batch, then into the width
         while sizes.batch < most and search.fits(sizes._replace(batch=2 * sizes.batch)):
             sizes = sizes._replace(batch=2 * sizes.batch)
-        while sizes.width < WIDTHS[1] and search.fits(sizes._replace(width=2 * sizes.width)):
+        while (
+            not named
+            and sizes.width < WIDTHS[1]
+            and search.fits(sizes._replace(width=2 * sizes.width))
+        ):
             sizes = sizes._replace(width=2 * sizes.width)
         reason = f"the median {whole}"
     else:
@@ -116,6 +125,14 @@ def plan(
         Choice(
             "data.batch_size", sizes.batch, f"{batch}; more only if the patch is the whole {whole}"
         ),
+    ]
+    if not named:
+        choices += _of_network(sizes, most)
+    return search.plan(sizes, choices)
+
+
+def _of_network(sizes: _Sizes, most: int) -> list[Choice]:
+    return [
         Choice(
             "model.width", sizes.width, f"{WIDTHS[0]}; more only if a batch of {most} fits as well"
         ),
@@ -125,7 +142,6 @@ def plan(
             f"its coarsest maps keep {COARSEST} voxels; at most {SCALES}",
         ),
     ]
-    return search.plan(sizes, choices)
 
 
 def preparation(config: Config, found: Survey) -> int:
@@ -186,20 +202,41 @@ class _Search:
         values["data"] |= {
             "spacing": self.spacing, "patch": sizes.patch, "batch_size": sizes.batch
         }  # fmt: skip
-        values["model"] |= {"width": sizes.width, "depth": sizes.depth}
+        if not self.base.model.is_named:
+            values["model"] |= {"width": sizes.width, "depth": sizes.depth}
         return Config.model_validate(values)
 
     def fits(self, sizes: _Sizes) -> bool:
-        return self.plan(sizes, ()).total <= self.memory
+        try:
+            return self.plan(sizes, ()).total <= self.memory
+        except ConfigError:  # the network cannot run on this patch
+            return False
 
     def plan(self, sizes: _Sizes, choices: Sequence[Choice]) -> Plan:
         config = self.config(sizes)
         if sizes not in self.tried:
             self.on_try(f"{sizes.batch} x {' x '.join(map(str, sizes.patch))}, width {sizes.width}")
             masks = most_shown(drawn_masks(config, self.found))
-            self.tried[sizes] = step_memory(config, masks), masks
+            with _of_model(config):
+                self.tried[sizes] = step_memory(config, masks), masks
         step, masks = self.tried[sizes]
         return Plan(config, tuple(choices), step, tuple(masks), preparation(config, self.found))
+
+
+@contextmanager
+def _of_model(config: Config) -> Iterator[None]:
+    """Say why a network that is named by its module cannot be planned for."""
+    try:
+        yield
+    except (NotImplementedError, ValueError, RuntimeError) as error:
+        if not config.model.is_named or isinstance(error, PrismError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        size = " x ".join(map(str, config.data.patch))
+        raise ConfigError(
+            f"model.network: {config.model.network} cannot be run without values on a patch of {size} "
+            f"({reason}), so its memory is unknown; set data.patch and data.batch_size yourself"
+        ) from error
 
 
 def drawn_masks(config: Config, found: Survey) -> Iterator[list[Tensor]]:
@@ -226,8 +263,8 @@ def most_shown(episodes: Iterator[list[Tensor]]) -> list[Tensor]:
     return max(first, key=lambda masks: sum(int(mask.sum()) for mask in masks))
 
 
-def _up(size: float) -> int:
-    return MULTIPLE * math.ceil(size / MULTIPLE)
+def _up(size: float, multiple: int) -> int:
+    return multiple * math.ceil(size / multiple)
 
 
 def _grid(cases: Sequence[CaseSurvey]) -> tuple[tuple[float, ...], tuple[float, ...], str]:
@@ -255,12 +292,12 @@ def _in_slice_order(case: CaseSurvey) -> tuple[list[float], list[int]]:
     return [case.spacing[axis] for axis in order], [case.shape[axis] for axis in order]
 
 
-def _patches(shape: Sequence[float]) -> Iterator[tuple[int, ...]]:
+def _patches(shape: Sequence[float], multiple: int = MULTIPLE) -> Iterator[tuple[int, ...]]:
     """Patches in the proportions of ``shape``, from the smallest to all of it."""
-    whole = [min(LARGEST, _up(size)) for size in shape]
+    whole = [min(LARGEST, _up(size, multiple)) for size in shape]
     before = None
-    for longest in range(SMALLEST, max(whole) + 1, MULTIPLE):
-        scaled = (_up(longest * size / max(shape) - MULTIPLE / 2) for size in shape)
+    for longest in range(SMALLEST, max(whole) + 1, multiple):
+        scaled = (_up(longest * size / max(shape) - multiple / 2, multiple) for size in shape)
         patch = tuple(min(w, max(SMALLEST, s)) for w, s in zip(whole, scaled, strict=True))
         if patch != before:
             before = patch
