@@ -244,6 +244,29 @@ class Run:
                 "a new run"
             )
 
+    def existing_weights(self, kind: Kind | None = None) -> Path:
+        """The file of the trained weights.
+
+        Args:
+            kind: which ones. Defaults to the first of ``kinds``: the best ones of a run with validation,
+                otherwise the averaged ones, otherwise the last ones.
+
+        Raises:
+            PrismError: training has not ended, or it writes no such weights.
+        """
+        if kind not in (None, *self.kinds):
+            needs = {"best": "validation.cases", "ema": "training.ema"}[str(kind)]
+            raise PrismError(
+                f"{self.folder}: was trained without {needs}, and has no {kind} weights; use "
+                f"{' or '.join(self.kinds)}"
+            )
+        if not self.weights().exists():
+            raise PrismError(
+                f"{self.folder}: the training has not ended (no {WEIGHTS}/{self.weights().name}); "
+                f"continue it with prism-meta train --resume {self.folder}"
+            )
+        return self.weights(kind or self.kinds[0])
+
     def load_model(
         self,
         device: torch.device | str = "cpu",
@@ -257,8 +280,7 @@ class Run:
             device: device of the model.
             model: gets the weights; needed for a run that trained a model of your own. Defaults to the
                 configured network.
-            weights: which ones. Defaults to the first of ``kinds``: the best ones of a run with
-                validation, otherwise the averaged ones, otherwise the last ones.
+            weights: which ones, see ``existing_weights``.
 
         Returns:
             The model, in evaluation mode.
@@ -275,24 +297,7 @@ class Run:
                     "cannot build; load it in Python with Run.open(folder).predictor(model=...)"
                 )
             model = build_model(self.config)
-        if weights not in (None, *self.kinds):
-            needs = {"best": "validation.cases", "ema": "training.ema"}[str(weights)]
-            raise PrismError(
-                f"{self.folder}: was trained without {needs}, and has no {weights} weights; use "
-                f"{' or '.join(self.kinds)}"
-            )
-        if not self.weights().exists():
-            raise PrismError(
-                f"{self.folder}: the training has not ended (no {WEIGHTS}/{self.weights().name}); "
-                f"continue it with prism-meta train --resume {self.folder}"
-            )
-        path = self.weights(weights or self.kinds[0])
-        try:
-            load_weights(path, model)
-        except FileNotFoundError as error:
-            raise PrismError(
-                f"{path}: is missing; restore the file, use the last weights, or train again"
-            ) from error
+        load_weights(self.existing_weights(weights), model)
         return model.to(device).eval()
 
     def predictor(

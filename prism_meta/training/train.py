@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from prism_meta.training.cases import load_configured, prepare_configured
 from prism_meta.training.check import check_configuration
 from prism_meta.training.config import Config
 from prism_meta.training.fit import OnStep
+from prism_meta.training.initial import load_initial
 from prism_meta.training.lock import LOCK, locked
 from prism_meta.training.parts import Own, build_parts, only
 from prism_meta.training.processes import Processes
@@ -35,6 +37,8 @@ from prism_meta.training.weights import load_weights, weights_file, written_kind
 if TYPE_CHECKING:  # it takes two seconds to import
     from lightning_fabric import Fabric
 
+#: Tells what was taken from another run; the commands print it on standard error.
+_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 #: A folder of cases, cases, prepared cases, or a dataset of episodes (D_train, D_meta).
 Cases = Path | str | Sequence[Case] | Sequence[CachedCase] | Dataset[tuple[Batch, Batch]]
@@ -137,6 +141,10 @@ def train(
     if isinstance(cases, (Path, str)) or only(cases, (Case, CachedCase)):
         # A dataset of episodes has patches of its own.
         check_configuration(config, model=model)
+    initial = None
+    if config.training.init is not None and not (run is not None and run.checkpoint.exists()):
+        initial = Run.open(config.training.init)
+        initial.existing_weights()  # before any work is done
     fabric = fabric or build_fabric(config.fabric)
     root = Path(cases) if isinstance(cases, (Path, str)) else None
     sets = _split(config, cases)
@@ -165,6 +173,10 @@ def train(
             )
             source, watched = prepared[: len(training)], prepared[len(training) :]
         parts = build_parts(config, source, own, fabric=fabric)
+        if initial is not None:
+            taken = load_initial(parts.model, config, initial)
+            if fabric.is_global_zero:
+                _log.info("%s", "\n".join(taken.lines()))
         if out is not None:
             with processes.together():
                 if fabric.is_global_zero:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import nn
+from torch import Tensor, nn
 
 from prism_meta.errors import PrismError
 from prism_meta.files import writable_folder, write_whole
@@ -58,25 +58,41 @@ def save_weights(path: Path, model: nn.Module) -> None:
     write_whole(path, save(state))
 
 
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights in a file, by name.
+
+    Raises:
+        PrismError: the file is missing, cannot be read, or has values that are not finite.
+    """
+    try:
+        state = load(path.read_bytes())
+    except FileNotFoundError as error:
+        raise PrismError(
+            f"{path}: is missing; restore the file, use the last weights, or train again"
+        ) from error
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise PrismError(f"{path}: cannot be read ({reason}); make the file readable") from error
+    except SafetensorError as error:
+        raise _does_not_fit(path, error) from error
+    wrong = [n for n, w in state.items() if w.is_floating_point() and not w.isfinite().all()]
+    if wrong:
+        raise PrismError(f"{path}: {wrong[0]} has values that are NaN or infinite; {_FIX}")
+    return state
+
+
 def load_weights(path: Path, model: nn.Module) -> None:
     """Load the weights of a file into ``model``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        PrismError: the file cannot be read, does not fit the model, or has values that are not finite.
+        PrismError: see ``read_weights``, or the weights do not fit the model.
     """
+    state = read_weights(path)
     try:
-        state = load(path.read_bytes())
         model.load_state_dict(state)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise PrismError(f"{path}: cannot be read ({reason}); make the file readable") from error
-    except (RuntimeError, SafetensorError) as error:
-        raise PrismError(
-            f"{path}: does not fit config.toml ({str(error).splitlines()[0]}); {_FIX}"
-        ) from error
-    wrong = [n for n, w in state.items() if w.is_floating_point() and not w.isfinite().all()]
-    if wrong:
-        raise PrismError(f"{path}: {wrong[0]} has values that are NaN or infinite; {_FIX}")
+    except RuntimeError as error:
+        raise _does_not_fit(path, error) from error
+
+
+def _does_not_fit(path: Path, error: Exception) -> PrismError:
+    return PrismError(f"{path}: does not fit config.toml ({str(error).splitlines()[0]}); {_FIX}")

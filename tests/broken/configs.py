@@ -57,7 +57,7 @@ SWITCHES = (
     "objective.scale_decay", "objective.weighted", "objective.unimodal", "meta.inner_decay",
     "training.augment",
 )  # fmt: skip
-PATHS = ("data.availability", "data.cache")
+PATHS = ("data.availability", "data.cache", "training.init")
 #: Other keys with values that they do not take.
 OTHERS = {
     "data.modalities": ("3", "flair", "[1, 2]", "[[]]", "{a = 1}"),

@@ -8,7 +8,15 @@ from pydantic import AfterValidator, Field, model_validator
 
 from prism_meta.errors import ConfigError, raise_faults
 from prism_meta.modalities import composed
-from prism_meta.training.config.types import NotNegative, Positive, Rate, Repeats, Section, Steps
+from prism_meta.training.config.types import (
+    NotNegative,
+    Positive,
+    Rate,
+    Repeats,
+    Section,
+    Steps,
+    UserPath,
+)
 from prism_meta.training.outer import LR, WEIGHT_DECAY
 from prism_meta.training.schedules import Schedule
 from prism_meta.training.validation import Select
@@ -25,6 +33,8 @@ class TrainingConfig(Section):
     weight_decay: NotNegative = WEIGHT_DECAY
     #: Largest norm of the meta-gradient; a longer one is scaled down.
     clip_norm: Positive = 5.0
+    #: Run folder with the weights to start from; modalities are matched by name. Defaults to random weights.
+    init: UserPath | None = None
     #: Decay of a moving average of the weights, e.g. 0.99; 0 keeps none.
     ema: Rate = 0.0
     augment: bool = True
