@@ -11,7 +11,7 @@ from torch import nn
 
 import prism_meta as pm
 from prism_meta.errors import ConfigError
-from prism_meta.training import planning
+from prism_meta.training import plan_search, planning
 from prism_meta.training.check import check_configuration
 from prism_meta.training.memory import step_memory
 from prism_meta.training.networks import build_model
@@ -133,7 +133,8 @@ def test_a_plan_keeps_the_arguments_and_says_what_it_cannot_plan(
 ) -> None:
     from test_planning import BRAIN, found
 
-    monkeypatch.setattr(planning, "preparation", lambda config, found: 0)
+    for module in (planning, plan_search):
+        monkeypatch.setattr(module, "preparation", lambda config, found: 0)
     config = pm.load_config(
         overrides=["model.network=monai:SegResNet", "model.arguments={init_filters = 8}"]
     )
