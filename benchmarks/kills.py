@@ -191,7 +191,7 @@ def results(command: str, place: Place) -> dict[str, bytes]:
     elif command == "predict":
         files = [place.labels / "predictions.csv", *place.labels.glob("*.nii.gz")]
     else:
-        files = [place.run / "weights.safetensors", place.run / "metrics.jsonl"]
+        files = [place.run / "weights/last.safetensors", place.run / "metrics.jsonl"]
     return {file.name: file.read_bytes() for file in files if file.exists()}
 
 

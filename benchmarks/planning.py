@@ -46,13 +46,8 @@ from prism_meta.report import compare
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.memory import step_memory
 from prism_meta.training.plan_result import Plan
-from prism_meta.training.planning import (
-    drawn_masks,
-    most_shown,
-    plan,
-    preparation,
-    with_steps,
-)
+from prism_meta.training.plan_search import drawn_masks, most_shown, preparation
+from prism_meta.training.planning import plan, with_steps
 from prism_meta.training.survey import survey
 from prism_meta.training.survey_result import CaseSurvey, Survey
 from prism_meta.training.trial import trial_step
@@ -162,10 +157,9 @@ def of_trainings(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             reference = None
             for memory in (None, *arguments.memory):
                 if memory is None:
-                    made = default(base, found)
+                    made = with_steps(default(base, found), arguments.seconds)
                 else:
-                    made = plan(base, found, int(memory * 1e9))
-                made = with_steps(made, arguments.seconds)
+                    made = plan(base, found, int(memory * 1e9), seconds=arguments.seconds)
                 folder = Path(temporary) / f"{order}-{memory}"
                 folder.mkdir()
                 measured = trained(folder, arguments.data, made)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prism_meta.errors import ConfigError
 from prism_meta.evaluation import predictor
-from prism_meta.training import planning
+from prism_meta.training import plan_search
 from prism_meta.training import train as train_module
 from prism_meta.training.config import Config
 from prism_meta.training.memory import StepMemory
@@ -73,7 +73,7 @@ def memory_by_voxels(monkeypatch: pytest.MonkeyPatch) -> None:
         voxels = config.data.batch_size * math.prod(config.data.patch)
         return StepMemory(0, 0, 1000 * voxels * config.model.width)
 
-    monkeypatch.setattr(planning, "step_memory", memory)
+    monkeypatch.setattr(plan_search, "step_memory", memory)
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from typing import Any
 
 import typer
 
+from prism_meta import training
 from prism_meta.cli.usage import ErrorLines, tell
 from prism_meta.errors import PrismError
-from prism_meta.training import cases
 
 
 class Commands(ErrorLines):
@@ -20,7 +20,7 @@ class Commands(ErrorLines):
 
     def invoke(self, ctx: Any) -> Any:
         before = signal.signal(signal.SIGTERM, _terminate)
-        said, told = logging.getLogger(cases.__name__), _Told()
+        said, told = logging.getLogger(training.__name__), _Told()
         said.setLevel(logging.INFO)
         if _is_first():
             said.addHandler(told)
@@ -49,7 +49,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 class _Told(logging.Handler):
-    """Prints on standard error what the library says of the cases."""
+    """Prints on standard error what training says of its cases and its initial weights."""
 
     def emit(self, record: logging.LogRecord) -> None:
         typer.echo(record.getMessage(), err=True)

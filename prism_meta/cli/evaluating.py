@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from prism_meta.cli.unfinished import UNFINISHED, Measured, Unfinished, fingerprint
@@ -24,11 +25,21 @@ from prism_meta.report.overlays import OverlayCollector
 from prism_meta.training.cases import find_configured
 from prism_meta.training.config.schema import MetaConfig
 from prism_meta.training.run import Run
+from prism_meta.training.weights import Kind
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prism_meta.evaluation.predictor import Predictor
+
+#: Kinds of weights as the report names them.
+_WEIGHTS: Mapping[Kind, str] = MappingProxyType(
+    {
+        "best": "the best on the validation cases",
+        "ema": "the moving average",
+        "last": "those after the last step",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,7 @@ def evaluate_run(
     *,
     root: Path | None = None,
     out: Path | None = None,
+    weights: Kind | None = None,
     command: Sequence[str] = (),
     tell: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
@@ -71,6 +83,7 @@ def evaluate_run(
         progress: called after each prediction.
         root: folder of cases. Defaults to the held-out cases of the run.
         out: folder of the report. Defaults to that of the run.
+        weights: those of ``Run.load_model``.
         command: the command line, which the report shows.
         tell: called with a line for the user, if cases were measured before.
 
@@ -79,7 +92,7 @@ def evaluate_run(
             the run cannot be used, or nothing can be written.
     """
     # All files of the run are read first: a fault in one of them must not cost the predictions.
-    history, facts = run.history(), _facts(run, command)
+    history, facts = run.history(), _facts(run, weights or run.kinds[0], command)
     cases, faults = (
         _held_out(run) if root is None else find_configured(run.config, root, label=True)
     )
@@ -89,7 +102,7 @@ def evaluate_run(
         raise_faults(CaseError, faults)
     out = out or run.evaluation
     refuse_case_folder(out, root or Path(str(run.facts["data"])), cases)
-    predictor = run.predictor()
+    predictor = run.predictor(weights=weights)
     names = run.config.data.modalities
     collector = OverlayCollector()
     with kept_if_used(out):
@@ -209,7 +222,7 @@ def _shown_subsets(summary: Summary, names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(shown))
 
 
-def _facts(run: Run, command: Sequence[str]) -> dict[str, str]:
+def _facts(run: Run, weights: Kind, command: Sequence[str]) -> dict[str, str]:
     meta, own = run.config.meta, run.facts.get("own", {})
     missing = {
         name: sum(name not in files for files in run.facts["train"].values())
@@ -222,6 +235,7 @@ def _facts(run: Run, command: Sequence[str]) -> dict[str, str]:
         "strategy": own.get("strategy") or _strategy(meta),
         "masks": f"train {run.config.masks.train}, meta {run.config.masks.meta}",
         "steps": str(run.config.training.steps),
+        "weights": _WEIGHTS[weights],
         "seed": str(run.config.seed),
         "versions": ", ".join(f"{n} {v}" for n, v in run.facts["versions"].items()),
         "trained with": shlex.join(run.facts["command"]),

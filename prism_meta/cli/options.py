@@ -9,6 +9,7 @@ import typer
 
 from prism_meta.bilevel.strategies import ALL_STRATEGIES
 from prism_meta.cli.usage import path
+from prism_meta.training.weights import Kind
 
 RunFolder = Annotated[
     Path,
@@ -32,3 +33,10 @@ Overrides = Annotated[
 ]
 #: What CASES may be.
 CASES_HELP = "Folder of cases (a folder per case, BIDS, Decathlon, nnU-Net), or a manifest."
+Weights = Annotated[
+    Kind | None,
+    typer.Option(
+        help="Weights of the run to use. Defaults to the best on its validation cases, if it has any, "
+        "otherwise to the moving average of training.ema, otherwise to the last ones."
+    ),
+]

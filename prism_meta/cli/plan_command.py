@@ -18,7 +18,7 @@ from prism_meta.errors import CaseError, ConfigError, OutputError, raise_faults
 from prism_meta.files import write_whole
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.plan_result import Plan
-from prism_meta.training.planning import PLANNED, default_memory, plan, with_steps
+from prism_meta.training.planning import PLANNED, default_memory, plan
 from prism_meta.training.progress import progress_bars
 from prism_meta.training.stopping import duration
 from prism_meta.training.survey import survey
@@ -79,10 +79,7 @@ def planned_for(config: Config, root: Path, memory: int, *, seconds: float | Non
             tried += 1
             advance(tried, max(8, tried + 1), what, task="plan")
 
-        made = plan(config, found, memory, on_try=on_try)
-        if seconds is not None:
-            on_try("two steps on this machine")
-            made = with_steps(made, seconds)
+        made = plan(config, found, memory, seconds=seconds, on_try=on_try)
         advance(1, 1, "", task="plan")
     return made
 

@@ -9,6 +9,8 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from safetensors.torch import save
+
 from prism_meta.data.cases import Case
 from prism_meta.errors import OutputError
 from prism_meta.files import cannot_write, sync
@@ -127,10 +129,13 @@ def fingerprint(run: Run, predictor: Predictor) -> str:
 
     Args:
         run: a run whose training has ended.
-        predictor: its predictor.
+        predictor: one with the weights that are evaluated.
     """
+    state = {
+        name: tensor.cpu().contiguous() for name, tensor in predictor.model.state_dict().items()
+    }
     device = next((p.device.type for p in predictor.model.parameters()), "cpu")
-    weights = hashlib.sha256(run.weights.read_bytes()).hexdigest()
+    weights = hashlib.sha256(save(state)).hexdigest()
     return repr((weights, run.config.model_dump(mode="json"), versions(), device, HEADER))
 
 

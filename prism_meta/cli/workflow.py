@@ -15,6 +15,7 @@ from prism_meta.modalities import composed, subset_name
 from prism_meta.records import Record, read_records
 from prism_meta.training.cases import find_configured
 from prism_meta.training.run import Run
+from prism_meta.training.weights import Kind
 
 #: Called during a long task with what is done, the total, and a note to show beside the bar.
 Progress = Callable[[int, int, str], None]
@@ -28,6 +29,7 @@ def predict_folder(
     *,
     subset: Sequence[str] = (),
     grid: str | None = None,
+    weights: Kind | None = None,
 ) -> list[Path]:
     """Write a label volume for each case of ``root``, and ``predictions.csv`` with their volumes.
 
@@ -41,6 +43,7 @@ def predict_folder(
         subset: names of the modalities to use. Defaults to all that a case has.
         grid: modality on whose grid the labels are written; all files are resampled onto it. Defaults to
             the grid of the case.
+        weights: see ``Run.load_model``.
 
     Returns:
         The written label volumes.

@@ -33,9 +33,6 @@ from prism_meta.data.tasks import TaskEpisodes
 from prism_meta.empty_masks import EMPTY_POLICIES, EmptyPolicy
 from prism_meta.errors import PrismError
 from prism_meta.evaluation.predictor import Predictor
-from prism_meta.networks.fusion import AttentionFusion, Fusion, MeanFusion, RegionAwareFusion
-from prism_meta.networks.prism import PrismNet
-from prism_meta.networks.wrapped import wrap
 from prism_meta.objective import losses
 from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights, RelativePreference, Weighting
@@ -49,7 +46,9 @@ from prism_meta.training.config.schema import (
     ObjectiveConfig,
 )
 from prism_meta.training.devices import build_fabric as build_fabric
+from prism_meta.training.networks import build_model as build_model
 from prism_meta.training.outer import Outer, outer_step
+from prism_meta.training.validation import Validation
 
 
 @contextmanager
@@ -95,12 +94,6 @@ def build_masks(
         "one_subset": lambda _: OneSubsetMask(),
     }
     return policies[masks.train](rates), policies[masks.meta](meta_rates or rates)
-
-
-def build_model(config: Config) -> nn.Module:
-    """The network, with fresh weights."""
-    networks: Mapping[str, Callable[[Config], nn.Module]] = {"prism": _prism, "unet": _unet}
-    return networks[config.model.network](config)
 
 
 def build_objective(
@@ -172,6 +165,8 @@ def build_outer(
         lr=config.training.lr,
         weight_decay=config.training.weight_decay,
         hyper_lr=config.objective.weights_lr,
+        schedule=config.training.schedule,
+        warmup=config.training.warmup,
     )
 
 
@@ -219,6 +214,22 @@ def build_empty_policy(evaluation: EvaluationConfig) -> EmptyPolicy:
     return {policy.name: policy for policy in EMPTY_POLICIES}[evaluation.empty]
 
 
+def build_validation(config: Config, cases: Sequence[CachedCase]) -> Validation | None:
+    """The validation on prepared cases; None without cases."""
+    if not cases:
+        return None
+    return Validation(
+        cases,
+        modalities=config.data.modalities,
+        labels=build_label_set(config.data),
+        patch=config.data.patch,
+        overlap=config.evaluation.overlap,
+        every=config.validation.every,
+        select=config.validation.select,
+        patience=config.validation.patience,
+    )
+
+
 def build_predictor(config: Config, model: nn.Module) -> Predictor:
     """A predictor that prepares cases as training does."""
     return Predictor(
@@ -239,39 +250,3 @@ def missing_rates(cases: Sequence[CachedCase], *, meta: bool = False) -> list[fl
     )
     rates: list[float] = (1 - availability.double().mean(0)).clamp(max=0.99).tolist()
     return rates
-
-
-def _prism(config: Config) -> nn.Module:
-    model, data = config.model, config.data
-    fusions: Mapping[str, type[Fusion]] = {
-        "region_aware": RegionAwareFusion,
-        "mean": MeanFusion,
-        "attention": AttentionFusion,
-    }
-    return PrismNet(
-        num_modalities=len(data.modalities),
-        num_classes=len(data.labels) + 1,
-        spatial_dims=len(data.patch),
-        width=model.width,
-        depth=model.depth,
-        fusion=fusions[model.fusion],
-    )
-
-
-def _unet(config: Config) -> nn.Module:
-    from monai.networks.nets.unet import UNet
-
-    data, model = config.data, config.model
-    net: nn.Module = UNet(
-        spatial_dims=len(data.patch),
-        in_channels=len(data.modalities),
-        out_channels=len(data.labels) + 1,
-        channels=[model.width * 2**scale for scale in range(model.depth)],
-        strides=[2] * (model.depth - 1),
-        num_res_units=2,
-        norm="instance",
-    )
-    if len(data.patch) == 3:
-        # torch's CPU conv3d takes a slow path for small batches in the default memory layout.
-        net = net.to(memory_format=torch.channels_last_3d)
-    return wrap(net, data.modalities)

@@ -1,4 +1,4 @@
-"""The cases of a run: loaded, split into training and test cases, and prepared."""
+"""The cases of a run: found and loaded as its configuration says, and prepared."""
 
 from __future__ import annotations
 
@@ -6,28 +6,19 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
-from prism_meta.data.availability import apply_availability, available, drop_modalities
 from prism_meta.data.cache import CachedCase, prepare
 from prism_meta.data.cases import Case
 from prism_meta.data.layouts.base import Found
 from prism_meta.data.layouts.folders import find, search
 from prism_meta.data.layouts.names import FileNames
-from prism_meta.data.splits import (
-    draw_folds,
-    draw_holdout,
-    folds_json,
-    read_folds,
-    shared_patients,
-)
-from prism_meta.errors import CaseError, ConfigError, Fault, PrismError, one_line, raise_faults
+from prism_meta.errors import CaseError, PrismError, one_line, raise_faults
 from prism_meta.files import writable_folder
-from prism_meta.modalities import composed
 from prism_meta.training.build import build_label_set, build_preprocessing, configuration_keys
 from prism_meta.training.config import Config
 from prism_meta.training.config.keys import ARGUMENT_KEYS
 from prism_meta.training.processes import Processes
+from prism_meta.training.splitting import both_shown
 from prism_meta.training.stopping import TrainingStopped
 
 #: Tells what was found, one line each; the commands print it on standard error.
@@ -100,107 +91,6 @@ def file_names(config: Config, *, label: bool) -> FileNames:
     """The names of the files of the modalities, and of the label if ``label`` is true."""
     data = config.data
     return FileNames(data.modalities, data.label if label else None, data.files, data.align)
-
-
-class Split(NamedTuple):
-    """How the cases of a run are used.
-
-    Args:
-        training: training cases, with the modalities that they have in train batches.
-        test: held-out cases.
-        folds: the content of ``folds.json``, if there are folds.
-        meta: the training cases with the modalities that they have in meta batches. Defaults to the same.
-    """
-
-    training: list[Case]
-    test: list[Case]
-    folds: str | None = None
-    meta: list[Case] | None = None
-
-
-def split(config: Config, cases: Sequence[Case]) -> Split:
-    """Split cases into training and test cases, so that no patient has cases in both.
-
-    The configuration can make modalities of the training cases missing.
-
-    Raises:
-        ConfigError: a test case does not exist, no case is left to train on, or there are too few
-            patients or sites.
-        CaseError: the availability table or the file of folds does not fit the cases.
-    """
-    data = config.data
-    with configuration_keys():
-        held, folds = _held_out(config, cases)
-        training = [case for case in cases if case.id not in held]
-        test = [case for case in cases if case.id in held]
-        if not training:
-            raise ConfigError(
-                f"data.test_cases: leaves none of {len(cases)} cases to train on; hold fewer out"
-            )
-        raise_faults(
-            ConfigError,
-            [
-                f"data.test_cases: patient {patient} has cases in both sets ({', '.join(names)}); hold "
-                "out all cases of the patient, or none"
-                for patient, names in shared_patients(training, test).items()
-            ],
-        )
-        meta = None
-        if data.meta_missing_rates is not None:
-            # Another stream of random numbers than that of the train batches.
-            try:
-                meta = drop_modalities(training, data.meta_missing_rates, seed=2**32 + config.seed)
-            except PrismError as error:
-                raise error.with_keys(
-                    {"rates": "data.meta_missing_rates", "seed": "seed"}
-                ) from error
-        if data.availability is not None:
-            training = apply_availability(training, data.availability)
-        elif data.missing_rates is not None:
-            training = drop_modalities(training, data.missing_rates, seed=config.seed)
-    return Split(training, test, folds, meta)
-
-
-def _held_out(config: Config, cases: Sequence[Case]) -> tuple[set[str], str | None]:
-    """Names of the cases that are held out, and the content of ``folds.json``."""
-    data, names = config.data, {composed(case.id): case.id for case in cases}
-    unknown = [name for name in data.test_cases if name not in names]
-    if unknown:
-        raise ConfigError(
-            f"data.test_cases: no such case: {', '.join(unknown)}; name cases of the folder"
-        )
-    if data.holdout >= max(1, len(cases)):
-        raise ConfigError(
-            f"data.holdout: leaves none of {len(cases)} cases to train on; hold fewer out"
-        )
-    table = None
-    if data.availability is not None and (data.holdout or data.folds is not None):
-        table = available(cases, data.availability)
-    if data.folds is None:
-        held = draw_holdout(
-            cases, data.holdout, by=data.split, seed=config.seed, availability=table
-        )
-        return set(held) | {names[name] for name in data.test_cases}, None
-    if isinstance(data.folds, Path):
-        folds = read_folds(data.folds, cases)
-    else:
-        folds = draw_folds(cases, data.folds, by=data.split, seed=config.seed, availability=table)
-    number = data.fold or 0
-    if number >= len(folds):
-        message = (
-            f"got fold {number}, expected at most {len(folds) - 1}, because there are {len(folds)}"
-        )
-        raise ConfigError([Fault(f"{message} folds; give another", "fold")])
-    content = folds_json(folds, fold=number, by=data.split, seed=config.seed)
-    return set(folds[number]), content
-
-
-def both_shown(training: Sequence[Case], meta: Sequence[Case]) -> list[Case]:
-    """The cases with what either batch shows, which is what is prepared; see ``Split``."""
-    return [
-        replace(case, files={**other.files, **case.files})
-        for case, other in zip(training, meta, strict=True)
-    ]
 
 
 def prepare_configured(

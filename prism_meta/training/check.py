@@ -14,7 +14,7 @@ import torch
 from rich.filesize import decimal
 from torch import Tensor, nn
 
-from prism_meta.errors import ConfigError
+from prism_meta.errors import ConfigError, PrismError
 from prism_meta.modalities import Batch
 from prism_meta.training.build import build_model, build_objective
 from prism_meta.training.config import Config
@@ -48,20 +48,41 @@ def check_configuration(config: Config, *, model: nn.Module | None = None) -> No
 the coarsest of 4 scales; use more than 8, or a smaller depth
     """
     saved: dict[int, Any] = {}
-    own = model is not None
     try:
         with torch.random.fork_rng(devices=[]), Shapes(), _saved_by_autograd(saved):
             parameters = _run(config, model)
-    except NotImplementedError:
-        return  # an operator of a foreign model that the meta device lacks
-    except (ValueError, RuntimeError, OverflowError) as error:
-        message = (str(error).splitlines() or [type(error).__name__])[0]
-        if own and "meta" in message:
-            return  # a model that reads values
-        fix = "" if "; " in message else "; use another patch or a smaller depth"
-        keys = "data.patch" if own else "data.patch, model.depth"
-        raise ConfigError(f"{keys}: {message}{fix}") from error
+    except PrismError:
+        raise  # the network could not be built
+    except (NotImplementedError, ValueError, RuntimeError, OverflowError) as error:
+        foreign = model is not None or config.model.is_named
+        if foreign and (isinstance(error, NotImplementedError) or "meta" in str(error)):
+            _run_with_values(config, model)  # it reads values, or has an operator without a shape
+            return
+        raise _refused(config, error, foreign=foreign) from error
     _check_memory(config, parameters, sum(storage.nbytes() for storage in saved.values()))
+
+
+def _run_with_values(config: Config, model: nn.Module | None) -> None:
+    """Run a patch of zeros through a network that is named by its module."""
+    if model is not None:
+        return  # its owner has run it
+    mask = torch.ones(1, len(config.data.modalities), dtype=torch.bool)
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            build_model(config).eval()(torch.zeros(*mask.shape, *config.data.patch), mask)
+    except PrismError:
+        raise
+    except (NotImplementedError, ValueError, RuntimeError) as error:
+        raise _refused(config, error, foreign=True) from error
+
+
+def _refused(config: Config, error: Exception, *, foreign: bool) -> ConfigError:
+    message = (str(error).splitlines() or [type(error).__name__])[0]
+    fix = "" if "; " in message else "; use another patch or a smaller depth"
+    if foreign and config.model.is_named:
+        fix = f"; {config.model.network} cannot take this patch, use another, or other model.arguments"
+    keys = "data.patch" if foreign else "data.patch, model.depth"
+    return ConfigError(f"{keys}: {message}{fix}")
 
 
 def _run(config: Config, model: nn.Module | None) -> int:

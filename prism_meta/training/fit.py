@@ -20,8 +20,11 @@ from prism_meta.data.episodes import Episodes
 from prism_meta.evaluation.windows import patch_of
 from prism_meta.files import writable_folder
 from prism_meta.modalities import Batch
+from prism_meta.training.averaging import AveragedWeights
 from prism_meta.training.outer import ALPHA, outer_step
 from prism_meta.training.trainer import Trainer
+from prism_meta.training.validation import Validation
+from prism_meta.training.weights import save_weights, weights_file
 
 if TYPE_CHECKING:  # it takes two seconds to import
     from lightning_fabric import Fabric
@@ -55,6 +58,8 @@ def fit(
     checkpoint_every: int = 100,
     resume: bool = False,
     workers: int | None = None,
+    validation: Validation | None = None,
+    ema: float = 0.0,
     seed: int = 0,
     on_step: OnStep | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -88,11 +93,14 @@ def fit(
         epoch: outer steps per epoch, for objectives that change once per epoch. Defaults to one pass
             over the cases.
         fabric: devices and processes, launched. Defaults to one device.
-        folder: folder for ``checkpoint.pt`` and ``metrics.jsonl``. Defaults to no files.
+        folder: folder for ``checkpoint.pt``, ``metrics.jsonl`` and ``weights``. Defaults to no files.
         checkpoint_every: number of outer steps between checkpoints.
         resume: resume from the checkpoint in ``folder``; without one, start at the first step.
         workers: number of additional processes that load data. Defaults to one on a CPU with several
             cores and to up to four for a GPU, and to none for a short training or a dataset of yours.
+        validation: cases to validate on; the log has the scores, and ``folder`` the best weights.
+        ema: decay of a moving average of the weights, in [0, 1), e.g. 0.99; 0 keeps none. It is validated
+            beside the model, and ``folder`` gets it in the end. The model itself keeps its own weights.
         seed: seed of episodes and dropout.
         on_step: called every few steps with the step and the newest line of the log.
         should_stop: asked after every step, e.g. a ``StopRequest``.
@@ -148,6 +156,7 @@ def fit(
         optimizer, alpha = outer.optimizer, outer.alpha if alpha is None else alpha
         scheduler = scheduler or outer.scheduler
     folder = None if folder is None else writable_folder(folder)
+    averaged = AveragedWeights(model, ema) if ema else None
     trainer = Trainer(
         MetaLearner(
             model,
@@ -163,19 +172,28 @@ def fit(
         episodes,  # type: ignore[arg-type]
         fabric=fabric,
         scheduler=scheduler,
-        checkpoint=None if folder is None else folder / "checkpoint.pt",
-        metrics=None if folder is None else folder / "metrics.jsonl",
+        folder=folder,
         inner_lr=inner_lr,
         episodes_per_step=episodes_per_step,
         epoch=epoch or _epoch(episodes, episodes_per_step * fabric.world_size),
         checkpoint_every=checkpoint_every,
         workers=workers if workers is not None or isinstance(episodes, DrawnEpisodes) else 0,
+        validation=validation,
+        averaged=averaged,
         seed=seed,
     )
     try:
-        return trainer.fit(steps=steps, resume=resume, on_step=on_step, should_stop=should_stop)
+        history = trainer.fit(steps=steps, resume=resume, on_step=on_step, should_stop=should_stop)
     finally:
         model.eval()
+    with trainer.processes.together():
+        if folder is not None and fabric.is_global_zero:
+            if averaged is not None:
+                save_weights(weights_file(folder, "ema"), averaged.model)
+            save_weights(
+                weights_file(folder, "last"), model
+            )  # it tells that the training has ended
+    return history
 
 
 def inner_steps(strategy: MetaStrategy) -> int:

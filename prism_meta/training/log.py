@@ -9,11 +9,58 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from prism_meta.bilevel.strategies import MetaGradient
 from prism_meta.errors import PrismError, raise_faults
 from prism_meta.files import cannot_write, write_whole
 
 #: More messages about one file would not help.
 _MAX_FAULTS = 5
+
+
+def line(
+    step: int, result: MetaGradient, *, norm: Tensor, lr: float, epoch: int | None
+) -> dict[str, Any]:
+    """What is logged of an outer step; it reads the losses, which waits for the device.
+
+    Args:
+        step: counted from 0.
+        result: the losses and their terms.
+        norm: of the gradient.
+        lr: the outer learning rate.
+        epoch: length of an epoch in outer steps, if there are epochs.
+    """
+    return {
+        "step": step + 1,
+        **({} if epoch is None else {"epoch": step // epoch + 1}),
+        "train_loss": float(result.train_loss),
+        "meta_loss": float(result.meta_loss),
+        "terms": {name: term.tolist() for name, term in result.terms.items()},
+        "gradient_norm": float(norm),
+        "lr": lr,
+    }
+
+
+def refuse_divergence(lines: Sequence[dict[str, Any]], scaler: Any) -> None:
+    """Mark the steps that the scaler of half precision skipped.
+
+    Raises:
+        PrismError: a loss or a gradient is not finite without a scaler that can deal with it.
+    """
+    for line in lines:
+        finite = torch.tensor([line["train_loss"], line["meta_loss"], line["gradient_norm"]])
+        if finite.isfinite().all():
+            continue
+        line["skipped"] = True
+        # A scaler skips a step and halves its scale until gradients fit into half precision.
+        if scaler is None or scaler.get_scale() < 1:
+            raise PrismError(
+                f"training diverged at step {line['step']}: losses {line['train_loss']:g} and "
+                f"{line['meta_loss']:g}, gradient norm {line['gradient_norm']:g}; lower the inner or "
+                "the outer learning rate (meta.inner_lr, training.lr), and check the images"
+            )
 
 
 def append(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

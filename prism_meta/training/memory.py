@@ -86,8 +86,9 @@ def step_memory(
         del result
     parameters = sum(_size(p) for p in model.parameters())
     kept = (config.meta.episodes - 1) * _KEPT * parameters
+    copies = 1 + _MOMENTS + (config.training.ema > 0)
     return StepMemory(
-        model=(1 + _MOMENTS) * parameters + sum(_size(b) for b in model.buffers()),
+        model=copies * parameters + sum(_size(b) for b in model.buffers()),
         batches=sum(_size(_image(b)) + _size(b.target) for b in (*StepBatches.of(train), meta)),
         graphs=live.peak + kept,
     )

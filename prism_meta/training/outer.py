@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, PolynomialLR
+from torch.optim.lr_scheduler import LRScheduler
 
 from prism_meta.bilevel.strategies import LearnedObjective, MetaStrategy, Objective
+from prism_meta.training.schedules import Schedule, scheduled
 
 #: Default weight of phi~ - phi in E2.
 ALPHA = 0.5
@@ -49,8 +50,10 @@ def outer_step(
     lr: float = LR,
     weight_decay: float = WEIGHT_DECAY,
     hyper_lr: float = HYPER_LR,
+    schedule: Schedule = "polynomial",
+    warmup: int = 0,
 ) -> Outer:
-    """What the strategy prescribes; otherwise AdamW with a polynomial decay to 0.
+    """What the strategy prescribes; otherwise AdamW with a schedule of its rate.
 
     Args:
         model: on its device.
@@ -61,6 +64,8 @@ def outer_step(
         lr: learning rate of the model's parameters.
         weight_decay: weight decay of the model's parameters.
         hyper_lr: learning rate of what is learned beside them, which has no weight decay.
+        schedule: of both rates.
+        warmup: number of outer steps over which they grow first.
 
     Example:
         >>> from prism_meta.bilevel.inner import SGD
@@ -83,7 +88,7 @@ def outer_step(
         # Weight decay would pull a free parameter to 0, which is a weight of log 2.
         groups.append({"params": learned, "lr": hyper_lr, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
-    scheduler = PolynomialLR(optimizer, total_iters=steps, power=0.9)
+    scheduler = scheduled(optimizer, steps, schedule=schedule, warmup=warmup)
     return Outer(optimizer, scheduler, alpha, prescribed=False)
 
 

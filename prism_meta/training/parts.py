@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -24,7 +25,7 @@ from prism_meta.training.build import (
 from prism_meta.training.config import Config
 from prism_meta.training.fit import OnStep, fit, inner_steps
 from prism_meta.training.outer import Outer
-from prism_meta.training.run import Run
+from prism_meta.training.validation import Validation
 
 if TYPE_CHECKING:  # it takes two seconds to import
     from lightning_fabric import Fabric
@@ -63,8 +64,9 @@ class Parts:
         config: Config,
         *,
         fabric: Fabric,
-        run: Run | None,
+        folder: Path | None,
         resume: bool,
+        validation: Validation | None,
         on_step: OnStep,
         should_stop: Callable[[], bool] | None,
     ) -> list[dict[str, Any]]:
@@ -82,10 +84,12 @@ class Parts:
             clip_norm=config.training.clip_norm,
             episodes_per_step=config.meta.episodes,
             fabric=fabric,
-            folder=None if run is None else run.folder,
+            folder=folder,
             checkpoint_every=config.training.checkpoint_every,
             resume=resume,
             workers=config.data.workers,
+            validation=validation,
+            ema=config.training.ema,
             seed=config.seed,
             on_step=on_step,
             should_stop=should_stop,

@@ -6,7 +6,9 @@ folds.json               the folds by the names of their cases, if data.folds is
 metrics.jsonl            one line per step
 checkpoint.pt            state of the training, from which it can be resumed
 checkpoint.previous.pt   the one before, in case that the newest is damaged
-weights.safetensors      the model's weights
+weights/last.safetensors the model's weights after the last step
+weights/best.safetensors those that were best on the validation cases, with validation.cases
+weights/ema.safetensors  their moving average, with training.ema
 .lock                    locked while a process trains here
 """
 
@@ -22,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import nn
 
 from prism_meta.data.cases import Case
@@ -36,6 +36,7 @@ from prism_meta.training.checkpoint import load_checkpoint
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.facts import changed_keys, command_line, read_facts, versions
 from prism_meta.training.lock import LOCK
+from prism_meta.training.weights import WEIGHTS, Kind, load_weights, weights_file, written_kinds
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,14 @@ class Run:
         """State of the training."""
         return self.folder / "checkpoint.pt"
 
+    def weights(self, kind: Kind = "last") -> Path:
+        """The model's weights of one kind."""
+        return weights_file(self.folder, kind)
+
     @property
-    def weights(self) -> Path:
-        """The model's weights."""
-        return self.folder / "weights.safetensors"
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds of weights that the training writes, the one to use first."""
+        return written_kinds(self.config)
 
     @property
     def evaluation(self) -> Path:
@@ -92,7 +97,7 @@ class Run:
             "folds.json",
             "metrics.jsonl",
             "checkpoint.pt",
-            "weights.safetensors",
+            WEIGHTS,
         )
         taken = [name for name in names if (folder / name).exists()]
         if taken and not (folder / LOCK).exists():
@@ -109,6 +114,7 @@ class Run:
         root: Path | None,
         train: Sequence[Case],
         test: Sequence[Case],
+        validation: Sequence[Case] = (),
         own: Mapping[str, str] | None = None,
         folds: str | None = None,
     ) -> Run:
@@ -120,6 +126,7 @@ class Run:
             root: folder of the cases, if they come from one.
             train: training cases.
             test: cases that are held out.
+            validation: cases to validate on.
             own: class names of the objects that replace configured ones, e.g. ``{"model": "WrappedNet"}``.
             folds: the content of ``folds.json``.
 
@@ -136,6 +143,7 @@ class Run:
             "data": None if root is None else str(root.resolve()),
             "train": {case.id: sorted(case.files) for case in train},
             "test": [case.id for case in test],
+            "validation": {case.id: sorted(case.files) for case in validation},
             "own": dict(own or {}),
             "config": config.model_dump(mode="json"),
         }
@@ -215,13 +223,18 @@ class Run:
             write_whole(self.folder / "config.toml", self.config.to_toml())
         return replace(self, facts=facts)
 
-    def check_cases(self, cases: Sequence[Case]) -> None:
-        """Check that the training cases are still those that the run was started with.
+    def check_cases(self, cases: Sequence[Case], validation: Sequence[Case] = ()) -> None:
+        """Check that the cases are still those that the run was started with.
+
+        Args:
+            cases: the training cases.
+            validation: those to validate on.
 
         Raises:
             PrismError: cases or files were added or removed.
         """
-        then, now = self.facts["train"], {case.id: sorted(case.files) for case in cases}
+        then = {**self.facts["train"], **self.facts.get("validation", {})}
+        now = {case.id: sorted(case.files) for case in (*cases, *validation)}
         changed = sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
         if changed:
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
@@ -231,14 +244,35 @@ class Run:
                 "a new run"
             )
 
-    def save_weights(self, model: nn.Module) -> None:
-        """Write the model's weights."""
-        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        # Not save_file: its error for a full disk is no OSError, and its files have a mode of their own.
-        write_whole(self.weights, save(state))
+    def existing_weights(self, kind: Kind | None = None) -> Path:
+        """The file of the trained weights.
+
+        Args:
+            kind: which ones. Defaults to the first of ``kinds``: the best ones of a run with validation,
+                otherwise the averaged ones, otherwise the last ones.
+
+        Raises:
+            PrismError: training has not ended, or it writes no such weights.
+        """
+        if kind not in (None, *self.kinds):
+            needs = {"best": "validation.cases", "ema": "training.ema"}[str(kind)]
+            raise PrismError(
+                f"{self.folder}: was trained without {needs}, and has no {kind} weights; use "
+                f"{' or '.join(self.kinds)}"
+            )
+        if not self.weights().exists():
+            raise PrismError(
+                f"{self.folder}: the training has not ended (no {WEIGHTS}/{self.weights().name}); "
+                f"continue it with prism-meta train --resume {self.folder}"
+            )
+        return self.weights(kind or self.kinds[0])
 
     def load_model(
-        self, device: torch.device | str = "cpu", *, model: nn.Module | None = None
+        self,
+        device: torch.device | str = "cpu",
+        *,
+        model: nn.Module | None = None,
+        weights: Kind | None = None,
     ) -> nn.Module:
         """Load the trained weights.
 
@@ -246,12 +280,14 @@ class Run:
             device: device of the model.
             model: gets the weights; needed for a run that trained a model of your own. Defaults to the
                 configured network.
+            weights: which ones, see ``existing_weights``.
 
         Returns:
             The model, in evaluation mode.
 
         Raises:
-            PrismError: training has not ended, the run needs ``model``, or the weights do not fit.
+            PrismError: training has not ended, the run needs ``model``, there are no such weights, or
+                they do not fit.
         """
         if model is None:
             name = self.facts.get("own", {}).get("model")
@@ -261,47 +297,29 @@ class Run:
                     "cannot build; load it in Python with Run.open(folder).predictor(model=...)"
                 )
             model = build_model(self.config)
-        try:
-            state = load(self.weights.read_bytes())
-            model.load_state_dict(state)
-        except FileNotFoundError as error:
-            raise PrismError(
-                f"{self.folder}: the training has not ended (no {self.weights.name}); "
-                f"continue it with prism-meta train --resume {self.folder}"
-            ) from error
-        except OSError as error:
-            reason = (error.strerror or str(error)).lower()
-            raise PrismError(
-                f"{self.weights}: cannot be read ({reason}); make the file readable"
-            ) from error
-        except (RuntimeError, SafetensorError) as error:
-            raise PrismError(
-                f"{self.weights}: does not fit config.toml ({str(error).splitlines()[0]}); "
-                "restore the file or train again"
-            ) from error
-        wrong = [n for n, w in state.items() if w.is_floating_point() and not w.isfinite().all()]
-        if wrong:
-            raise PrismError(
-                f"{self.weights}: {wrong[0]} has values that are NaN or infinite; restore the file or "
-                "train again"
-            )
+        load_weights(self.existing_weights(weights), model)
         return model.to(device).eval()
 
     def predictor(
-        self, device: torch.device | str | None = None, *, model: nn.Module | None = None
+        self,
+        device: torch.device | str | None = None,
+        *,
+        model: nn.Module | None = None,
+        weights: Kind | None = None,
     ) -> Predictor:
         """The trained model with the run's preprocessing, labels and window.
 
         Args:
             device: device of the model. Defaults to the GPU if there is one.
             model: see ``load_model``.
+            weights: see ``load_model``.
 
         Raises:
             PrismError: see ``load_model``.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return build_predictor(self.config, self.load_model(device, model=model))
+        return build_predictor(self.config, self.load_model(device, model=model, weights=weights))
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``.

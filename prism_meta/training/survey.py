@@ -25,15 +25,10 @@ from prism_meta.training.build import (
     build_label_set,
     build_preprocessing,
 )
-from prism_meta.training.cases import (
-    both_shown,
-    file_names,
-    search_configured,
-    split,
-    training_faults,
-)
+from prism_meta.training.cases import file_names, search_configured, training_faults
 from prism_meta.training.config import Config
 from prism_meta.training.config.keys import ARGUMENT_KEYS
+from prism_meta.training.splitting import both_shown, split
 from prism_meta.training.survey_result import CaseSurvey, Survey
 
 #: Called with the number of read cases, the number of all cases, and a name.
@@ -113,7 +108,7 @@ def _planned(config: Config, cases: Sequence[Case]) -> tuple[_Plan, list[str]]:
     if not cases:
         return plan, []
     try:
-        training, _, _, meta = split(config, cases)
+        training, _, _, meta, _ = split(config, cases)
         meta = meta or training
         plan.shown.update({case.id: case for case in training})
         plan.prepared.update({case.id: case for case in both_shown(training, meta)})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
@@ -19,23 +20,25 @@ from prism_meta.errors import ConfigError, PrismError
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.files import kept_if_used, writable_folder
 from prism_meta.modalities import Batch
-from prism_meta.training.build import (
-    build_fabric,
-    build_predictor,
-)
-from prism_meta.training.cases import load_configured, prepare_configured, split
+from prism_meta.training.build import build_fabric, build_predictor, build_validation
+from prism_meta.training.cases import load_configured, prepare_configured
 from prism_meta.training.check import check_configuration
 from prism_meta.training.config import Config
 from prism_meta.training.fit import OnStep
+from prism_meta.training.initial import load_initial
 from prism_meta.training.lock import LOCK, locked
 from prism_meta.training.parts import Own, build_parts, only
 from prism_meta.training.processes import Processes
 from prism_meta.training.progress import progress_bars
 from prism_meta.training.run import Run
+from prism_meta.training.splitting import Split, split
+from prism_meta.training.weights import load_weights, weights_file, written_kinds
 
 if TYPE_CHECKING:  # it takes two seconds to import
     from lightning_fabric import Fabric
 
+#: Tells what was taken from another run; the commands print it on standard error.
+_log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 #: A folder of cases, cases, prepared cases, or a dataset of episodes (D_train, D_meta).
 Cases = Path | str | Sequence[Case] | Sequence[CachedCase] | Dataset[tuple[Batch, Batch]]
@@ -46,7 +49,8 @@ class Trained:
     """The result of ``train``.
 
     Args:
-        predictor: the trained model, ready to predict and evaluate cases.
+        predictor: the trained model, ready to predict and evaluate cases. With validation it has the
+            weights that were best there, otherwise the averaged ones of ``training.ema``.
         history: the log of this training, one dictionary per step.
         test: the cases that were held out; empty if the configuration holds none out.
         run: the run folder; None without ``out``.
@@ -137,11 +141,16 @@ def train(
     if isinstance(cases, (Path, str)) or only(cases, (Case, CachedCase)):
         # A dataset of episodes has patches of its own.
         check_configuration(config, model=model)
+    initial = None
+    if config.training.init is not None and not (run is not None and run.checkpoint.exists()):
+        initial = Run.open(config.training.init)
+        initial.existing_weights()  # before any work is done
     fabric = fabric or build_fabric(config.fabric)
     root = Path(cases) if isinstance(cases, (Path, str)) else None
-    training, test, folds, meta = _split(config, cases)
+    sets = _split(config, cases)
+    training: Any = sets.training
     if run is not None:
-        run.check_cases(only(training, Case))
+        run.check_cases(only(training, Case), sets.validation)
     fabric.launch()
     processes = Processes(fabric)
     with ExitStack() as stack:
@@ -151,18 +160,23 @@ def train(
                     stack.enter_context(_own_folder(Path(out)))
         quiet = not (progress and fabric.is_global_zero)
         advance = stack.enter_context(progress_bars("prepare", "train", quiet=quiet))
-        source: Any = training
+        source, watched = training, []
         if only(training, Case):
-            source = prepare_configured(
+            prepared = prepare_configured(
                 config,
-                source,
+                [*training, *sets.validation],
                 _cache(config, out, stack),
-                meta=meta,
+                meta=[*(sets.meta or training), *sets.validation],
                 processes=processes,
                 on_case=advance,
                 should_stop=should_stop,
             )
+            source, watched = prepared[: len(training)], prepared[len(training) :]
         parts = build_parts(config, source, own, fabric=fabric)
+        if initial is not None:
+            taken = load_initial(parts.model, config, initial)
+            if fabric.is_global_zero:
+                _log.info("%s", "\n".join(taken.lines()))
         if out is not None:
             with processes.together():
                 if fabric.is_global_zero:
@@ -174,35 +188,49 @@ def train(
                             config,
                             root=root,
                             train=only(training, Case),
-                            test=test,
+                            test=sets.test,
+                            validation=sets.validation,
                             own=own.names(),
-                            folds=folds,
+                            folds=sets.folds,
                         )
                     )
             run = processes.gather(run)[0]
 
         def report(step: int, line: dict[str, Any]) -> None:
-            losses = f"train {line['train_loss']:.3f}  meta {line['meta_loss']:.3f}"
-            advance(step, config.training.steps, losses, task="train")
+            advance(step, config.training.steps, _note(line), task="train")
             if on_step is not None:
                 on_step(step, line)
 
+        kind = written_kinds(config)[0]
+        folder = None if run is None else run.folder
+        if folder is None and kind != "last":
+            folder = Path(stack.enter_context(TemporaryDirectory()))
         history = parts.fit(
-            config, fabric=fabric, run=run, resume=resume, on_step=report, should_stop=should_stop
+            config,
+            fabric=fabric,
+            folder=folder,
+            resume=resume,
+            validation=build_validation(config, watched),
+            on_step=report,
+            should_stop=should_stop,
         )
-        with processes.together():
-            if run is not None and fabric.is_global_zero:
-                run.save_weights(parts.model)
-    return Trained(build_predictor(config, parts.model), history, tuple(test), run)
+        if folder is not None and kind != "last":
+            _use_weights(weights_file(folder, kind), parts.model, processes)
+    return Trained(build_predictor(config, parts.model), history, tuple(sets.test), run)
 
 
-def _split(config: Config, cases: Cases) -> tuple[Any, list[Case], str | None, list[Case] | None]:
-    """What to train on, which may be no cases, and the rest of ``Split``."""
+def _split(config: Config, cases: Cases) -> Split:
+    """How the cases are used. Prepared cases and episodes are all for training."""
     if isinstance(cases, (Path, str)):
         cases = load_configured(config, cases)
     files = only(cases, Case)
     if not files:
-        return cases, [], None, None
+        if config.validation.is_on:
+            raise ConfigError(
+                "validation.cases: draws from cases with files, and got prepared ones or episodes; leave "
+                "it out, or call prism_meta.fit with validation=..."
+            )
+        return Split(cases, [])  # type: ignore[arg-type]
     wrong = [case for case in files if case.modalities != config.data.modalities]
     if wrong:
         raise ConfigError(
@@ -232,7 +260,27 @@ def _cache(config: Config, out: Path | str | None, stack: ExitStack) -> Path:
         return config.data.cache
     if out is not None:
         return Path(out).parent / ".prism-meta-cache"
-    return Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    return Path(stack.enter_context(TemporaryDirectory()))
+
+
+def _use_weights(path: Path, model: nn.Module, processes: Processes) -> None:
+    """Load the weights that the first process wrote, in all processes."""
+    first = processes.fabric.is_global_zero
+    with processes.together():
+        if first:
+            load_weights(path, model)
+    if processes.fabric.world_size > 1:
+        state = {name: value.cpu() for name, value in model.state_dict().items()} if first else None
+        model.load_state_dict(processes.gather(state)[0])  # type: ignore[arg-type]
+
+
+def _note(line: dict[str, Any]) -> str:
+    """What stands beside the progress bar."""
+    losses = f"train {line['train_loss']:.3f}  meta {line['meta_loss']:.3f}"
+    if "validation" not in line:
+        return losses
+    best = line["validation"]["best"]
+    return f"{losses}  best Dice {best['dice']:.3f} at {best['step']}"
 
 
 @contextmanager

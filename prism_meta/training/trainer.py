@@ -26,12 +26,15 @@ from prism_meta.errors import PrismError
 from prism_meta.modalities import Batch
 from prism_meta.training import log
 from prism_meta.training.adaptive import Adaptive
+from prism_meta.training.averaging import AveragedWeights
 from prism_meta.training.checkpoint import load_checkpoint, save_checkpoint
 from prism_meta.training.communication import mean_meta_gradient
 from prism_meta.training.feedback import Feedback, without_samples
 from prism_meta.training.loader import default_workers, load_episodes
 from prism_meta.training.processes import Processes
+from prism_meta.training.selection import Selection
 from prism_meta.training.stopping import TrainingStopped
+from prism_meta.training.validation import Validation
 
 if TYPE_CHECKING:  # it takes two seconds to import
     from lightning_fabric import Fabric
@@ -53,14 +56,15 @@ class Trainer:
         fabric: devices and processes, launched.
         scheduler: schedule of the learner's optimizer, one step per outer step. Defaults to a
             constant rate.
-        checkpoint: file for the state. Defaults to no checkpoint.
-        metrics: file of JSON lines, one per step. Defaults to no file.
+        folder: folder for ``checkpoint.pt``, ``metrics.jsonl`` and the best weights. Defaults to no files.
         inner_lr: the tensor that is the inner optimizer's rate, if it is to decay with the outer
             rate. Defaults to a constant inner rate.
         episodes_per_step: number of episodes that an outer step averages over.
         epoch: length of an epoch in outer steps. Defaults to no epochs.
         checkpoint_every: number of outer steps between checkpoints.
         workers: number of additional processes that load data. Defaults to ``default_workers``.
+        validation: cases to validate on. Defaults to no validation.
+        averaged: moving average of the weights, which follows each step. Defaults to none.
         seed: seed of the model's own randomness (dropout).
     """
 
@@ -71,18 +75,20 @@ class Trainer:
         *,
         fabric: Fabric,
         scheduler: LRScheduler | None = None,
-        checkpoint: Path | None = None,
-        metrics: Path | None = None,
+        folder: Path | None = None,
         inner_lr: Tensor | None = None,
         episodes_per_step: int = 1,
         epoch: int | None = None,
         checkpoint_every: int = 100,
         workers: int | None = 0,
+        validation: Validation | None = None,
+        averaged: AveragedWeights | None = None,
         seed: int = 0,
     ) -> None:
         self.learner, self.episodes, self.fabric = learner, episodes, fabric
         self.scheduler = scheduler or LambdaLR(learner.optimizer, lambda step: 1.0)
-        self.checkpoint, self.metrics = checkpoint, metrics
+        self.checkpoint = None if folder is None else folder / "checkpoint.pt"
+        self.metrics = None if folder is None else folder / "metrics.jsonl"
         self.epoch, self.checkpoint_every = epoch, checkpoint_every
         self.objective = learner.objective if isinstance(learner.objective, Adaptive) else None
         self.inner_lr = inner_lr
@@ -91,6 +97,11 @@ class Trainer:
         self.workers, self.seed = workers, seed
         self.processes = Processes(fabric)
         self.feedback = Feedback(episodes, episodes_per_step, self.processes)
+        self.averaged = averaged
+        self.selection: Selection | None = None
+        if validation is not None:
+            models = {"last": learner.model} | ({} if averaged is None else {"ema": averaged.model})
+            self.selection = Selection(validation, models, self.processes, folder)
 
     def fit(
         self,
@@ -100,7 +111,7 @@ class Trainer:
         on_step: Callable[[int, dict[str, Any]], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[dict[str, Any]]:
-        """Train to the last outer step.
+        """Train to the last outer step, or until the validation makes no progress.
 
         Args:
             steps: number of outer steps. Defaults to as many as there are episodes for. If it differs
@@ -126,6 +137,8 @@ class Trainer:
                 log.truncate(self.metrics, start)
         if start == 0:
             self._save(0, total)  # so that every run can be resumed, whatever model it was given
+        if self.selection is not None and self.selection.best.ended:
+            return []
         self.learner.model.train()
         indices = range(start * count, total * count)
         workers = self.workers
@@ -164,15 +177,19 @@ class Trainer:
                 self._gather(self.objective)
                 self.objective.end_epoch()
             stop = any(self.processes.gather(should_stop is not None and should_stop()))
+            validate = self.selection is not None and self.selection.is_due(done, total)
             save = stop or done % self.checkpoint_every == 0 or done == total
-            if save or done % _STEPS_PER_READING == 0:
-                history += self._log(pending)
+            if save or validate or done % _STEPS_PER_READING == 0:
+                history += self._log(pending, done if validate else None)
                 pending.clear()
                 self.feedback.read(done)
                 if on_step is not None:
                     on_step(done, history[-1])
-            if save:
+            ended = self.selection is not None and self.selection.best.ended
+            if save or ended:
                 self._save(done, total)
+            if ended:
+                break
             if stop and done < total:
                 raise TrainingStopped(done, total)
         return history
@@ -199,6 +216,8 @@ class Trainer:
             # Learned weights are not among the terms, because the meta loss does not use them.
             result = replace(result, terms={**self.objective.weights(), **result.terms})
         norm = self.learner.apply(result)
+        if self.averaged is not None:
+            self.averaged.update(self.learner.model)
         if self.learner.scaler is not None and not norm.isfinite():
             return result, norm  # the scaler skipped the step in all processes
         if self.objective is not None:
@@ -219,34 +238,19 @@ class Trainer:
             )
 
     def _log(
-        self, pending: Sequence[tuple[int, float, MetaGradient, Tensor]]
+        self,
+        pending: Sequence[tuple[int, float, MetaGradient, Tensor]],
+        validated: int | None,
     ) -> list[dict[str, Any]]:
+        """Write the lines of the ``pending`` steps, the last one with a validation after ``validated``."""
         lines = [
-            {
-                "step": step + 1,
-                **({} if self.epoch is None else {"epoch": step // self.epoch + 1}),
-                "train_loss": float(result.train_loss),
-                "meta_loss": float(result.meta_loss),
-                "terms": {name: term.tolist() for name, term in result.terms.items()},
-                "gradient_norm": float(norm),
-                "lr": lr,
-            }
+            log.line(step, result, norm=norm, lr=lr, epoch=self.epoch)
             for step, lr, result, norm in pending
         ]
         lines = [log.mean(of_step) for of_step in zip(*self.processes.gather(lines), strict=True)]
-        scaler = self.learner.scaler
-        for line in lines:
-            finite = torch.tensor([line["train_loss"], line["meta_loss"], line["gradient_norm"]])
-            if finite.isfinite().all():
-                continue
-            line["skipped"] = True
-            # A scaler skips a step and halves its scale until gradients fit into half precision.
-            if scaler is None or scaler.get_scale() < 1:
-                raise PrismError(
-                    f"training diverged at step {line['step']}: losses {line['train_loss']:g} and "
-                    f"{line['meta_loss']:g}, gradient norm {line['gradient_norm']:g}; lower the inner or "
-                    "the outer learning rate (meta.inner_lr, training.lr), and check the images"
-                )
+        log.refuse_divergence(lines, self.learner.scaler)
+        if self.selection is not None and validated is not None:
+            lines[-1]["validation"] = self.selection(validated)
         with self.processes.together():
             if self.metrics is not None and self.fabric.is_global_zero:
                 log.append(self.metrics, lines)
@@ -269,6 +273,8 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "objective": {} if self.objective is None else self.objective.state_dict(),
             "episodes": self.feedback.state_dict(),
+            "averaged": {} if self.averaged is None else self.averaged.state_dict(),
+            "selection": {} if self.selection is None else self.selection.state_dict(),
         }
 
     def _restore(self, total: int) -> int:
@@ -294,6 +300,11 @@ class Trainer:
             if self.objective is not None:
                 self.objective.load_state_dict(state["objective"])
             self.feedback.load_state_dict(state.get("episodes", {}), step)
+            if self.averaged is not None:
+                self.averaged.load_state_dict(state["averaged"])
+            if self.selection is not None:
+                longer = total > state["steps"]
+                self.selection.load_state_dict(state["selection"], longer=longer)
             if state["steps"] == total:
                 self.scheduler.load_state_dict(state["scheduler"])
             else:

@@ -22,7 +22,10 @@ INTEGERS = {
     "meta.episodes": (1, 10_000),
     "meta.cg_steps": (1, 10_000),
     "training.steps": (1, 10**8),
+    "training.warmup": (0, 10**8),
     "training.checkpoint_every": (1, 10**8),
+    "validation.every": (1, 10**8),
+    "validation.patience": (1, 10_000),
     "fabric.nodes": (1, 10_000),
 }
 #: Values out of the range of each number.
@@ -41,18 +44,20 @@ FLOATS = {
     "training.lr": ("0", "1e9"),
     "training.weight_decay": ("-1", "1e9"),
     "training.clip_norm": ("0", "1e9"),
+    "training.ema": ("-0.1", "1"),
     "evaluation.overlap": ("-0.5", "1"),
 }
 CHOICES = (
-    "masks.train", "masks.meta", "episodes.kind", "model.network", "model.fusion", "objective.weighting",
+    "masks.train", "masks.meta", "episodes.kind", "model.fusion", "objective.weighting",
     "objective.direction", "objective.prototype", "meta.strategy", "meta.inner", "meta.inner_state",
     "fabric.accelerator", "fabric.precision", "evaluation.empty", "data.layout", "data.split", "data.align",
+    "training.schedule", "validation.select",
 )  # fmt: skip
 SWITCHES = (
     "objective.scale_decay", "objective.weighted", "objective.unimodal", "meta.inner_decay",
     "training.augment",
 )  # fmt: skip
-PATHS = ("data.availability", "data.cache")
+PATHS = ("data.availability", "data.cache", "training.init")
 #: Other keys with values that they do not take.
 OTHERS = {
     "data.modalities": ("3", "flair", "[1, 2]", "[[]]", "{a = 1}"),
@@ -67,6 +72,9 @@ OTHERS = {
     "data.meta_missing_rates": ("0.5", "[1, 0, 0, 0]", "[-1, 0, 0, 0]", "[nan, 0, 0, 0]", "['a', 0, 0, 0]",
                                 "[0, 0, 0]"),
     "data.test_cases": ("p0", "[1]", "3", "true"),
+    "model.network": ('""', "unett", "3", "true", "[]", "a b:c", "a:", ":b", "a:b:c", "../a:b", "a.b"),
+    "model.arguments": ("3", "a", "[]", "true", "{a = 1}"),
+    "validation.cases": ("p0", "[1]", "-1", "1.5", "true", "{a = 1}", "nan"),
     "data.folds": ("0", "1", "-3", "1.5", "true", "[]", "[3]", "{a = 1}", "nan"),
     "data.fold": ("-1", "1.5", "true", "a", "[]", "1e9"),
     "data.files": ("3", "[]", "'*_t1*'", "{t1 = 3}", "{t1 = []}", "{t1 = [1]}", "{t1 = ''}", "{t1 = '/a'}",
@@ -74,6 +82,9 @@ OTHERS = {
     "fabric.devices": ("0", "-5", "abc", '""', "1.5", "true", "[0]", "{a = 1}", "'3,'", "100000", "'1,x'"),
 }  # fmt: skip
 KEYS = {*INTEGERS, *FLOATS, *CHOICES, *SWITCHES, *PATHS, *OTHERS}
+
+#: Networks that are named by their module have sizes of their own.
+_OWN_SIZES = ("model.width=8", "model.depth=4")
 
 #: Overrides that are valid one by one, and what is said of them together.
 TOGETHER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -130,6 +141,52 @@ TOGETHER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "hard masks without all subsets": (
         ("masks.train=hard", "masks.meta=full"),
         ("masks: meta: hard masks follow the losses", "use dynamic"),
+    ),
+    "a network that cannot be imported": (
+        (*_OWN_SIZES, "model.network=nomodule:Net"),
+        ("model.network: nomodule:Net cannot be imported (No module named 'nomodule')", "give an"),
+    ),
+    "a network of MONAI in small letters": (
+        (*_OWN_SIZES, "model.network=monai:segresnet"),
+        (
+            "model.network: monai.networks.nets has no function or class 'segresnet'",
+            "did you mean SegResNet?",
+        ),
+    ),
+    "a function that returns no network": (
+        (*_OWN_SIZES, "model.network=builtins:dict"),
+        ("model.network: builtins:dict returned dict, expected a torch.nn.Module", "correct it"),
+    ),
+    "a network without its arguments": (
+        (*_OWN_SIZES, "model.network=monai:UNet"),
+        ("model.arguments: UNet() missing 2 required", "correct them"),
+    ),
+    "a network with an unknown argument": (
+        (*_OWN_SIZES, "model.network=monai:SegResNet", "model.arguments={filters = 4}"),
+        (
+            "model.arguments: SegResNet() got an unexpected keyword argument 'filters'",
+            "correct them",
+        ),
+    ),
+    "a network of MONAI with a width": (
+        ("model.network=monai:SegResNet", "model.width=4"),
+        ("model: width: monai:SegResNet has no such size", "use arguments"),
+    ),
+    "a network of MONAI with a fusion": (
+        ("model.network=monai:SegResNet", "model.fusion=mean"),
+        ("model: fusion: mean needs network = prism, because monai:SegResNet has no fusion",),
+    ),
+    "warm-up longer than the training": (
+        ("training.warmup=50", "training.steps=50"),
+        ("training: warmup: got 50 steps of 50", "use fewer"),
+    ),
+    "patience without validation": (
+        ("validation.patience=3",),
+        ("validation: patience: needs validation", "set cases"),
+    ),
+    "a validation case twice": (
+        ('validation.cases=["p1", "p1"]',),
+        ("validation: cases: a case occurs twice",),
     ),
     "a power of no hard masks": (("masks.power=2",), ("power: only hard masks have one",)),
     "support without tasks": (

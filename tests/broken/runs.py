@@ -50,9 +50,10 @@ def damaged(
     name: str, damage: Damage, then: Callable[[Path], Sequence[object]], folder: Path
 ) -> Sequence[object]:
     """The command ``then`` on a run whose file ``name`` is damaged; the other checkpoint is gone."""
-    path = whole.trained(folder) / name
+    run = whole.trained(folder)
+    path = run / name
     content = path.read_bytes()
-    (path.parent / "checkpoint.previous.pt").unlink()
+    (run / "checkpoint.previous.pt").unlink()
     write(path, damage(content))
     return then(folder)
 
@@ -63,7 +64,7 @@ def files() -> Iterator[Broken]:
         "run.json": commands,
         "config.toml": commands,
         "checkpoint.pt": {"resume": resume},
-        "weights.safetensors": {"evaluate": evaluate, "predict": predict},
+        "weights/last.safetensors": {"evaluate": evaluate, "predict": predict},
         "metrics.jsonl": {"evaluate": evaluate},
     }
     for name, of_name in needed.items():
@@ -179,8 +180,8 @@ def models() -> Iterator[Broken]:
         for command, then in {"evaluate": evaluate, "predict": predict}.items():
             yield Broken(
                 f"weights: {name}, {command}",
-                partial(damaged, "weights.safetensors", weights(change), then),
-                ("weights.safetensors: ", "restore the file"),
+                partial(damaged, "weights/last.safetensors", weights(change), then),
+                ("weights/last.safetensors: ", "restore the file"),
             )
 
 

@@ -31,7 +31,7 @@ VOLUMES = ("data.patch=[16,16,8]",)
 def test_every_strategy_trains(cases: Path, tmp_path: Path, strategy: str) -> None:
     options = settings("training.steps=2", f"meta.strategy={strategy}", "meta.cg_steps=1")
     assert run("train", cases, "--out", tmp_path / "run", *options)[0] == 0
-    assert (tmp_path / "run" / "weights.safetensors").exists()
+    assert (tmp_path / "run" / "weights/last.safetensors").exists()
 
 
 def test_one_branch_alone_trains(cases: Path, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert run("train", cases, "--out", tmp_path / "whole", *options)[0] == 0
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     # As if it had been cut off in step 4: the checkpoint of step 2, lines up to step 3, no weights.
-    (tmp_path / "cut" / "weights.safetensors").unlink()
+    (tmp_path / "cut" / "weights/last.safetensors").unlink()
     kept: dict[int, bytes] = {}
     save = trainer.Trainer._save
 
@@ -151,8 +151,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     torch.manual_seed(99)  # another state of the global generator must not matter
     assert run("train", "--resume", cut)[0] == 0
     assert (cut / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
-    whole = (tmp_path / "whole" / "weights.safetensors").read_bytes()
-    assert (cut / "weights.safetensors").read_bytes() == whole
+    whole = (tmp_path / "whole" / "weights/last.safetensors").read_bytes()
+    assert (cut / "weights/last.safetensors").read_bytes() == whole
 
 
 def test_the_second_run_reads_no_voxels_of_nifti(
@@ -204,7 +204,7 @@ def fails(root: Path, out: Path, *extra: str) -> list[str]:
     """The faults of a training that must not start; nothing may be left of it."""
     code, output = run("train", root, "--out", out / "run", *settings(*extra))
     assert code == 2
-    assert not (out / "run" / "weights.safetensors").exists()
+    assert not (out / "run" / "weights/last.safetensors").exists()
     assert not [p for p in out.rglob("*") if ".partial." in p.name]
     return errors(output)
 

@@ -9,7 +9,7 @@ import pytest
 from commands import errors, run
 from niftis import write_cases
 
-from prism_meta.training import plan_result, planning
+from prism_meta.training import plan_result, plan_search, planning
 from prism_meta.training.config import load_config
 
 pytestmark = pytest.mark.usefixtures("memory_by_voxels")
@@ -41,7 +41,8 @@ def test_train_without_sizes_plans(
     monkeypatch.setattr(planning, "device_kind", lambda accelerator: "cpu")
     monkeypatch.setattr(planning, "ON_CPU", 8 * 10**8)
     monkeypatch.setattr(plan_result, "OUTSIDE", {"cpu": 690 * 10**6})
-    monkeypatch.setattr(planning, "preparation", lambda config, found: 0)
+    for module in (planning, plan_search):
+        monkeypatch.setattr(module, "preparation", lambda config, found: 0)
     code, output = run(
         "train", cases, "--out", tmp_path / "run", "-s", "seed=4", "--time-limit", "1s"
     )

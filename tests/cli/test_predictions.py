@@ -188,9 +188,9 @@ def test_the_run_is_read_before_the_first_prediction(
 ) -> None:
     root, trained = whole.cases(tmp_path), whole.trained(tmp_path)
     monkeypatch.setattr(Predictor, "predict", None)
-    (trained / "weights.safetensors").write_bytes(b"no weights")
+    (trained / "weights/last.safetensors").write_bytes(b"no weights")
     code, output = run("predict", trained, root, tmp_path / "labels")
-    assert code == 2 and "weights.safetensors" in errors(output)[0]
+    assert code == 2 and "weights/last.safetensors" in errors(output)[0]
     assert not (tmp_path / "labels").exists()
 
 

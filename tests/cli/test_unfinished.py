@@ -185,9 +185,8 @@ def _weights(folder: Path) -> None:
         *settings("training.steps=2", 'data.modalities=["flair","t1"]'),
     )  # fmt: skip
     assert code == 0
-    (folder / "run" / "weights.safetensors").write_bytes(
-        (other / "weights.safetensors").read_bytes()
-    )
+    name = "weights/last.safetensors"
+    (folder / "run" / name).write_bytes((other / name).read_bytes())
 
 
 def _configuration(folder: Path) -> None:

@@ -133,8 +133,8 @@ def test_a_resumed_run_keeps_its_own_baseline(tmp_path: Path) -> None:
     assert (code, errors(output)) == (
         2,
         [
-            "train --resume: uses the run's own folder and config; leave --out, --config, --baseline and "
-            "--set out"
+            "train --resume: uses the run's own folder and config; leave --out, --config, --baseline, "
+            "--set and --init out"
         ],
     )
 

@@ -248,7 +248,7 @@ def test_each_inner_step_gets_a_batch_of_its_own(cases: Path, tmp_path: Path, wo
             should_stop=should_stop,
         )  # fmt: skip
     pm.train(cases, objective=objective, out=tmp_path / "cut", resume=True, progress=False)
-    for name in ("weights.safetensors", "metrics.jsonl"):
+    for name in ("weights/last.safetensors", "metrics.jsonl"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,17 +13,13 @@ from helpers import faults_of
 
 from prism_meta.errors import ConfigError, PrismError
 from prism_meta.modalities import BRATS
-from prism_meta.training import plan_result, planning
-from prism_meta.training.config import load_config
+from prism_meta.training import plan_result, plan_search, planning
+from prism_meta.training.config import Config, load_config
 from prism_meta.training.plan_result import OUTSIDE, Plan
-from prism_meta.training.planning import (
-    default_memory,
-    drawn_masks,
-    most_shown,
-    plan,
-    with_steps,
-)
+from prism_meta.training.plan_search import drawn_masks, most_shown
+from prism_meta.training.planning import default_memory, plan, with_steps
 from prism_meta.training.survey_result import CaseSurvey, Survey
+from prism_meta.training.trial import seconds_per_step
 
 CONFIG = load_config(overrides=["fabric.accelerator=cpu"])
 Grid = tuple[tuple[int, int, int], tuple[float, float, float], int]
@@ -57,7 +54,8 @@ def by_voxels(memory_by_voxels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The memory of a step is 1000 bytes per voxel and channel, and the process needs no other."""
     monkeypatch.setattr(plan_result, "OUTSIDE", {"cpu": 0})
     monkeypatch.setattr(plan_result, "FRAGMENTS", {"cpu": 0.0})
-    monkeypatch.setattr(planning, "preparation", lambda config, found: 0)
+    for module in (planning, plan_search):
+        monkeypatch.setattr(module, "preparation", lambda config, found: 0)
 
 
 def chosen(made: Plan) -> tuple[tuple[int, ...], int, int]:
@@ -71,7 +69,7 @@ def test_the_patch_is_the_largest_that_fits(grid: Grid, memory: int) -> None:
     made = plan(CONFIG, found(grid, grid), memory)
     patch, batch, width = chosen(made)
     assert made.total <= memory and width == 8
-    every = list(planning._patches(grid[0][: len(patch)]))
+    every = list(plan_search.patches(grid[0][: len(patch)]))
     assert patch in every
     larger = every[every.index(patch) + 1]
     voxels = batch * 8 * 1000
@@ -128,7 +126,7 @@ def test_the_grid_is_the_median_in_the_order_of_the_slices() -> None:
 
 @pytest.mark.parametrize("shape", [(240, 240, 155), (500, 700), (20, 24, 16), (1000, 33, 64)])
 def test_patches_grow_to_the_whole(shape: tuple[int, ...]) -> None:
-    patches = list(planning._patches(shape))
+    patches = list(plan_search.patches(shape))
     whole = tuple(min(512, -(-size // 16) * 16) for size in shape)
     assert patches[-1] == whole
     for before, after in pairwise(patches):
@@ -136,6 +134,48 @@ def test_patches_grow_to_the_whole(shape: tuple[int, ...]) -> None:
     for patch in patches:
         assert all(size % 16 == 0 for size in patch)
         assert all(size <= limit for size, limit in zip(patch, whole, strict=True))
+
+
+@pytest.mark.usefixtures("by_voxels")
+@pytest.mark.parametrize("grid", [BRAIN, ((250, 300, 9), (1.2, 1.2, 10), 2)])
+@pytest.mark.parametrize("minutes", [1, 5, 20, 100, 1000])
+def test_a_time_leaves_as_many_steps_as_are_configured(
+    grid: Grid, minutes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A voxel of a patch takes 3 microseconds.
+    each = {}
+
+    def seconds(config: Config, masks: object, *, device: str) -> float:
+        each[config.data.patch] = 3e-6 * config.data.batch_size * math.prod(config.data.patch)
+        return each[config.data.patch]
+
+    for module in (planning, plan_search):
+        monkeypatch.setattr(module, "seconds_per_step", seconds)
+    cases, wanted = found(*[grid] * 4), CONFIG.training.steps
+    made = plan(CONFIG, cases, 3 * 10**9, seconds=60 * minutes)
+    data, steps = made.config.data, made.config.training.steps
+    assert steps == int(0.9 * 60 * minutes / each[data.patch])
+    assert made.choices[-1].key == "training.steps"
+    free = plan(CONFIG, cases, 3 * 10**9)
+    if max(data.patch) > 32:
+        assert steps >= wanted
+    assert math.prod(data.patch) <= math.prod(free.config.data.patch)
+    # Voxels are as long as it takes to see the volumes once, at most twice as long.
+    spacing = [grid[1][axis] for axis in (0, 1, 2)]
+    factors = [a / b for a, b in zip(data.spacing, spacing, strict=True)]
+    passes = steps * 2 * data.batch_size * math.prod(data.patch) / 4
+    passes /= math.prod(n / f for n, f in zip(grid[0], factors, strict=True))
+    assert all(1 <= round(factor, 2) <= 2 for factor in factors)
+    if grid is not BRAIN:
+        assert factors[2] == 1  # thick slices keep their distance
+    if max(factors) == 1:
+        assert passes >= 1
+    elif round(max(factors), 2) < 2:
+        assert (
+            0.5 < passes < 2 and "so that the steps see the volumes once" in made.choices[0].reason
+        )
+    else:
+        assert passes < 2
 
 
 def test_second_order_gets_a_smaller_patch() -> None:
@@ -164,7 +204,7 @@ def test_too_little_memory() -> None:
 
 
 def test_preparing_needs_memory_before_the_steps() -> None:
-    memory = planning.preparation(CONFIG, found(BRAIN, ((10, 10, 10), (1, 1, 1), 2)))
+    memory = plan_search.preparation(CONFIG, found(BRAIN, ((10, 10, 10), (1, 1, 1), 2)))
     assert memory == 420 * 2**20 + 15 * (4 + 4) * 240 * 240 * 155
     assert faults_of(lambda: plan(CONFIG, found(BRAIN, BRAIN), memory - 1), ConfigError) == (
         "memory: preparing the largest case needs 1.5 GB, but there are 1.5 GB; give more memory",
@@ -210,7 +250,7 @@ def test_seconds_are_of_real_steps() -> None:
         overrides=["data.patch=[16, 16]", "data.batch_size=1", "model.width=4", "model.depth=2"]
     )
     masks = [torch.ones(1, 4).bool()] * 2
-    assert 0 < planning.seconds_per_step(config, masks, device="cpu") < 60
+    assert 0 < seconds_per_step(config, masks, device="cpu") < 60
 
 
 def test_masks_are_those_of_the_episodes() -> None:

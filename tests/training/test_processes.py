@@ -115,7 +115,7 @@ def test_two_processes_take_the_mean_step_and_resume(tmp_path: Path) -> None:
     run = Run.open(tmp_path / "run")
     assert [line["step"] for line in run.history()] == [1, 2]
     (tmp_path / "one_process").mkdir()
-    weights = load_file(run.weights)
+    weights = load_file(run.weights())
     expected, log = trained_in_one_process(run, tmp_path / "one_process")
     for line, other in zip(run.history(), log, strict=True):
         for name in ("train_loss", "meta_loss"):
@@ -127,10 +127,10 @@ def test_two_processes_take_the_mean_step_and_resume(tmp_path: Path) -> None:
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
-    run.weights.unlink()
+    run.weights().unlink()
     again = command("--resume", run.folder)
     assert again.returncode == 0, again.stderr
-    assert all(torch.equal(w, weights[n]) for n, w in load_file(run.weights).items())
+    assert all(torch.equal(w, weights[n]) for n, w in load_file(run.weights()).items())
 
 
 def test_bad_input_ends_before_another_process_starts(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from helpers import faults_of
 
 from prism_meta.data.cases import Case
 from prism_meta.errors import ConfigError
-from prism_meta.training.cases import split
 from prism_meta.training.config import load_config
+from prism_meta.training.splitting import split
 
 NAME = "Jos\u00e9"
 FORMS = ("NFC", "NFD")

@@ -35,7 +35,7 @@ def whole(cases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_equal_runs(first: Path, second: Path) -> None:
     """Same log and weights to the bit, and the same files."""
-    for name in ("metrics.jsonl", "weights.safetensors"):
+    for name in ("metrics.jsonl", "weights/last.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     assert {p.name for p in first.iterdir()} == {p.name for p in second.iterdir()}
 
@@ -69,7 +69,7 @@ def test_a_signal_ends_after_the_step_and_resume_goes_on(
         f"stopped by {number.name} after step {step + 1} of 6, all is saved; go on with: "
         f"prism-meta train --resume {out}"
     ) in output
-    assert not (out / "weights.safetensors").exists()
+    assert not (out / "weights/last.safetensors").exists()
     assert run("train", "--resume", out)[0] == 0
     assert_equal_runs(out, whole)
 
@@ -212,7 +212,7 @@ def test_an_extended_run_equals_one_that_was_stopped_on_the_longer_schedule(
     assert lines[:6] == before
     assert [line["lr"] for line in lines[6:]] == pytest.approx([line["lr"] for line in planned[6:]])
     assert "steps = 9" in (extended / "config.toml").read_text()
-    assert load_file(extended / "weights.safetensors").keys()
+    assert load_file(extended / "weights/last.safetensors").keys()
 
 
 def test_extend_that_was_killed_can_be_given_again(

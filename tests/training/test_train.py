@@ -40,7 +40,7 @@ def test_it_writes_what_the_command_writes(cases: Path, tmp_path: Path) -> None:
     trained = pm.train(
         cases, pm.load_config(overrides=settings), out=tmp_path / "b", progress=False
     )
-    for name in ("weights.safetensors", "metrics.jsonl", "config.toml"):
+    for name in ("weights/last.safetensors", "metrics.jsonl", "config.toml"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert trained.run is not None and trained.run.history() == trained.history
     assert [case.id for case in trained.test] == ["p3"]
@@ -110,10 +110,10 @@ def test_prepared_cases_and_datasets_train_too(cases: Path, tmp_path: Path) -> N
 def test_a_run_resumes_in_python(cases: Path, tmp_path: Path) -> None:
     trained = pm.train(cases, small(), out=tmp_path / "run", model=unet(), progress=False)
     assert trained.run is not None
-    weights = trained.run.weights.read_bytes()
-    trained.run.weights.unlink()
+    weights = trained.run.weights().read_bytes()
+    trained.run.weights().unlink()
     again = pm.train(cases, out=tmp_path / "run", model=unet(), resume=True, progress=False)
-    assert again.history == [] and trained.run.weights.read_bytes() == weights
+    assert again.history == [] and trained.run.weights().read_bytes() == weights
     with pytest.raises(ConfigError, match=r"^config: differs from that of the run in"):
         pm.train(cases, small("seed=3"), out=tmp_path / "run", resume=True)
     with pytest.raises(pm.PrismError, match="holds a run already"):

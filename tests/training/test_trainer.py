@@ -80,8 +80,7 @@ def trainer(
         Drawn(steps * count),
         scheduler=torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps),
         fabric=Fabric(accelerator="cpu", devices=1),
-        checkpoint=folder / "checkpoint.pt",
-        metrics=folder / "metrics.jsonl",
+        folder=folder,
         **options,
     )
 
@@ -214,8 +213,7 @@ def test_an_objective_without_state_is_left_alone(tmp_path: Path) -> None:
         Drawn(2),
         scheduler=bare.scheduler,
         fabric=bare.fabric,
-        checkpoint=bare.checkpoint,
-        metrics=bare.metrics,
+        folder=tmp_path,
         epoch=1,
     )
     assert again.objective is None

@@ -22,6 +22,8 @@ from prism_meta.objective.weighting import BETA, DELTA
 from prism_meta.training.config.baselines import read_baseline
 from prism_meta.training.config.data import DataConfig
 from prism_meta.training.config.file import read_config
+from prism_meta.training.config.model import ModelConfig
+from prism_meta.training.config.training import TrainingConfig, ValidationConfig
 from prism_meta.training.config.types import (
     NotNegative,
     Positive,
@@ -29,10 +31,8 @@ from prism_meta.training.config.types import (
     Repeats,
     Section,
     Share,
-    Size,
-    Steps,
 )
-from prism_meta.training.outer import ALPHA, HYPER_LR, LR, WEIGHT_DECAY
+from prism_meta.training.outer import ALPHA, HYPER_LR
 
 Mask = Literal["dynamic", "static", "full", "single", "balanced", "hard", "one_subset"]
 #: Policies that seldom or never show some of the subsets.
@@ -80,26 +80,6 @@ class EpisodesConfig(Section):
         if self.kind != "task" and self.support != 1:
             raise ValueError(
                 f"support: {self.support} support cases need kind = task; set it, or leave support out"
-            )
-        return self
-
-
-class ModelConfig(Section):
-    """The network and its size."""
-
-    #: PRISM's network, or MONAI's U-Net with residual units and InstanceNorm, wrapped by ``wrap``.
-    network: Literal["prism", "unet"] = "prism"
-    #: How PRISM's network weights the shown modalities; a U-Net has no fusion.
-    fusion: Literal["region_aware", "mean", "attention"] = "region_aware"
-    #: Channels at full resolution; they double at each of the ``depth`` scales.
-    width: Size = 8
-    depth: Annotated[int, Field(strict=True, ge=2, le=12)] = 4
-
-    @model_validator(mode="after")
-    def _consistent(self) -> ModelConfig:
-        if self.network != "prism" and self.fusion != "region_aware":
-            raise ValueError(
-                f"fusion: {self.fusion} needs network = prism, because a U-Net has no fusion; leave it out"
             )
         return self
 
@@ -209,18 +189,6 @@ class MetaConfig(Section):
         return self
 
 
-class TrainingConfig(Section):
-    """The outer optimizer (AdamW with a polynomial decay to 0) and the length of training."""
-
-    steps: Steps = 1000
-    lr: Positive = LR
-    weight_decay: NotNegative = WEIGHT_DECAY
-    #: Largest norm of the meta-gradient; a longer one is scaled down.
-    clip_norm: Positive = 5.0
-    augment: bool = True
-    checkpoint_every: Steps = 100
-
-
 class FabricConfig(Section):
     """Devices and precision, as Lightning Fabric names them."""
 
@@ -259,6 +227,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     meta: MetaConfig = MetaConfig()
     training: TrainingConfig = TrainingConfig()
+    validation: ValidationConfig = ValidationConfig()
     fabric: FabricConfig = FabricConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 

@@ -1,0 +1,81 @@
+"""The sections ``training`` and ``validation`` of a configuration."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, model_validator
+
+from prism_meta.errors import ConfigError, raise_faults
+from prism_meta.modalities import composed
+from prism_meta.training.config.types import (
+    NotNegative,
+    Positive,
+    Rate,
+    Repeats,
+    Section,
+    Steps,
+    UserPath,
+)
+from prism_meta.training.outer import LR, WEIGHT_DECAY
+from prism_meta.training.schedules import Schedule
+from prism_meta.training.validation import Select
+
+
+class TrainingConfig(Section):
+    """The outer optimizer (AdamW with a schedule) and the length of training."""
+
+    steps: Steps = 1000
+    lr: Positive = LR
+    #: Decay of the rate to 0, or a constant rate; and the steps over which it grows first.
+    schedule: Schedule = "polynomial"
+    warmup: Annotated[int, Field(strict=True, ge=0, le=10**8)] = 0
+    weight_decay: NotNegative = WEIGHT_DECAY
+    #: Largest norm of the meta-gradient; a longer one is scaled down.
+    clip_norm: Positive = 5.0
+    #: Run folder with the weights to start from; modalities are matched by name. Defaults to random weights.
+    init: UserPath | None = None
+    #: Decay of a moving average of the weights, e.g. 0.99; 0 keeps none.
+    ema: Rate = 0.0
+    augment: bool = True
+    checkpoint_every: Steps = 100
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingConfig:
+        if self.warmup >= self.steps:
+            raise ValueError(
+                f"warmup: got {self.warmup} steps of {self.steps}, expected fewer than all; use fewer"
+            )
+        return self
+
+
+class ValidationConfig(Section):
+    """Cases that are not trained on, and are predicted now and then during training."""
+
+    #: Their number, drawn with the seed from the cases that are not held out, whole patients, stratified by
+    #: availability; or their names. 0 means no validation.
+    cases: (
+        Annotated[int, Field(strict=True, ge=0, le=10**6)]
+        | tuple[Annotated[str, AfterValidator(composed)], ...]
+    ) = 0
+    #: Outer steps between validations; the last step is always followed by one.
+    every: Steps = 100
+    #: Which Dice the best weights have: the mean over all subsets of modalities, or that of the worst one.
+    select: Select = "mean"
+    #: Training ends after this many validations in a row without a better one. Defaults to no early end.
+    patience: Repeats | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is a validation."""
+        return bool(self.cases)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ValidationConfig:
+        faults = []
+        if self.patience is not None and not self.is_on:
+            faults.append("patience: needs validation; set cases, or leave patience out")
+        if isinstance(self.cases, tuple) and len(set(self.cases)) < len(self.cases):
+            faults.append("cases: a case occurs twice; give each name once")
+        raise_faults(ConfigError, faults)
+        return self
