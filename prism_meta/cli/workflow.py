@@ -72,7 +72,7 @@ def predict_folder(
         config = config.model_copy(update={"data": aligned})
     found, faults = find_configured(config, root, label=False)
     refuse_case_folder(out, root, found)
-    predictor = run.predictor()
+    predictor = run.predictor(weights=weights)
     labels = predictor.labels
     table = PredictionTable(out, list(labels.regions))
     written: list[Path] = []
