@@ -14,11 +14,17 @@ from prism_meta.files import atomic, kept_if_used, writable_folder
 from prism_meta.modalities import composed, subset_name
 from prism_meta.records import Record, read_records
 from prism_meta.training.cases import find_configured
+from prism_meta.training.expected import Expected
 from prism_meta.training.run import Run
 from prism_meta.training.weights import Kind
 
 #: Called during a long task with what is done, the total, and a note to show beside the bar.
 Progress = Callable[[int, int, str], None]
+
+
+#: Columns of a table of predictions that validation gives: the Dice of its cases from the same subset, the
+#: missing modality that raised it most, and by how much.
+_EXPECTED = ("expected_dice", "would_help", "gain")
 
 
 def predict_folder(
@@ -74,7 +80,8 @@ def predict_folder(
     refuse_case_folder(out, root, found)
     predictor = run.predictor(weights=weights)
     labels = predictor.labels
-    table = PredictionTable(out, list(labels.regions))
+    expected = Expected.of_run(run, weights)
+    table = PredictionTable(out, list(labels.regions), _EXPECTED if expected else ())
     written: list[Path] = []
     with kept_if_used(out):
         writable_folder(out)
@@ -97,7 +104,12 @@ def predict_folder(
                 # The table first: it marks the folder as an output before that holds a label volume.
                 with atomic(table.label_file(case.id)) as partial:
                     save_labels(partial, volume, case)
-                    table.add(case.id, subset=subset_name(chosen, modalities), volumes=volumes)
+                    table.add(
+                        case.id,
+                        subset=subset_name(chosen, modalities),
+                        volumes=volumes,
+                        more=_expected_cells(expected, chosen),
+                    )
                 written.append(table.label_file(case.id))
             except CaseError as error:
                 faults += error.faults
@@ -108,6 +120,14 @@ def predict_folder(
             raise_faults(CaseError, faults)
     raise_faults(CaseError, faults)
     return written
+
+
+def _expected_cells(expected: Expected | None, shown: Sequence[bool]) -> list[str]:
+    if expected is None:
+        return []
+    dice, addition = expected.of(shown), expected.best_addition(shown)
+    name, gain = ("", "") if addition is None else (addition[0], f"{addition[1]:.3f}")
+    return ["" if dice is None else f"{dice:.3f}", name, gain]
 
 
 def load_records(path: Path) -> list[Record]:

@@ -23,6 +23,7 @@ class PredictionTable:
     Args:
         folder: folder of the label volumes. It need not exist yet.
         regions: names of the regions.
+        more: names of further columns.
 
     Raises:
         OutputError: there is a table that cannot be read, or of other columns.
@@ -36,9 +37,10 @@ class PredictionTable:
         p1,p1.nii.gz,flair+t1,12.500
     """
 
-    def __init__(self, folder: Path, regions: Sequence[str]) -> None:
+    def __init__(self, folder: Path, regions: Sequence[str], more: Sequence[str] = ()) -> None:
         self.path = folder / TABLE
-        self.header = ["case", "file", "subset", *(escape_cell(f"{r}_ml") for r in regions)]
+        volumes = (escape_cell(f"{r}_ml") for r in regions)
+        self.header = ["case", "file", "subset", *volumes, *more]
         self._rows = self._read()
 
     def label_file(self, case: str) -> Path:
@@ -69,20 +71,27 @@ class PredictionTable:
             ]
         return []
 
-    def add(self, case: str, *, subset: str, volumes: Mapping[str, float]) -> None:
+    def add(
+        self, case: str, *, subset: str, volumes: Mapping[str, float], more: Sequence[str] = ()
+    ) -> None:
         """Add the row of a case, or replace it, and write the table.
 
         Args:
             case: name of the case.
             subset: name of the subset that the labels were predicted from.
             volumes: region -> ml, in the order of the columns.
+            more: the cells of the further columns.
 
         Raises:
             OutputError: the table cannot be written.
         """
         name = escape_cell(case)
         row = [name, escape_cell(self.label_file(case).name), escape_cell(subset)]
-        self._rows[name] = [*row, *(f"{ml:.3f}" for ml in volumes.values())]
+        self._rows[name] = [
+            *row,
+            *(f"{ml:.3f}" for ml in volumes.values()),
+            *map(escape_cell, more),
+        ]
         with atomic(self.path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([self.header, *self._rows.values()])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Sequence
@@ -280,6 +281,46 @@ def test_the_commands_use_the_best_weights_unless_told(root: Path, tmp_path: Pat
     assert code == 2 and errors(output) == [
         f"{plain}: was trained without validation.cases, and has no best weights; use last"
     ]
+
+
+def test_a_prediction_says_what_to_expect(root: Path, tmp_path: Path) -> None:
+    out, labels = tmp_path / "run", tmp_path / "labels"
+    watched = ('validation.cases=["p4"]', "validation.every=2", "training.ema=0.9")
+    assert run("train", root, "--out", out, *settings(*watched))[0] == 0
+    opened = pm.Run.open(out)
+    for weights in ("best", "ema", "last"):
+        folder = labels / weights
+        assert (
+            run("predict", out, root, folder, "--subset", "t1+t1ce", "--weights", weights)[0] == 0
+        )
+        lines = {line["step"]: line for line in opened.history()}
+        found = lines[4]["validation"]
+        step, kind = (
+            (found["best"]["step"], found["best"]["weights"]) if weights == "best" else (4, weights)
+        )
+        subsets = lines[step]["validation"][kind]["subsets"]
+        rows = list(csv.DictReader((folder / "predictions.csv").read_text().splitlines()))
+        assert len(rows) == 5
+        gains = {
+            m: subsets[n] - subsets["t1ce+t1"]
+            for m, n in (("flair", "flair+t1ce+t1"), ("t2", "t1ce+t1+t2"))
+        }
+        helps = max(gains, key=gains.__getitem__)
+        for row in rows:
+            assert row["expected_dice"] == f"{subsets['t1ce+t1']:.3f}"
+            if gains[helps] > 0:
+                assert (row["would_help"], row["gain"]) == (helps, f"{gains[helps]:.3f}")
+            else:
+                assert (row["would_help"], row["gain"]) == ("", "")
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text(lines[0] + lines[1].replace('"subsets"', '"sets"'))
+    code, output = run("predict", out, root, tmp_path / "more")
+    assert code == 2 and errors(output) == [
+        f"{out / 'metrics.jsonl'}: has a validation of another form; restore the file, or delete it to "
+        "predict without the expected Dice"
+    ]
+    (out / "metrics.jsonl").unlink()
+    assert run("predict", out, root, tmp_path / "more")[0] == 0
 
 
 # ---------------------------------------------------------------------------------------------- split
