@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -91,6 +92,9 @@ class Unfinished:
             if new:
                 sync(self.path.parent)
         except OSError as error:
+            if new:  # half a line alone is of no use
+                with suppress(OSError):
+                    self.path.unlink()
             raise cannot_write(self.path, error) from error
 
     def remove(self) -> None:
