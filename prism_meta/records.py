@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from prism_meta.errors import PrismError, raise_faults
@@ -25,6 +25,15 @@ class Record:
         region: name of the region, e.g. ``WT``.
         dice: Dice coefficient in [0, 1]; NaN if it is undefined (empty masks).
         hd95: 95th percentile of the symmetric surface distance in mm; NaN if it is undefined.
+        nsd: normalised surface Dice at a tolerance of 1 mm, in [0, 1]; NaN if it is undefined.
+        predicted_ml: volume of the prediction in ml; 0 if it is empty.
+        true_ml: volume of the truth in ml; 0 if it is empty.
+        true_lesions: number of lesions of the truth; see ``prism_meta.evaluation.lesions``.
+        missed_lesions: number of them that the prediction does not touch.
+        false_lesions: number of lesions of the prediction that touch no lesion of the truth.
+        diagonal: of the whole volume, in mm, which is the HD95 of an empty mask for some.
+
+    The numbers after ``hd95`` default to NaN, not measured.
 
     Example:
         >>> Record("case1", "flair+t1ce", "WT", 0.9, 3.5).dice
@@ -36,10 +45,24 @@ class Record:
     region: str
     dice: float
     hd95: float
+    nsd: float = math.nan
+    predicted_ml: float = math.nan
+    true_ml: float = math.nan
+    true_lesions: float = math.nan
+    missed_lesions: float = math.nan
+    false_lesions: float = math.nan
+    diagonal: float = math.nan
 
 
 #: Columns of the CSV file.
-HEADER: tuple[str, ...] = ("case", "subset", "region", "dice", "hd95_mm")
+HEADER: tuple[str, ...] = (
+    "case", "subset", "region", "dice", "hd95_mm", "nsd_1mm", "predicted_ml", "true_ml", "true_lesions",
+    "missed_lesions", "false_lesions", "diagonal_mm",
+)  # fmt: skip
+#: Columns of shares, which are at most 1.
+_SHARES = ("dice", "nsd_1mm")
+#: Columns of whole numbers.
+_COUNTS = ("true_lesions", "missed_lesions", "false_lesions")
 
 #: A wrong separator makes every line invalid. More messages than this would not help.
 _MAX_FAULTS = 10
@@ -53,7 +76,7 @@ _RESTORE = "restore the file or evaluate again"
 
 
 def write_records(path: Path | str, records: Sequence[Record]) -> None:
-    """Write records to a CSV file with the columns ``case,subset,region,dice,hd95_mm``.
+    """Write records to a CSV file with the columns of ``HEADER``.
 
     NaN is written as ``nan``. A name that a spreadsheet would compute, e.g. ``=1+1``, gets an apostrophe in
     front, which ``read_records`` removes.
@@ -69,14 +92,19 @@ def write_records(path: Path | str, records: Sequence[Record]) -> None:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "records.csv"
         >>> write_records(path, [Record("case1", "flair+t1", "WT", 0.875, 2.0)])
-        >>> read_records(path)
-        [Record(case='case1', subset='flair+t1', region='WT', dice=0.875, hd95=2.0)]
+        >>> [(record.case, record.dice, record.nsd) for record in read_records(path)]
+        [('case1', 0.875, nan)]
     """
     with atomic(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(HEADER)
         for r in records:
-            writer.writerow((*map(escape_cell, (r.case, r.subset, r.region)), r.dice, r.hd95))
+            names, numbers = astuple(r)[:3], astuple(r)[3:]
+            cells = (
+                f"{number:.0f}" if column in _COUNTS else number
+                for column, number in zip(HEADER[3:], numbers, strict=True)
+            )
+            writer.writerow((*map(escape_cell, names), *cells))
 
 
 def read_records(path: Path | str) -> list[Record]:
@@ -93,9 +121,11 @@ def read_records(path: Path | str) -> list[Record]:
     try:
         header = next(reader, [])
         if tuple(header) != HEADER:
+            fix = "give a records.csv that an evaluation wrote"
+            if header and tuple(header) == HEADER[: len(header)]:
+                fix = "it is of an older version, so evaluate the run again"
             raise PrismError(
-                f"{path}, line 1: got {','.join(header)[:_SHOWN]!r}, expected {','.join(HEADER)!r}; "
-                "give a records.csv that an evaluation wrote"
+                f"{path}, line 1: got {','.join(header)[:_SHOWN]!r}, expected {','.join(HEADER)!r}; {fix}"
             )
         for row in filter(None, reader):
             try:
@@ -147,17 +177,26 @@ def _record(row: Sequence[str]) -> Record:
         if not text:
             raise ValueError(f"{name} is empty, expected a name")
     numbers = []
-    for name, text, maximum in zip(HEADER[3:], row[3:], (1.0, math.inf), strict=True):
+    for name, text in zip(HEADER[3:], row[3:], strict=True):
         try:
             number = float(text if "_" not in text else "")
         except ValueError:
             raise ValueError(f"{name} is {text[:_SHOWN]!r}, expected a number or nan") from None
-        if math.isinf(number) or number < 0 or number > maximum:
-            wanted = "in [0, 1]" if maximum == 1 else "in mm, 0 or more"
-            raise ValueError(f"{name} is {text[:_SHOWN]}, expected a number {wanted}, or nan")
+        maximum = 1.0 if name in _SHARES else math.inf
+        whole = name not in _COUNTS or math.isnan(number) or number % 1 == 0
+        if math.isinf(number) or number < 0 or number > maximum or not whole:
+            raise ValueError(f"{name} is {text[:_SHOWN]}, expected {_expected(name)}, or nan")
         numbers.append(number)
     case, subset, region = map(_unescaped, row[:3])
     return Record(case, subset, region, *numbers)
+
+
+def _expected(name: str) -> str:
+    if name in _SHARES:
+        return "a number in [0, 1]"
+    if name in _COUNTS:
+        return "a whole number, 0 or more"
+    return f"a number in {name.rpartition('_')[2]}, 0 or more"
 
 
 def _is_formula(text: str) -> bool:

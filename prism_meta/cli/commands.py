@@ -11,12 +11,13 @@ from rich.console import Console
 
 from prism_meta.cli import demo, plan_command, survey_command, train_command, workflow
 from prism_meta.cli.ending import Commands
+from prism_meta.cli.evaluating import evaluate_run
 from prism_meta.cli.options import RunFolder, Weights
-from prism_meta.cli.usage import path, print_any_character
+from prism_meta.cli.usage import path, print_any_character, tell
 from prism_meta.errors import CaseError, PrismError, raise_faults
 from prism_meta.files import writable_folder
 from prism_meta.report import compare
-from prism_meta.report.tables import comparison_table, results_table
+from prism_meta.report.tables import comparison_table, findings_table, policies_table, results_table
 from prism_meta.training.facts import command_line
 from prism_meta.training.progress import progress_bars
 from prism_meta.training.run import Run
@@ -105,7 +106,10 @@ def run_evaluate(
     ] = None,
     weights: Weights = None,
 ) -> None:
-    """Evaluate a run on every subset of modalities and write a table, CSV, JSON and an HTML report."""
+    """Evaluate a run on every subset of modalities and write a table, CSV, JSON and an HTML report.
+
+    If it is interrupted, the same command goes on with the cases that are not yet measured.
+    """
     _evaluate(Run.open(run), root=root, out=out, weights=weights)
 
 
@@ -179,8 +183,14 @@ def _evaluate(
     run: Run, *, root: Path | None = None, out: Path | None = None, weights: Kind | None = None
 ) -> None:
     with progress_bars("evaluate") as advance:
-        result = workflow.evaluate_run(
-            run, advance, root=root, out=out, weights=weights, command=command_line()
+        result = evaluate_run(
+            run,
+            advance,
+            root=root,
+            out=out,
+            weights=weights,
+            command=command_line(),
+            tell=tell,
         )
     console.print(
         results_table(
@@ -191,5 +201,8 @@ def _evaluate(
             faults=result.faults,
         )
     )
+    console.print(findings_table(result.summary))
+    if result.empty:
+        console.print(policies_table(result.by_policy, empty=result.empty))
     console.print(f"report in {result.report}", soft_wrap=True)
     raise_faults(CaseError, result.faults)  # the cases that were left out

@@ -15,13 +15,13 @@ from prism_meta.data.checks import no_label
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.preprocessing import Preprocessing, label_classes
 from prism_meta.data.restore import restore_classes
+from prism_meta.empty_masks import BratsEmpty, EmptyPolicy
 from prism_meta.errors import CaseError, raise_faults
 from prism_meta.evaluation.faults import (
     check_finite,
     evaluation_faults,
     memory_as_case_error,
 )
-from prism_meta.evaluation.metrics import BratsEmpty, EmptyPolicy
 from prism_meta.evaluation.regions import measure
 from prism_meta.evaluation.subsets import (
     Subset,
@@ -147,7 +147,7 @@ class Predictor:
         *,
         on_prediction: OnPrediction | None = None,
     ) -> list[Record]:
-        """Measure Dice and HD95 of every case, subset and region, on each case's own grid.
+        """Measure every case, subset and region on each case's own grid; ``Record`` lists the numbers.
 
         A subset is evaluated on the cases that have all its modalities.
 
@@ -191,7 +191,7 @@ class Predictor:
         *,
         on_prediction: OnPrediction | None = None,
     ) -> list[Record]:
-        """Measure Dice and HD95 of one case from each subset whose modalities it has.
+        """Measure one case from each subset whose modalities it has.
 
         ``evaluate`` calls it for every case. Call it yourself to keep the records of other cases when
         a case has a fault, or to store them as soon as they are there.
@@ -220,7 +220,7 @@ class Predictor:
                 name = subset_name(shown, names)
                 measured = measure(prediction, truth, volume, labels=self.labels, empty=self.empty)
                 records += [
-                    Record(case.id, name, region, *both) for region, both in measured.items()
+                    Record(case.id, name, region, *scores) for region, scores in measured.items()
                 ]
                 if on_prediction is not None:
                     on_prediction(case, volume, name, truth, prediction)

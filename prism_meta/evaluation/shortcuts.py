@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prism_meta.data.cases import Case
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.preprocessing import Preprocessing
-from prism_meta.evaluation.metrics import EmptyPolicy
+from prism_meta.empty_masks import EmptyPolicy
 from prism_meta.evaluation.predictor import OnPrediction, Predictor
 from prism_meta.evaluation.subsets import Subset
 from prism_meta.evaluation.windows import OVERLAP
@@ -65,7 +65,7 @@ def evaluate(
     empty: EmptyPolicy | None = None,
     on_prediction: OnPrediction | None = None,
 ) -> list[Record]:
-    """Measure Dice and HD95 of every case, subset and region; see ``Predictor.evaluate``.
+    """Measure every case, subset and region; see ``Predictor.evaluate``.
 
     Args:
         model: a trained ``PrismNet`` or wrapped net.

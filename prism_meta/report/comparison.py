@@ -8,41 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from prism_meta.errors import PrismError
-from prism_meta.records import Record, index_records, nan_to_none
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean difference and its 95% interval.
-
-    Args:
-        mean: mean over cases; NaN when no pair is defined.
-        low: 2.5th percentile of the bootstrap; NaN below two cases.
-        high: 97.5th percentile; NaN below two cases.
-        cases: number of cases with a defined difference.
-    """
-
-    mean: float
-    low: float
-    high: float
-    cases: int
-
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether 0 lies outside the interval; False when there is no interval."""
-        return self.low > 0 or self.high < 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The four numbers, NaN as None."""
-        return {
-            "mean": nan_to_none(self.mean),
-            "low": nan_to_none(self.low),
-            "high": nan_to_none(self.high),
-            "cases": self.cases,
-        }
+from prism_meta.records import Record, index_records
+from prism_meta.report.bootstrap import Bootstrap, Interval, nanmean
 
 
 @dataclass(frozen=True)
@@ -117,8 +86,6 @@ def compare(
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
-    if resamples < 1:
-        raise PrismError(f"resamples: got {resamples}, expected at least 1; 10000 is usual")
     first, second = index_records(a, "a"), index_records(b, "b")
     unpaired = [key for key in (*first, *second) if (key in first) != (key in second)]
     if unpaired:
@@ -142,8 +109,10 @@ def compare(
     groups = [gap.reshape(len(cases), -1, 2)]
     groups += [gap[:, :, i] for i in range(len(regions))]
     groups += [gap[:, i] for i in range(len(names))]
-    rows = np.stack([_nanmean(group, 1) for group in groups], 1)  # (cases, groups, 2)
-    changes = _bootstrap(rows, seed=seed, resamples=resamples)
+    rows = np.stack([nanmean(group, 1) for group in groups], 1)  # (cases, groups, 2)
+    bootstrap = Bootstrap(len(cases), seed=seed, resamples=resamples)
+    flat = bootstrap.intervals(rows.reshape(len(cases), -1))
+    changes = [Change(dice, hd95) for dice, hd95 in zip(flat[::2], flat[1::2], strict=True)]
     return Comparison(
         overall=changes[0],
         by_region=dict(zip(regions, changes[1:], strict=False)),
@@ -153,32 +122,3 @@ def compare(
         resamples=resamples,
         seed=seed,
     )
-
-
-def _nanmean(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    """Like ``np.nanmean``, but without a warning if all values are NaN."""
-    count = (~np.isnan(values)).sum(axis)
-    mean: NDArray[np.float64] = np.where(
-        count > 0, np.nansum(values, axis) / np.maximum(count, 1), np.nan
-    )
-    return mean
-
-
-def _bootstrap(rows: NDArray[np.float64], *, seed: int, resamples: int) -> list[Change]:
-    """Mean and interval over axis 0 of ``rows`` (cases, groups, 2), one ``Change`` per group."""
-    n, groups, _ = rows.shape
-    flat = rows.reshape(n, groups * 2)
-    known = ~np.isnan(flat)
-    # How often each case is drawn; the mean of a resample is then one matrix product.
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    weight = drawn.astype(np.float64)
-    total, count = weight @ np.where(known, flat, 0.0), weight @ known.astype(np.float64)
-    means = np.where(count > 0, total / np.maximum(count, 1), np.nan)
-    middle, cases = _nanmean(flat, 0), known.sum(0)
-    intervals = []
-    for i in range(groups * 2):
-        low = high = math.nan
-        if cases[i] > 1:
-            low, high = np.nanpercentile(means[:, i], (2.5, 97.5))
-        intervals.append(Interval(float(middle[i]), float(low), float(high), int(cases[i])))
-    return [Change(intervals[2 * i], intervals[2 * i + 1]) for i in range(groups)]

@@ -6,6 +6,7 @@ The page is a single file without scripts, and it loads nothing from the network
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,18 @@ from prism_meta.errors import one_line
 from prism_meta.files import atomic, writable_folder
 from prism_meta.modalities import subset_name
 from prism_meta.records import Record, write_records
-from prism_meta.report.averages import summarize
+from prism_meta.report.averages import empty_count, summarize, summarize_policies
 from prism_meta.report.figures.curves import training_curves, weight_curves
 from prism_meta.report.figures.scores import dice_by_count, heat_map
 from prism_meta.report.figures.slices import draw_overlay
 from prism_meta.report.figures.style import class_colour
+from prism_meta.report.findings import CHANGE, UNITS, bootstrap_note, findings
 from prism_meta.report.overlays import Overlay, check_overlays
 from prism_meta.report.text import (
     format_dice,
+    format_ends,
     format_mm,
+    format_number,
     shown_modalities,
     subset_scores,
     undefined_note,
@@ -82,7 +86,8 @@ def write_report(
 
     folder = writable_folder(folder, files=REPORT_FILES)
     records = [replace(r, case=one_line(r.case), region=one_line(r.region)) for r in records]
-    summary = summarize(records)
+    summary, by_policy = summarize(records), summarize_policies(records)
+    measured = {n for n, score in summary.overall.scores.items() if not math.isnan(score.mean)}
     shown = shown_modalities(summary, modalities)
     check_overlays(overlays, class_names)
     drawn = [draw_overlay(overlay, modalities) for overlay in overlays]
@@ -91,6 +96,13 @@ def write_report(
         "empty_masks": policy_statement,
         "left_out": list(faults),
         **summary.to_dict(),
+        "policies": {
+            name: {
+                "overall": under.overall.to_dict(),
+                "by_region": {region: cell.to_dict() for region, cell in under.by_region.items()},
+            }
+            for name, under in by_policy.items()
+        },
     }
 
     environment = Environment(
@@ -101,6 +113,7 @@ def write_report(
         lstrip_blocks=True,
     )
     environment.filters.update(dice=format_dice, mm=format_mm)
+    environment.globals.update(number=format_number, ends=format_ends)
     full = subset_name([True] * len(modalities), modalities)
     html = environment.get_template("report.html.j2").render(
         title=title,
@@ -113,6 +126,13 @@ def write_report(
         modalities=modalities,
         policy=policy_statement,
         left_out=undefined_note(summary),
+        findings=findings(summary),
+        intervals=bootstrap_note(summary),
+        scores=[(name, UNITS[name]) for name in ("dice", "hd95_mm")],
+        change=CHANGE,
+        units=[(name, unit) for name, unit in UNITS.items() if name in measured],
+        by_policy=by_policy,
+        empty=empty_count(records),
         heat=[heat_map(summary, "dice"), heat_map(summary, "hd95")],
         by_count=dice_by_count(summary, shown),
         curves=training_curves(history, modalities),

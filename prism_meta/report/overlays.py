@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,46 @@ class Overlay:
         ]
         raise_faults(PrismError, faults)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The overlay as JSON values, from which ``from_dict`` makes an equal one."""
+        return {
+            "case": self.case,
+            "background": _packed(self.background),
+            "truth": _packed(self.truth),
+            "predictions": {name: _packed(labels) for name, labels in self.predictions.items()},
+            "background_name": self.background_name,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Overlay:
+        """The overlay that ``to_dict`` gave.
+
+        Example:
+            >>> labels = np.zeros((4, 4), dtype=np.uint8)
+            >>> overlay = Overlay("case1", np.ones((4, 4)), labels, {"t1": labels}, "flair")
+            >>> Overlay.from_dict(overlay.to_dict()).predictions["t1"].shape
+            (4, 4)
+        """
+        maps = {name: _unpacked(labels) for name, labels in values["predictions"].items()}
+        return cls(
+            values["case"],
+            _unpacked(values["background"]),
+            _unpacked(values["truth"]),
+            maps,
+            values["background_name"],
+        )
+
+
+def _packed(array: NDArray[Any]) -> dict[str, Any]:
+    """An array as JSON values."""
+    content = base64.b64encode(zlib.compress(np.ascontiguousarray(array).tobytes())).decode()
+    return {"shape": array.shape, "dtype": array.dtype.str, "zlib": content}
+
+
+def _unpacked(values: Mapping[str, Any]) -> NDArray[Any]:
+    content = zlib.decompress(base64.b64decode(values["zlib"]))
+    return np.frombuffer(content, np.dtype(values["dtype"])).reshape(values["shape"])
+
 
 def check_overlays(overlays: Sequence[Overlay], class_names: Sequence[str]) -> None:
     """Check that ``class_names`` names every class of the overlays.
@@ -82,30 +124,48 @@ class OverlayCollector:
 
     def __init__(self, cases: int = 3) -> None:
         self.cases = cases
-        self._kept: dict[str, _Slice] = {}
+        self._kept: dict[str, Overlay] = {}
+        self._slices: dict[str, _Slice] = {}
 
     def __call__(
         self, case: Case, volume: Volume, subset: str, truth: Tensor, prediction: Tensor
     ) -> None:
         """Keep the slice of ``prediction`` if the case is one of the first ``cases``."""
         if case.id not in self._kept:
-            if len(self._kept) >= self.cases:
+            if self.full:
                 return
-            self._kept[case.id] = _Slice(volume, truth)
+            self._slices[case.id] = _Slice(volume, truth)
+            self._kept[case.id] = self._slices[case.id].overlay(case.id)
         kept = self._kept[case.id]
-        kept.predictions[subset] = kept.cut(prediction.numpy())
+        maps = {**kept.predictions, subset: self._slices[case.id].cut(prediction.numpy())}
+        self._kept[case.id] = replace(kept, predictions=maps)
+
+    @property
+    def full(self) -> bool:
+        """Whether no more cases are kept."""
+        return len(self._kept) >= self.cases
+
+    def get(self, case: str) -> Overlay | None:
+        """The overlay of a case with the predictions from all its subsets; None if it is not kept."""
+        return self._kept.get(case)
+
+    def add(self, overlay: Overlay) -> None:
+        """Keep the overlay of a case from an earlier evaluation, if it is one of the first ``cases``."""
+        if not self.full:
+            self._kept[overlay.case] = overlay
+
+    def discard(self, case: str) -> None:
+        """Keep nothing of a case, because it could not be measured as a whole."""
+        self._kept.pop(case, None)
 
     def overlays(self, subsets: list[str]) -> list[Overlay]:
         """Return an overlay per case, with the predictions from ``subsets`` in that order."""
         return [
-            Overlay(
-                case=name,
-                background=kept.background,
-                truth=kept.truth,
+            replace(
+                kept,
                 predictions={s: kept.predictions[s] for s in subsets if s in kept.predictions},
-                background_name=kept.name,
             )
-            for name, kept in self._kept.items()
+            for kept in self._kept.values()
         ]
 
 
@@ -118,7 +178,10 @@ class _Slice:
         self.name, image = next(iter(volume.images.items()))
         self.background = self.cut(image).astype(np.float32)
         self.truth = self.cut(truth.numpy())
-        self.predictions: dict[str, NDArray[np.int64]] = {}
+
+    def overlay(self, case: str) -> Overlay:
+        """The slice without predictions."""
+        return Overlay(case, self.background, self.truth, {}, self.name)
 
     def cut(self, array: NDArray[Any]) -> NDArray[Any]:
         """Cut the slice and orient it as radiologists do.

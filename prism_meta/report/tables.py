@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prism_meta.report.averages import Summary
 from prism_meta.report.comparison import Change, Comparison
 from prism_meta.report.figures.style import HIDDEN, SHOWN
+from prism_meta.report.findings import bootstrap_note, findings
 from prism_meta.report.text import (
     format_dice,
+    format_ends,
     format_interval,
     format_mm,
     shown_modalities,
@@ -98,6 +100,83 @@ def results_table(
         f"mean of {len(summary.subsets)}",
         style="bold",
     )
+    return table
+
+
+def findings_table(summary: Summary) -> Table:
+    """Build the table of the averages with their intervals, the balance, and the contributions.
+
+    Args:
+        summary: averages of the records.
+
+    Example:
+        >>> from prism_meta.records import Record
+        >>> from prism_meta.report import summarize
+        >>> table = findings_table(summarize([Record("case1", "t1", "WT", 0.5, 4.0)]))
+        >>> list(table.columns[1].cells)
+        ['50.0', '4.0', '0.0', '0.0', '50.0', '50.0']
+    """
+    from rich.box import SIMPLE
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text("Averages over all subsets and regions", style="bold"),
+        caption=Text(f"Intervals: {bootstrap_note(summary)}"),
+        caption_justify="left",
+        box=SIMPLE,
+    )
+    table.add_column("")
+    table.add_column("mean", justify="right", no_wrap=True)
+    table.add_column("95% interval", justify="right", no_wrap=True)
+    for section in findings(summary):
+        for finding in section:
+            last = finding is section[-1]
+            table.add_row(escape(finding.title), finding.mean, finding.ends, end_section=last)
+    return table
+
+
+def policies_table(by_policy: Mapping[str, Summary], *, empty: int) -> Table:
+    """Build the table of the same predictions under each policy for empty masks.
+
+    Args:
+        by_policy: made by ``summarize_policies``.
+        empty: number of records with an empty prediction or truth; part of the caption.
+
+    Example:
+        >>> from prism_meta.records import Record
+        >>> from prism_meta.report import summarize_policies
+        >>> missed = Record("p1", "t1", "ET", 0.0, 373.13, 0.0, 0.0, 2.5, 1, 1, 0, 300.0)
+        >>> table = policies_table(summarize_policies([missed]), empty=1)
+        >>> [list(column.cells) for column in table.columns[:4:3]]
+        [['brats', 'nan', 'diagonal'], ['373.1', '–', '300.0']]
+    """
+    from rich.box import SIMPLE
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text("The same predictions under each policy for empty masks", style="bold"),
+        caption=Text(
+            f"Means over all subsets and regions. {empty} records have an empty prediction or truth."
+        ),
+        caption_justify="left",
+        box=SIMPLE,
+    )
+    table.add_column("policy")
+    for head in ("Dice, %", "95% interval", "HD95, mm", "95% interval", "undefined"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for name, summary in by_policy.items():
+        cell = summary.overall
+        table.add_row(
+            name,
+            format_dice(cell.dice),
+            format_ends(cell.scores["dice"], 100.0),
+            format_mm(cell.hd95),
+            format_ends(cell.scores["hd95_mm"]),
+            str(cell.undefined),
+        )
     return table
 
 

@@ -7,26 +7,50 @@ from collections.abc import Sequence
 
 from prism_meta.errors import PrismError, raise_faults
 from prism_meta.report.averages import Summary
-from prism_meta.report.comparison import Interval
+from prism_meta.report.bootstrap import Interval
+
+
+def format_number(value: float, scale: float = 1.0, *, digits: int = 1, sign: bool = False) -> str:
+    """A number multiplied by ``scale``, or a dash for NaN.
+
+    Example:
+        >>> format_number(0.125, 100.0), format_number(2.0, sign=True), format_number(math.nan)
+        ('12.5', '+2.0', '–')
+    """
+    return "–" if math.isnan(value) else f"{scale * value:{'+' if sign else ''}.{digits}f}"
 
 
 def format_dice(value: float) -> str:
     """Dice in percent, or a dash for NaN."""
-    return "–" if math.isnan(value) else f"{100 * value:.1f}"
+    return format_number(value, 100.0)
 
 
 def format_mm(value: float) -> str:
     """A distance in mm, or a dash for NaN."""
-    return "–" if math.isnan(value) else f"{value:.1f}"
+    return format_number(value)
+
+
+def format_ends(
+    interval: Interval, scale: float = 1.0, *, digits: int = 1, sign: bool = False
+) -> str:
+    """The ends of an interval, both multiplied by ``scale``, or a dash if there is none.
+
+    Example:
+        >>> format_ends(Interval(0.5, 0.25, 0.75, 4), 100.0)
+        '25.0 to 75.0'
+    """
+    if math.isnan(interval.low):
+        return "–"
+    low, high = (
+        format_number(x, scale, digits=digits, sign=sign) for x in (interval.low, interval.high)
+    )
+    return f"{low} to {high}"
 
 
 def format_interval(interval: Interval, scale: float) -> tuple[str, str]:
     """A mean difference and its interval, both multiplied by ``scale``."""
-    mean, low, high = (scale * x for x in (interval.mean, interval.low, interval.high))
-    return (
-        "–" if math.isnan(mean) else f"{mean:+.1f}",
-        "–" if math.isnan(low) else f"{low:+.1f} to {high:+.1f}",
-    )
+    mean = format_number(interval.mean, scale, sign=True)
+    return mean, format_ends(interval, scale, sign=True)
 
 
 def undefined_note(summary: Summary) -> str:

@@ -30,8 +30,8 @@ from prism_meta.data.masking import (
 from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.data.subset_masks import HardMask, OneSubsetMask
 from prism_meta.data.tasks import TaskEpisodes
+from prism_meta.empty_masks import EMPTY_POLICIES, EmptyPolicy
 from prism_meta.errors import PrismError
-from prism_meta.evaluation.metrics import BratsEmpty, DiagonalEmpty, EmptyPolicy, NanEmpty
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.objective import losses
 from prism_meta.objective.prism import PrismObjective
@@ -211,12 +211,7 @@ def build_episodes(
 
 def build_empty_policy(evaluation: EvaluationConfig) -> EmptyPolicy:
     """What an empty mask gives."""
-    policies: Mapping[str, Callable[[], EmptyPolicy]] = {
-        "brats": BratsEmpty,
-        "nan": NanEmpty,
-        "diagonal": DiagonalEmpty,
-    }
-    return policies[evaluation.empty]()
+    return {policy.name: policy for policy in EMPTY_POLICIES}[evaluation.empty]
 
 
 def build_validation(config: Config, cases: Sequence[CachedCase]) -> Validation | None:

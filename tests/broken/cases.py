@@ -142,7 +142,7 @@ FOLDERS = {
             lambda root, mark=mark: (root / mark).write_text(""),
             f"has {mark}, so it is an output of prism-meta",
         )
-        for mark in ("run.json", "records.csv", "predictions.csv")
+        for mark in ("run.json", "records.csv", "unfinished.jsonl", "predictions.csv")
     },
 }  # fmt: skip
 

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from broken import Broken
-from prism_meta.records import Record, write_records
+from prism_meta.records import HEADER, Record, write_records
 
-_HEADER = b"case,subset,region,dice,hd95_mm"
-_LINE = b"p0,t1,WT,0.5,1.0\n"
+_HEADER = ",".join(HEADER).encode()
+_LINE = b"p0,t1,WT,0.5,1.0,0.25,1.5,2.5,3,2,1,90.5\n"
+#: What follows the first five columns.
+_REST = b",1,1,1,1,1,1,1\n"
 
 #: Contents, and what is said of them.
 CONTENTS: dict[str, tuple[bytes, tuple[str, ...]]] = {
@@ -18,20 +20,26 @@ CONTENTS: dict[str, tuple[bytes, tuple[str, ...]]] = {
     "no header": (_LINE * 2, ("line 1",)),
     "semicolons": (_HEADER.replace(b",", b";") + b"\n" + _LINE.replace(b",", b";"), ("line 1",)),
     "tabs": (_HEADER.replace(b",", b"\t") + b"\n", ("line 1",)),
-    "a column twice": (b"case,case,subset,region,dice,hd95_mm\n", ("line 1",)),
-    "a column less": (b"case,subset,region,dice\np0,t1,WT,0.5\n", ("line 1",)),
-    "columns in another order": (b"subset,case,region,dice,hd95_mm\n", ("line 1",)),
+    "a column twice": (b"case," + _HEADER + b"\n", ("line 1",)),
+    "a column less": (_HEADER.replace(b",dice", b"") + b"\n", ("line 1", "give a records.csv")),
+    "an older version": (
+        b"case,subset,region,dice,hd95_mm\np0,t1,WT,0.5,1\n", ("line 1", "evaluate the run again"),
+    ),
+    "columns in another order": (_HEADER.replace(b"case,subset", b"subset,case") + b"\n", ("line 1",)),
     "columns of another case": (_HEADER.upper() + b"\n" + _LINE, ("line 1",)),
     "UTF-16": ("case,subset\n".encode("utf-16"), ("line 1", "UTF-8")),
-    "latin-1": (_HEADER + b"\n" + _LINE + b"\xe4,t1,WT,1,1\n", ("line 3", "UTF-8")),
+    "latin-1": (_HEADER + b"\n" + _LINE + b"\xe4,t1,WT,1,1" + _REST, ("line 3", "UTF-8")),
     "an image": (bytes(range(256)) * 9, ("UTF-8",)),
     "zeros": (bytes(5000), ("line 1",)),
     "gzip": (b"\x1f\x8b\x08\x00" + bytes(60), ("UTF-8",)),
     "cut off": (_HEADER + b"\n" + _LINE + b"p1,t1,WT,0.5,1", ("line 3", "cut off")),
-    "cut off in a quotation": (_HEADER + b'\n"p1,t1,WT,0.5,1\n', ("line",)),
+    "cut off in a quotation": (_HEADER + b'\n"p1,t1,WT,0.5,1' + _REST, ("line",)),
     "an endless cell": (_HEADER + b"\n" + b"x" * 200_000 + b",t1,WT,1,1\n", ("line 2", "field limit")),
     "a record twice": (_HEADER + b"\n" + _LINE * 2, ("line 3", "those of line 2")),
-    "two bad lines": (_HEADER + b"\np0,t1,WT,2,1\np1,t1,WT,1,-1\n", ("line 2: dice", "line 3: hd95_mm")),
+    "two bad lines": (
+        _HEADER + b"\np0,t1,WT,2,1" + _REST + b"p1,t1,WT,1,-1" + _REST,
+        ("line 2: dice", "line 3: hd95_mm"),
+    ),
     "JSON": (b'[{"case": "p0"}]\n', ("line 1",)),
     "HTML": (b"<html><body>404</body></html>\n", ("line 1",)),
 }  # fmt: skip
@@ -42,6 +50,10 @@ CELLS = {
     "region": ("",),
     "dice": ("", "good", "-0.1", "1.1", "inf", "-inf", "0_5", "0,5", "50 %", "1e999", "=1/2", "None"),
     "hd95_mm": ("", "far", "-1", "inf", "-inf", "1_0", "3 mm", "1e999", "None"),
+    "nsd_1mm": ("", "1.5", "-1"),
+    "predicted_ml": ("", "-1", "inf"),
+    "missed_lesions": ("", "-1", "0.5", "inf"),
+    "diagonal_mm": ("", "-1", "1_0"),
 }  # fmt: skip
 
 
@@ -57,7 +69,7 @@ def _compare(content: bytes) -> Callable[[Path], Sequence[object]]:
 def _cell(column: str, value: str) -> bytes:
     cells = dict(zip(_HEADER.decode().split(","), _LINE.decode().strip().split(","), strict=True))
     row = ",".join(f'"{cell}"' for cell in {**cells, column: value}.values())
-    return _HEADER + f"\nother,t1,WT,1,1\n{row}\n".encode()
+    return _HEADER + b"\nother,t1,WT,1,1" + _REST + f"{row}\n".encode()
 
 
 def _other(a: Record, b: Record) -> Callable[[Path], Sequence[object]]:

@@ -20,6 +20,7 @@ from niftis import forbidden, write_case, write_cases
 
 from prism_meta.bilevel.strategies import ALL_STRATEGIES
 from prism_meta.data.cases import Case
+from prism_meta.records import HEADER
 from prism_meta.training import trainer
 from prism_meta.training.facts import command_line
 
@@ -109,7 +110,7 @@ def test_volumes_and_another_label_set(tmp_path: Path) -> None:
     assert run("train", root, "--out", tmp_path / "run", *options)[0] == 0
     assert run("evaluate", tmp_path / "run", root)[0] == 0
     head, first, *_ = (tmp_path / "run/evaluation/records.csv").read_text().splitlines()
-    assert head == "case,subset,region,dice,hd95_mm" and first.startswith("p0,flair,lesion,")
+    assert head == ",".join(HEADER) and first.startswith("p0,flair,lesion,")
 
 
 @pytest.mark.parametrize(

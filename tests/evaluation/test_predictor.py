@@ -19,8 +19,9 @@ from prism_meta.data.cases import Case, Volume
 from prism_meta.data.labels import BRATS_LABELS
 from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.preprocessing import Preprocessing
+from prism_meta.empty_masks import DiagonalEmpty, EmptyPolicy, NanEmpty
 from prism_meta.evaluation import windows
-from prism_meta.evaluation.metrics import DiagonalEmpty, EmptyPolicy, NanEmpty, dice_hd95
+from prism_meta.evaluation.metrics import dice_hd95
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.evaluation.shortcuts import evaluate, predict
 from prism_meta.modalities import subset_name, subsets

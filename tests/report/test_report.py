@@ -16,15 +16,15 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from prism_meta.empty_masks import BratsEmpty
 from prism_meta.errors import PrismError
-from prism_meta.evaluation.metrics import BratsEmpty
 from prism_meta.modalities import BRATS, subset_name, subsets
 from prism_meta.records import Record, read_records
-from prism_meta.report import compare, summarize
+from prism_meta.report import compare, summarize, summarize_policies
 from prism_meta.report.figures.style import class_colour
 from prism_meta.report.html import write_report
 from prism_meta.report.overlays import Overlay
-from prism_meta.report.tables import comparison_table, results_table
+from prism_meta.report.tables import comparison_table, findings_table, policies_table, results_table
 
 REGIONS = ("WT", "TC", "ET")
 POLICY = BratsEmpty.statement
@@ -107,11 +107,25 @@ def test_table_fits_a_terminal_of_80_columns() -> None:
     assert max(map(len, narrow.splitlines())) <= 80
 
 
+def test_findings_in_the_terminal() -> None:
+    text = text_of(findings_table(summarize(records())), width=80)
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    assert "Dice, % 23.3 22.3 to 24.3" in rows and "Dice ET, % 25.3 24.3 to 26.3" in rows
+    assert "worst subset (flair), Dice, % 12.0 11.0 to 13.0" in rows
+    assert "Dice lost without t2, points +10.0 +10.0 to +10.0" in rows
+    assert "Intervals: 95% percentile bootstrap over 2 cases, 2000 resamples, seed 0." in " ".join(
+        rows
+    )
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+
+
 def test_names_are_not_markup() -> None:
     run = [Record("c", "t1", "[red]ET", 0.5, 1.0)]
     summary = summarize(run)
     text = text_of(results_table(summary, title="[b]x", policy="[i]p", modalities=("t1", "[u]")))
     assert all(name in text for name in ("[red]ET", "[b]x", "[i]p", "[u]"))
+    two = [*run, Record("c", "t1", "[i]WT", 0.5, 1.0)]
+    assert "Dice [red]ET, %" in text_of(findings_table(summarize(two)))
     assert "[red]ET" in text_of(comparison_table(compare(run, run), names=("[x]", "y")))
 
 
@@ -232,11 +246,69 @@ def test_page_has_the_numbers(tmp_path: Path) -> None:
         assert f"{number} % Dice {region}, all modalities shown" in words
     assert "2 cases" in words
     assert f"Empty masks: {POLICY}." in words
-    assert "● ● ● ● 40.0 42.0 44.0 42.0 7.2 8.2 9.2 8.2 2 all shown" in words
-    assert "mean of 15 subsets 21.3 23.3 25.3 23.3 7.2 8.2 9.2 8.2 2" in words
+
+    def with_ends(*means: float) -> str:
+        """The cases differ by 2 points, so that the interval of two is from one to the other."""
+        return " ".join(f"{x} {x - 1:.1f} to {x + 1:.1f}" for x in means)
+
+    hd95 = "7.2 7.2 to 7.2 8.2 8.2 to 8.2 9.2 9.2 to 9.2 8.2 8.2 to 8.2 2"
+    assert "● ● ● ● 40.0 42.0 44.0 7.2 8.2 9.2 all shown" in words  # the heat map
+    assert f"● ● ● ● {with_ends(40.0, 42.0, 44.0, 42.0)} {hd95} all shown" in words
+    assert f"mean of 15 subsets {with_ends(21.3, 23.3, 25.3, 23.3)} {hd95}" in words
+    assert f"Dice, % {with_ends(21.3, 23.3, 25.3, 23.3)} HD95, mm" in words
+    assert (
+        "subsets and 3 regions (22.3 to 24.3) 8.2 mm mean HD95 over the same cells (8.2 to 8.2)"
+        in words
+    )
+    assert "best minus worst subset, Dice points 30.0 30.0 to 30.0" in words
+    assert "worst single modality (flair), Dice, % 12.0 11.0 to 13.0" in words
+    # Each modality adds 10 points, in 7 pairs of subsets.
+    lost = "+10.0 +10.0 to +10.0 " * 4
+    assert all(f"{name} {lost}7" in words for name in BRATS)
     assert "seed 17" in words
     assert "●●○○ flair+t1ce" in words
     assert [name for name in CLASSES if name in words] == ["core", "oedema"]
+
+
+# Two cases in one region: a Dice of 0.8, and a lesion of 2 ml that is missed in a volume of 300 mm.
+MISSED = [
+    Record("c1", "t1", "ET", 0.8, 2.0, 0.9, 5.0, 4.0, 1, 0, 0, 250.0),
+    Record("c2", "t1", "ET", 0.0, 300.0, 0.0, 0.0, 2.0, 1, 1, 0, 300.0),
+    Record("c3", "t1", "ET", 1.0, 0.0, 1.0, 0.0, 0.0, 0, 0, 0, 300.0),
+]
+#: Mean Dice and HD95, and the undefined records.
+POLICIES = {
+    "brats": (1.8 / 3, (2 + 373.13) / 3, 0),
+    "nan": (0.4, 2.0, 2),
+    "diagonal": (1.8 / 3, 302 / 3, 0),
+}
+
+
+def test_policies_side_by_side(tmp_path: Path) -> None:
+    by_policy = summarize_policies(MISSED)
+    found = {n: (s.overall.dice, s.overall.hd95, s.overall.undefined) for n, s in by_policy.items()}
+    assert found == {name: pytest.approx(values) for name, values in POLICIES.items()}
+    html = report(tmp_path, records=MISSED, modalities=("t1", "t2"), overlays=())
+    words = " ".join(re.sub(r"<style>.*?</style>|<[^>]*>", " ", html, flags=re.S).split())
+    ends = {"brats": "0.0 to 373.1", "diagonal": "0.0 to 300.0"}
+    for name, hd95 in (("brats", "125.0"), ("diagonal", "100.7")):
+        dice, mm = "60.0 0.0 to 100.0", f"{hd95} {ends[name]}"
+        assert f"{name} {dice} {dice} {mm} {mm} 0" in words
+    assert "nan 40.0 0.0 to 80.0 40.0 0.0 to 80.0 2.0 2.0 2" in words
+    assert "2 records have an empty prediction or truth; the policies differ only there" in words
+    data = json.loads((tmp_path / "summary.json").read_text())["policies"]
+    assert data["nan"]["overall"]["hd95_mm"] == data["nan"]["by_region"]["ET"]["hd95_mm"] == 2.0
+    text = text_of(policies_table(by_policy, empty=2), width=80)
+    rows = [line.split() for line in text.splitlines()]
+    assert ["nan", "40.0", "0.0", "to", "80.0", "2.0", "–", "2"] in rows
+    assert ["diagonal", "60.0", "0.0", "to", "100.0", "100.7", "0.0", "to", "300.0", "0"] in rows
+    assert "…" not in text
+    assert "2 records have an empty prediction or truth." in " ".join(text.split())
+
+
+def test_records_without_volumes_have_one_policy(tmp_path: Path) -> None:
+    assert summarize_policies([*MISSED, Record("c4", "t1", "ET", 0.5, 1.0)]) == {}
+    assert "Policies for empty masks" not in report(tmp_path)
 
 
 def test_files_beside_the_page(tmp_path: Path) -> None:
@@ -244,7 +316,7 @@ def test_files_beside_the_page(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "records.csv", "report.html", "summary.json",
     ]  # fmt: skip
-    assert read_records(tmp_path / "records.csv") == records()
+    assert repr(read_records(tmp_path / "records.csv")) == repr(records())
     data = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert data["empty_masks"] == POLICY
     assert data["overall"]["dice"] == pytest.approx(0.64 / 3 + 0.02)

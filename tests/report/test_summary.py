@@ -12,7 +12,7 @@ import pytest
 from scipy.stats import bootstrap
 
 from prism_meta.errors import OutputError, PrismError
-from prism_meta.records import Record, read_records, write_records
+from prism_meta.records import HEADER, Record, read_records, write_records
 from prism_meta.report import Cell, Comparison, compare, summarize
 
 NAN = math.nan
@@ -173,7 +173,7 @@ def test_records_come_back(tmp_path: Path) -> None:
     odd = Record('name, "quoted"\nof ümlauts', "t1", "WT", 1 / 3, NAN)
     path = tmp_path / "deep" / "records.csv"
     write_records(path, [*RECORDS, odd])
-    assert path.read_text(encoding="utf-8").splitlines()[0] == "case,subset,region,dice,hd95_mm"
+    assert path.read_text(encoding="utf-8").splitlines()[0] == ",".join(HEADER)
     back = read_records(path)
     assert [repr(r) for r in back] == [repr(r) for r in [*RECORDS, odd]]
     assert [p.name for p in path.parent.iterdir()] == ["records.csv"]
@@ -182,7 +182,7 @@ def test_records_come_back(tmp_path: Path) -> None:
 def test_a_failed_write_keeps_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "records.csv"
     write_records(path, RECORDS)
-    with pytest.raises(AttributeError):
+    with pytest.raises(TypeError):
         write_records(path, [*RECORDS, None])  # type: ignore[list-item]
     assert len(read_records(path)) == len(RECORDS)
     with pytest.raises(OutputError, match="cannot write"):
@@ -192,23 +192,41 @@ def test_a_failed_write_keeps_what_was_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("x,t1,WT,0.5", r"line 3: got 4 values, expected 5: case, subset"),
-        ("x,t1,WT,good,1", r"line 3: dice is 'good', expected a number or nan"),
-        ("x,t1,WT,50.0,1", r"line 3: dice is 50.0, expected a number in \[0, 1\], or nan"),
-        ("x,t1,WT,0.5,-1", r"line 3: hd95_mm is -1, expected a number in mm, 0 or more, or nan"),
-        ("x,t1,WT,0.5,inf", r"line 3: hd95_mm is inf, expected"),
+        ("x,t1,WT,0.5,1,1,1,1,1,1,1", r"line 3: got 11 values, expected 12: case, subset"),
+        ("x,t1,WT,good,1,1,1,1,1,1,1,1", r"line 3: dice is 'good', expected a number or nan"),
+        (
+            "x,t1,WT,50.0,1,1,1,1,1,1,1,1",
+            r"line 3: dice is 50.0, expected a number in \[0, 1\], or nan",
+        ),
+        (
+            "x,t1,WT,0.5,-1,1,1,1,1,1,1,1",
+            r"line 3: hd95_mm is -1, expected a number in mm, 0 or more, or nan",
+        ),
+        ("x,t1,WT,0.5,inf,1,1,1,1,1,1,1", r"line 3: hd95_mm is inf, expected"),
+        (
+            "x,t1,WT,0.5,1,2,1,1,1,1,1,1",
+            r"line 3: nsd_1mm is 2, expected a number in \[0, 1\], or nan",
+        ),
+        (
+            "x,t1,WT,0.5,1,1,-1,1,1,1,1,1",
+            r"line 3: predicted_ml is -1, expected a number in ml, 0 or more",
+        ),
+        (
+            "x,t1,WT,0.5,1,1,1,1,1,.5,1,1",
+            r"line 3: missed_lesions is .5, expected a whole number, 0 or",
+        ),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "bad.csv"
-    path.write_text(f"case,subset,region,dice,hd95_mm\nx,t1,TC,0.5,1\n{line}\n")
+    path.write_text(f"{','.join(HEADER)}\nx,t1,TC,0.5,1,1,1,1,1,1,1,1\n{line}\n")
     with pytest.raises(PrismError, match=rf"bad\.csv, {message}"):
         read_records(path)
 
 
 def test_bad_lines_are_reported_together(tmp_path: Path) -> None:
     path = tmp_path / "bad.csv"
-    path.write_text("case,subset,region,dice,hd95_mm\n" + "x;t1;WT;0,5;1\n" * 14)
+    path.write_text(",".join(HEADER) + "\n" + "x;t1;WT;0,5;1\n" * 14)
     with pytest.raises(PrismError) as caught:
         read_records(path)
     assert len(caught.value.faults) == 11

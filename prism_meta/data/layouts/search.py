@@ -12,7 +12,7 @@ from prism_meta.errors import one_line
 
 #: A folder with one of these files is an output of this package: a run, an evaluation, predicted
 #: labels, or a cache. The search skips it and all folders below it.
-OUTPUT_MARKS = ("run.json", "records.csv", "predictions.csv", "CACHEDIR.TAG")
+OUTPUT_MARKS = ("run.json", "records.csv", "unfinished.jsonl", "predictions.csv", "CACHEDIR.TAG")
 #: Suffixes of NIfTI files, the longer first.
 SUFFIXES = (".nii.gz", ".nii")
 _log = logging.getLogger(__name__)

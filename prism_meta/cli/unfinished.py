@@ -1,0 +1,157 @@
+"""The cases that an interrupted evaluation has measured, on disk, so that the next call skips them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from contextlib import suppress
+from dataclasses import astuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from safetensors.torch import save
+
+from prism_meta.data.cases import Case
+from prism_meta.errors import OutputError
+from prism_meta.files import cannot_write, sync
+from prism_meta.records import HEADER, Record
+from prism_meta.report.overlays import Overlay
+from prism_meta.training.facts import versions
+from prism_meta.training.run import Run
+
+if TYPE_CHECKING:
+    from prism_meta.evaluation.predictor import Predictor
+
+#: Name of the file in the folder of the report. A finished evaluation removes it.
+UNFINISHED = "unfinished.jsonl"
+
+
+class Measured(NamedTuple):
+    """What an evaluation keeps of a case.
+
+    Args:
+        records: those of all its subsets.
+        overlay: its slice with the predictions from all subsets; None if the report does not draw it.
+    """
+
+    records: list[Record]
+    overlay: Overlay | None
+
+
+class Unfinished:
+    """``unfinished.jsonl`` in the folder of a report: one line per case that was measured.
+
+    A line is added and synced to disk as soon as a case is measured. It carries the hash of all that its
+    numbers depend on, so that a line of another run, or of files that have changed, does not count. Neither
+    does a line that was cut off.
+
+    Args:
+        folder: folder of the report.
+        settings: what the numbers of every case depend on; see ``fingerprint``.
+
+    Raises:
+        OutputError: there is such a file, but it cannot be read.
+    """
+
+    def __init__(self, folder: Path, settings: str) -> None:
+        self.path, self._settings = folder / UNFINISHED, settings
+        self._lines = self._read()
+
+    def get(self, case: Case) -> Measured | None:
+        """What was measured of ``case``; None if it was not, or if one of its files has changed."""
+        line = self._lines.get(self._key(case))
+        if line is None:
+            return None
+        overlay = line["overlay"]
+        return Measured(
+            [Record(*values) for values in line["records"]],
+            None if overlay is None else Overlay.from_dict(overlay),
+        )
+
+    def add(self, case: Case, measured: Measured) -> None:
+        """Write what was measured of ``case``.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        overlay = measured.overlay
+        line = {
+            "key": self._key(case),
+            "records": [astuple(record) for record in measured.records],
+            "overlay": None if overlay is None else overlay.to_dict(),
+        }
+        content = json.dumps(line).encode()
+        new = not self.path.exists()
+        try:
+            with self.path.open("ab") as file:
+                # The line break in front ends a line that was cut off.
+                file.write(b"\n%s %s\n" % (_digest(content), content))
+                file.flush()
+                os.fsync(file.fileno())
+            if new:
+                sync(self.path.parent)
+        except OSError as error:
+            if new:  # half a line alone is of no use
+                with suppress(OSError):
+                    self.path.unlink()
+            raise cannot_write(self.path, error) from error
+
+    def remove(self) -> None:
+        """Remove the file, because the report is written.
+
+        Raises:
+            OutputError: it cannot be removed.
+        """
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def _key(self, case: Case) -> str:
+        paths = [*case.files.values(), *filter(None, (case.label, case.grid))]
+        content = (self._settings, repr(case), [_stamp(path) for path in paths])
+        return hashlib.sha256(repr(content).encode("utf-8", "surrogateescape")).hexdigest()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            lines = self.path.read_bytes().splitlines()
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise OutputError(
+                f"cannot read {self.path}: {reason}; delete it, or give another --out"
+            ) from error
+        parts = [line.partition(b" ") for line in lines]
+        whole = [json.loads(content) for digest, _, content in parts if digest == _digest(content)]
+        return {line["key"]: line for line in whole}
+
+
+def fingerprint(run: Run, predictor: Predictor) -> str:
+    """What the numbers of every case depend on: weights, configuration, versions, kind of device.
+
+    Args:
+        run: a run whose training has ended.
+        predictor: one with the weights that are evaluated.
+    """
+    state = {
+        name: tensor.cpu().contiguous() for name, tensor in predictor.model.state_dict().items()
+    }
+    device = next((p.device.type for p in predictor.model.parameters()), "cpu")
+    weights = hashlib.sha256(save(state)).hexdigest()
+    return repr((weights, run.config.model_dump(mode="json"), versions(), device, HEADER))
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    """A file by its place, size and time of change; one that is gone is a fault of its own."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return str(path.absolute()), -1, -1
+    return str(path.absolute()), facts.st_size, facts.st_mtime_ns
+
+
+def _digest(content: bytes) -> bytes:
+    """Tells whole lines from those that were cut off."""
+    return hashlib.sha256(content).hexdigest().encode()
