@@ -10,9 +10,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import tomlkit
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from prism_meta.errors import PrismError
+from prism_meta.errors import ConfigError, PrismError
+from prism_meta.training.config import Config, load_config
+
+#: Keys in one message.
+_SHOWN = 4
 
 
 class Facts(BaseModel):
@@ -27,6 +32,7 @@ class Facts(BaseModel):
     data: str | None
     train: dict[str, list[str]]
     test: list[str]
+    validation: dict[str, list[str]] = {}
     own: dict[str, str] = {}
     config: dict[str, Any]
 
@@ -48,6 +54,42 @@ def read_facts(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = str(error)
     raise PrismError(f"{path}: is damaged ({reason}); restore it, or train again")
+
+
+def read_settings(path: Path) -> Config:
+    """The configuration of a run, whose file has every key that has a value.
+
+    Raises:
+        ConfigError: the file cannot be read, is invalid, or lacks keys, as one does that was cut off.
+    """
+    config = load_config(path)
+    # It was read once without a fault.
+    there = _flat(tomlkit.parse(path.read_text(encoding="utf-8-sig")).unwrap())
+    wanted = _flat(config.model_dump(mode="json", exclude_none=True))
+    lost = [key for key in wanted if not any(k == key or k.startswith(f"{key}.") for k in there)]
+    if lost:
+        more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        raise ConfigError(
+            f"{path}: lacks {', '.join(lost[:_SHOWN])}{more}, which a run writes; restore the file from the "
+            "configuration in run.json"
+        )
+    return config
+
+
+def check_unchanged(path: Path, config: Config, facts: Mapping[str, Any]) -> None:
+    """Check that the configuration in ``path`` is that which the run was started with.
+
+    Raises:
+        ConfigError: keys were changed.
+    """
+    now = config.model_dump(mode="json")
+    changed, before = changed_keys(facts["config"], now), facts.get("config_before")
+    if changed and (before is None or changed_keys(before, now)):
+        listed = ", ".join(f"{key} from {a} to {b}" for key, (a, b) in changed.items())
+        raise ConfigError(
+            f"{path}: was changed since the run was started ({listed}); undo that, and use --extend for more "
+            "steps, or start a new run"
+        )
 
 
 def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

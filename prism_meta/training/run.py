@@ -27,14 +27,20 @@ import torch
 from torch import nn
 
 from prism_meta.data.cases import Case
-from prism_meta.errors import ConfigError, PrismError
+from prism_meta.errors import PrismError
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.files import cannot_write, writable_folder, write_whole
 from prism_meta.training import log
 from prism_meta.training.build import build_model, build_predictor
 from prism_meta.training.checkpoint import load_checkpoint
 from prism_meta.training.config import Config, load_config
-from prism_meta.training.facts import changed_keys, command_line, read_facts, versions
+from prism_meta.training.facts import (
+    check_unchanged,
+    command_line,
+    read_facts,
+    read_settings,
+    versions,
+)
 from prism_meta.training.lock import LOCK
 from prism_meta.training.weights import WEIGHTS, Kind, load_weights, weights_file, written_kinds
 
@@ -175,7 +181,7 @@ class Run:
                 f"{folder}: no run in this folder (run.json: {reason}); "
                 "give the folder that prism-meta train wrote"
             ) from error
-        return cls(folder, load_config(folder / "config.toml"), facts)
+        return cls(folder, read_settings(folder / "config.toml"), facts)
 
     def check_resumable(self) -> None:
         """Check that the configuration is still that which the run was started with.
@@ -183,15 +189,7 @@ class Run:
         Raises:
             ConfigError: keys of ``config.toml`` were changed.
         """
-        now = self.config.model_dump(mode="json")
-        changed = changed_keys(self.facts["config"], now)
-        before = self.facts.get("config_before")
-        if changed and (before is None or changed_keys(before, now)):
-            listed = ", ".join(f"{key} from {a} to {b}" for key, (a, b) in changed.items())
-            raise ConfigError(
-                f"{self.folder / 'config.toml'}: was changed since the run was started ({listed}); undo "
-                "that, and use --extend for more steps, or start a new run"
-            )
+        check_unchanged(self.folder / "config.toml", self.config, self.facts)
 
     def extended(self, steps: int) -> Run:
         """The run with ``steps`` more outer steps; ``resumed`` writes it.

@@ -72,9 +72,8 @@ def files() -> Iterator[Broken]:
             if (name, kind) in {
                 ("metrics.jsonl", "empty"),
                 ("metrics.jsonl", "cut"),
-                ("config.toml", "empty"),
             }:
-                continue  # a log without lines, or without the last one, is whole; all keys have defaults
+                continue  # a log without lines, or without the last one, is whole
             for command, then in of_name.items():
                 yield Broken(
                     f"{name}: {kind}, {command}", partial(damaged, name, damage, then), (name,)
@@ -94,7 +93,7 @@ def schema() -> Iterator[Broken]:
     """Values of another type in run.json."""
     wrong: dict[str, object] = {
         "started": 5, "command": "train", "seed": "0", "versions": [], "data": 7, "train": ["p0"],
-        "test": "p1", "own": [], "config": "x",
+        "test": "p1", "own": [], "config": "x", "validation": ["p1"],
     }  # fmt: skip
     for key, value in wrong.items():
         change = facts(lambda values, key=key, value=value: values.update({key: value}))
@@ -103,7 +102,7 @@ def schema() -> Iterator[Broken]:
                 f"run.json: {key} is {value!r}, {command}", partial(damaged, "run.json", change, then),
                 ("run.json: is damaged", key),
             )  # fmt: skip
-        if key != "own":
+        if key not in ("own", "validation"):
             change = facts(lambda values, key=key: {k: v for k, v in values.items() if k != key})
             yield Broken(
                 f"run.json: no {key}", partial(damaged, "run.json", change, evaluate),
