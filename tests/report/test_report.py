@@ -21,6 +21,7 @@ from prism_meta.errors import PrismError
 from prism_meta.modalities import BRATS, subset_name, subsets
 from prism_meta.records import Record, read_records
 from prism_meta.report import compare, summarize, summarize_policies
+from prism_meta.report.figures.curves import _validation, training_curves
 from prism_meta.report.figures.style import class_colour
 from prism_meta.report.html import write_report
 from prism_meta.report.overlays import Overlay
@@ -374,3 +375,19 @@ def test_no_global_state_of_matplotlib(tmp_path: Path) -> None:
     report(tmp_path)
     assert dict(matplotlib.rcParams) == before
     assert _pylab_helpers.Gcf.get_all_fig_managers() == []
+
+
+def test_the_curves_show_the_validation() -> None:
+    def scores(dice: float) -> dict[str, Any]:
+        return {"dice": dice, "worst": dice / 2, "worst_subset": "t1", "subsets": {}}
+
+    rows = [{"step": k, "train_loss": 1.0} for k in range(1, 5)]
+    rows[1] |= {"validation": {"last": scores(0.5), "ema": scores(0.7), "best": {}}}
+    rows[3] |= {"validation": {"last": scores(0.6), "ema": scores(0.8), "best": {}}}
+    assert _validation(rows) == {
+        "mean": [(2, 0.5), (4, 0.6)],
+        "worst subset": [(2, 0.25), (4, 0.3)],
+        "mean, averaged": [(2, 0.7), (4, 0.8)],
+        "worst subset, averaged": [(2, 0.35), (4, 0.4)],
+    }
+    assert training_curves(rows, BRATS) != training_curves([rows[0], rows[2]], BRATS)

@@ -65,7 +65,8 @@ ODD: list[Any] = [
     {"terms": {"shown": "ab", "preference": [1.0, 2.0]}}, {"terms": {"shown": None, "delta": [1.0]}},
     {"epoch": None, "terms": {"beta": [1.0, 2.0]}}, {"epoch": [1], "terms": {"beta": 3}},
     {"step": 10**400, "train_loss": 10**400}, {"step": math.inf, "train_loss": math.nan},
-    {"train_loss": True}, [], "text", 3, None, [1, 2],
+    {"train_loss": True}, [], "text", 3, None, [1, 2], {"validation": 3}, {"validation": {"last": 3}},
+    {"validation": {"last": {"dice": "high", "worst": None}, "ema": []}},
 ]  # fmt: skip
 
 

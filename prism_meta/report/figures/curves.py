@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 #: The points of each line of a panel, by the name of the line.
 _Lines = dict[str, list[tuple[float, float]]]
 
+#: Kinds of weights, and what a line of theirs is called in addition.
+_WEIGHTS = {"last": "", "ema": ", averaged"}
 #: Titles of the panels of the terms that are weights or determine them.
 _WEIGHT_TITLES = {
     "preference": "relative preference RP",
@@ -33,13 +35,19 @@ _WEIGHT_TITLES = {
 
 
 def training_curves(history: Sequence[Mapping[str, Any]], modalities: Sequence[str]) -> str | None:
-    """Plot losses and terms against the step, a panel each. Returns None if there is nothing to plot."""
+    """Plot losses, the Dice of validation and terms against the step, a panel each.
+
+    Returns None if there is nothing to plot.
+    """
     history = _rows(history)
     losses: _Lines = {}
     for i, row in enumerate(history):
         for name in ("train", "meta"):
             _add_point(losses, name, _place(row, "step", i), row.get(f"{name}_loss"))
     panels = {"loss": losses} if losses else {}
+    validation = _validation(history)
+    if validation:
+        panels["Dice of validation cases"] = validation
     for term, lines in _terms(history, modalities, "step").items():
         if term not in _WEIGHT_TITLES and term != "shown":
             panels[term] = lines
@@ -82,6 +90,19 @@ def weight_curves(history: Sequence[Mapping[str, Any]], modalities: Sequence[str
         ncols=len(handles),
     )  # fmt: skip
     return data_uri(figure, "svg", metadata={"Date": None})
+
+
+def _validation(history: Sequence[Mapping[str, Any]]) -> _Lines:
+    """The mean over subsets and the worst subset, for each kind of weights."""
+    lines: _Lines = {}
+    for i, row in enumerate(history):
+        scores = row.get("validation")
+        for kind, name in _WEIGHTS.items() if isinstance(scores, Mapping) else ():
+            found = scores.get(kind)
+            if isinstance(found, Mapping):
+                for key, what in (("dice", "mean"), ("worst", "worst subset")):
+                    _add_point(lines, f"{what}{name}", _place(row, "step", i), found.get(key))
+    return lines
 
 
 def _terms(
