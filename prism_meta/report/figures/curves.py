@@ -97,7 +97,9 @@ def _validation(history: Sequence[Mapping[str, Any]]) -> _Lines:
     lines: _Lines = {}
     for i, row in enumerate(history):
         scores = row.get("validation")
-        for kind, name in _WEIGHTS.items() if isinstance(scores, Mapping) else ():
+        if not isinstance(scores, Mapping):
+            continue
+        for kind, name in _WEIGHTS.items():
             found = scores.get(kind)
             if isinstance(found, Mapping):
                 for key, what in (("dice", "mean"), ("worst", "worst subset")):
