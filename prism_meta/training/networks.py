@@ -34,7 +34,7 @@ def build_model(config: Config) -> nn.Module:
     Example:
         >>> from prism_meta.training.config import load_config
         >>> config = load_config(overrides=[
-        ...     "model.network=monai:SegResNet", "model.arguments={init_filters = 4}"
+        ...     "model.network=monai:SegResNet", "model.arguments={init_filters = 8}"
         ... ])
         >>> type(build_model(config).net).__name__
         'SegResNet'
