@@ -40,6 +40,7 @@ from rich.table import Table
 import prism_meta as pm
 from prism_meta.data.phantom import write_phantoms
 from prism_meta.training.lock import HOLDER
+from prism_meta.training.weights import WEIGHTS
 
 STEPS, CHECKPOINT_EVERY = 60, 5
 MODALITIES = ("flair", "t1")
@@ -89,11 +90,14 @@ class Place:
 
     def writes(self, suffix: str) -> bool:
         """Whether a file with this suffix is being written into the run folder."""
-        try:
-            names = os.listdir(self.run)  # noqa: PTH208, faster than a Path for each
-        except FileNotFoundError:
-            return False
-        return any(name.startswith(".partial-") and name.endswith(suffix) for name in names)
+        for folder in (self.run, self.run / WEIGHTS):
+            try:
+                names = os.listdir(folder)  # noqa: PTH208, faster than a Path for each
+            except FileNotFoundError:
+                continue
+            if any(name.startswith(".partial-") and name.endswith(suffix) for name in names):
+                return True
+        return False
 
 
 @dataclass(frozen=True)
