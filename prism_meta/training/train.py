@@ -145,6 +145,11 @@ def train(
     if config.training.init is not None and not (run is not None and run.checkpoint.exists()):
         initial = Run.open(config.training.init)
         initial.existing_weights()  # before any work is done
+        if model is not None and initial.config.data.modalities != config.data.modalities:
+            raise ConfigError(
+                "training.init: a model of your own starts from a run with the same modalities in the same "
+                f"order ({', '.join(initial.config.data.modalities)} there); load its weights yourself"
+            )
     fabric = fabric or build_fabric(config.fabric)
     root = Path(cases) if isinstance(cases, (Path, str)) else None
     sets = _split(config, cases)

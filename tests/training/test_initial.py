@@ -206,3 +206,17 @@ def test_a_run_that_has_not_ended_is_refused(cases: Path, tmp_path: Path) -> Non
     ]
     with pytest.raises(PrismError, match="has not ended"):
         pm.train(cases, pm.load_config(overrides=[f"training.init='{first}'"]), progress=False)
+
+
+def test_a_model_of_ones_own_needs_the_same_modalities(cases: Path, tmp_path: Path) -> None:
+    source, old = trained(tmp_path / "run", config(pm.BRATS, *NETWORKS["unet"]))
+    own = build_model(config(pm.BRATS, *NETWORKS["unet"]))
+    still = ("training.steps=1", "training.lr=1e-12", "meta.alpha=0", "training.weight_decay=0",
+             "data.batch_size=2", f"training.init='{source.folder}'")  # fmt: skip
+    pm.train(cases, config(pm.BRATS, *still), model=own, progress=False)
+    for name, value in own.state_dict().items():
+        torch.testing.assert_close(value, old.state_dict()[name], rtol=0, atol=1e-6)
+    with pytest.raises(
+        ConfigError, match=r"^training.init: a model of your own starts from a run with"
+    ):
+        pm.train(cases, config(pm.BRATS[::-1], *still), model=own, progress=False)
