@@ -12,8 +12,8 @@ from rich.console import Console
 from prism_meta.cli import demo, plan_command, survey_command, train_command, workflow
 from prism_meta.cli.ending import Commands
 from prism_meta.cli.evaluating import evaluate_run
-from prism_meta.cli.options import RunFolder, Weights
-from prism_meta.cli.usage import path, print_any_character, tell
+from prism_meta.cli.options import Flips, RunFolder, Weights
+from prism_meta.cli.usage import at_least, path, print_any_character, tell
 from prism_meta.errors import CaseError, PrismError, raise_faults
 from prism_meta.files import writable_folder
 from prism_meta.report import compare
@@ -69,7 +69,7 @@ def run_demo(
     run = Run.open(run_folder)
     _evaluate(run, root=test_root)
     with progress_bars("predict") as advance:
-        written = workflow.predict_folder(run, test_root, out / "predictions", advance)
+        written = workflow.predict_folder([run], test_root, out / "predictions", advance)
     console.print(f"{len(written)} label volumes in {out / 'predictions'}", soft_wrap=True)
 
 
@@ -105,28 +105,32 @@ def run_evaluate(
         ),
     ] = None,
     weights: Weights = None,
+    flips: Flips = False,
 ) -> None:
     """Evaluate a run on every subset of modalities and write a table, CSV, JSON and an HTML report.
 
     If it is interrupted, the same command goes on with the cases that are not yet measured.
     """
-    _evaluate(Run.open(run), root=root, out=out, weights=weights)
+    _evaluate(Run.open(run), root=root, out=out, weights=weights, flips=flips)
 
 
 @app.command(
     "predict",
     epilog="[bold]Examples[/bold]  prism-meta predict runs/a new_cases labels  ·  "
-    "prism-meta predict runs/a new_cases labels --subset flair+t1",
+    "prism-meta predict runs/a new_cases labels --subset flair+t1  ·  "
+    "prism-meta predict runs/fold0 runs/fold1 new_cases labels --flips",
 )
 def run_predict(
-    run: RunFolder,
-    root: Annotated[
-        Path,
-        typer.Argument(parser=path, metavar="CASES", help="Folder of cases with any modalities."),
-    ],
-    out: Annotated[
-        Path, typer.Argument(parser=path, metavar="OUT", help="Folder for the label volumes.")
-    ],
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            parser=path,
+            metavar="RUN [RUN ...] CASES OUT",
+            help="Run folders that prism-meta train wrote, whose probabilities are averaged, e.g. of folds; "
+            "a folder of cases with any modalities; and a folder for the label volumes.",
+            show_default=False,
+        ),
+    ] = None,
     subset: Annotated[
         str,
         typer.Option(
@@ -141,12 +145,21 @@ def run_predict(
         ),
     ] = None,
     weights: Weights = None,
+    flips: Flips = False,
 ) -> None:
     """Write one label volume per case, on the grid of its files, and a table of the volumes of regions."""
+    *folders, root, out = at_least(paths or [], "RUN", "CASES", "OUT")
     names = [name.strip() for name in subset.replace("+", ",").split(",") if name.strip()]
     with progress_bars("predict") as advance:
         written = workflow.predict_folder(
-            Run.open(run), root, out, advance, subset=names, grid=grid, weights=weights
+            [Run.open(folder) for folder in folders],
+            root,
+            out,
+            advance,
+            subset=names,
+            grid=grid,
+            weights=weights,
+            flips=flips,
         )
     console.print(f"{len(written)} label volumes in {out}", soft_wrap=True)
 
@@ -180,7 +193,12 @@ def main() -> None:
 
 
 def _evaluate(
-    run: Run, *, root: Path | None = None, out: Path | None = None, weights: Kind | None = None
+    run: Run,
+    *,
+    root: Path | None = None,
+    out: Path | None = None,
+    weights: Kind | None = None,
+    flips: bool = False,
 ) -> None:
     with progress_bars("evaluate") as advance:
         result = evaluate_run(
@@ -189,6 +207,7 @@ def _evaluate(
             root=root,
             out=out,
             weights=weights,
+            flips=flips,
             command=command_line(),
             tell=tell,
         )

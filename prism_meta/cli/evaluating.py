@@ -24,6 +24,7 @@ from prism_meta.report.html import REPORT_FILES, write_report
 from prism_meta.report.overlays import OverlayCollector
 from prism_meta.training.cases import find_configured
 from prism_meta.training.config.schema import MetaConfig
+from prism_meta.training.ensembles import ensemble_predictor
 from prism_meta.training.run import Run
 from prism_meta.training.weights import Kind
 
@@ -70,6 +71,7 @@ def evaluate_run(
     root: Path | None = None,
     out: Path | None = None,
     weights: Kind | None = None,
+    flips: bool = False,
     command: Sequence[str] = (),
     tell: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
@@ -84,6 +86,7 @@ def evaluate_run(
         root: folder of cases. Defaults to the held-out cases of the run.
         out: folder of the report. Defaults to that of the run.
         weights: those of ``Run.load_model``.
+        flips: see ``Ensemble``.
         command: the command line, which the report shows.
         tell: called with a line for the user, if cases were measured before.
 
@@ -102,12 +105,12 @@ def evaluate_run(
         raise_faults(CaseError, faults)
     out = out or run.evaluation
     refuse_case_folder(out, root or Path(str(run.facts["data"])), cases)
-    predictor = run.predictor(weights=weights)
+    predictor = ensemble_predictor([run], weights=weights, flips=flips)
     names = run.config.data.modalities
     collector = OverlayCollector()
     with kept_if_used(out):
         writable_folder(out, files=(*REPORT_FILES, UNFINISHED))
-        unfinished = Unfinished(out, fingerprint(run, predictor))
+        unfinished = Unfinished(out, fingerprint(run, predictor, flips=flips))
         records, more = _measure(predictor, cases, collector, unfinished, progress, tell)
         faults += more
         if not records:

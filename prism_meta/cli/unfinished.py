@@ -128,19 +128,20 @@ class Unfinished:
         return {line["key"]: line for line in whole}
 
 
-def fingerprint(run: Run, predictor: Predictor) -> str:
+def fingerprint(run: Run, predictor: Predictor, *, flips: bool) -> str:
     """What the numbers of every case depend on: weights, configuration, versions, kind of device.
 
     Args:
         run: a run whose training has ended.
         predictor: one with the weights that are evaluated.
+        flips: whether it averages over mirrored images.
     """
     state = {
         name: tensor.cpu().contiguous() for name, tensor in predictor.model.state_dict().items()
     }
     device = next((p.device.type for p in predictor.model.parameters()), "cpu")
     weights = hashlib.sha256(save(state)).hexdigest()
-    return repr((weights, run.config.model_dump(mode="json"), versions(), device, HEADER))
+    return repr((weights, flips, run.config.model_dump(mode="json"), versions(), device, HEADER))
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,21 @@ def path(text: str | Path) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:  # a user who has no home
         raise typer.BadParameter(f"got {text!r}, whose home folder is unknown") from error
+
+
+def at_least(paths: Sequence[Path], *names: str) -> Sequence[Path]:
+    """The paths if there are as many as ``names``, or more.
+
+    Raises:
+        typer.BadParameter: one is missing.
+
+    Example:
+        >>> at_least([Path("a"), Path("b"), Path("c")], "RUN", "CASES")
+        [PosixPath('a'), PosixPath('b'), PosixPath('c')]
+    """
+    if len(paths) < len(names):
+        raise _UsageError(f"Missing argument '{names[len(paths)]}'.")
+    return paths
 
 
 class ErrorLines(TyperGroup):

@@ -14,6 +14,7 @@ from prism_meta.files import atomic, kept_if_used, writable_folder
 from prism_meta.modalities import composed, subset_name
 from prism_meta.records import Record, read_records
 from prism_meta.training.cases import find_configured
+from prism_meta.training.ensembles import ensemble_predictor
 from prism_meta.training.expected import Expected
 from prism_meta.training.run import Run
 from prism_meta.training.weights import Kind
@@ -28,7 +29,7 @@ _EXPECTED = ("expected_dice", "would_help", "gain")
 
 
 def predict_folder(
-    run: Run,
+    runs: Sequence[Run],
     root: Path,
     out: Path,
     progress: Progress,
@@ -36,13 +37,14 @@ def predict_folder(
     subset: Sequence[str] = (),
     grid: str | None = None,
     weights: Kind | None = None,
+    flips: bool = False,
 ) -> list[Path]:
     """Write a label volume for each case of ``root``, and ``predictions.csv`` with their volumes.
 
     A case that cannot be predicted does not stop the others; all faults are raised at the end.
 
     Args:
-        run: a run whose training has ended.
+        runs: runs whose training has ended; the probabilities of several are averaged.
         root: folder of cases.
         out: folder for the label volumes.
         progress: called after each case.
@@ -50,6 +52,7 @@ def predict_folder(
         grid: modality on whose grid the labels are written; all files are resampled onto it. Defaults to
             the grid of the case.
         weights: see ``Run.load_model``.
+        flips: see ``Ensemble``.
 
     Returns:
         The written label volumes.
@@ -57,6 +60,7 @@ def predict_folder(
     Raises:
         PrismError: bad modality names, cases that cannot be read, or no permission to write.
     """
+    run = runs[0]
     modalities = run.config.data.modalities
     known = {composed(name): name for name in modalities}
     subset = [known.get(composed(name), name) for name in subset]
@@ -78,9 +82,10 @@ def predict_folder(
         config = config.model_copy(update={"data": aligned})
     found, faults = find_configured(config, root, label=False)
     refuse_case_folder(out, root, found)
-    predictor = run.predictor(weights=weights)
+    predictor = ensemble_predictor(runs, weights=weights, flips=flips)
     labels = predictor.labels
-    expected = Expected.of_run(run, weights)
+    # What several runs reach together was not measured.
+    expected = Expected.of_run(run, weights) if len(runs) == 1 else None
     table = PredictionTable(out, list(labels.regions), _EXPECTED if expected else ())
     written: list[Path] = []
     with kept_if_used(out):

@@ -34,7 +34,7 @@ PLAIN: dict[str, tuple[str, ...]] = {
     "predict": ("missing argument",),
     "predict a": ("missing argument 'CASES'",),
     "predict a b": ("missing argument 'OUT'",),
-    "predict a b c d": ("unexpected extra argument",),
+    "predict a b c d": ("no run",),
     "compare": ("missing argument",),
     "compare a": ("missing argument 'B'",),
     "compare a b --seed x": ("--seed",),

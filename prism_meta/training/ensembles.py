@@ -1,0 +1,54 @@
+"""Predictors of several runs, and of mirrored images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from prism_meta.errors import ConfigError, raise_faults
+from prism_meta.evaluation.predictor import Predictor
+from prism_meta.networks.ensemble import Ensemble
+from prism_meta.training.build import build_predictor
+from prism_meta.training.facts import changed_keys
+from prism_meta.training.run import Run
+from prism_meta.training.weights import Kind
+
+#: What runs must have in common, so that their probabilities can be averaged.
+_COMMON = ("modalities", "labels", "regions", "spacing", "patch")
+
+
+def ensemble_predictor(
+    runs: Sequence[Run],
+    device: torch.device | str | None = None,
+    *,
+    weights: Kind | None = None,
+    flips: bool = False,
+) -> Predictor:
+    """A predictor that averages the class probabilities of several runs, e.g. of the folds of one data set.
+
+    Args:
+        runs: at least one.
+        device: device of the models. Defaults to the GPU if there is one.
+        weights: see ``Run.load_model``.
+        flips: average over mirrored images, too, see ``Ensemble``.
+
+    Raises:
+        ConfigError: the runs differ in modalities, labels, regions, spacing or patch.
+        PrismError: see ``Run.load_model``.
+    """
+    first = runs[0].config.data.model_dump(mode="json", include=set(_COMMON))
+    faults = []
+    for run in runs[1:]:
+        other = run.config.data.model_dump(mode="json", include=set(_COMMON))
+        faults += [
+            f"{run.folder}: data.{key} is {there}, but {runs[0].folder} has {here}; average runs that have "
+            "the same"
+            for key, (here, there) in changed_keys(first, other).items()
+        ]
+    raise_faults(ConfigError, faults)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    models = [run.load_model(device, weights=weights) for run in runs]
+    model = models[0] if len(models) == 1 and not flips else Ensemble(models, flips=flips)
+    return build_predictor(runs[0].config, model.eval())
