@@ -147,7 +147,10 @@ def run_predict(
     weights: Weights = None,
     flips: Flips = False,
 ) -> None:
-    """Write one label volume per case, on the grid of its files, and a table of the volumes of regions."""
+    """Write one label volume per case, on the grid of its files, and a table of the volumes of regions.
+
+    Cases that were predicted before, from the same files with the same weights, are skipped.
+    """
     *folders, root, out = at_least(paths or [], "RUN", "CASES", "OUT")
     names = [name.strip() for name in subset.replace("+", ",").split(",") if name.strip()]
     with progress_bars("predict") as advance:
@@ -160,6 +163,7 @@ def run_predict(
             grid=grid,
             weights=weights,
             flips=flips,
+            tell=tell,
         )
     console.print(f"{len(written)} label volumes in {out}", soft_wrap=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,15 @@ from pathlib import Path
 from prism_meta.data.cases import Case
 from prism_meta.errors import CaseError, ConfigError, OutputError, PrismError, raise_faults
 from prism_meta.evaluation.predictions import PredictionTable
-from prism_meta.evaluation.saving import region_volumes, save_labels
+from prism_meta.evaluation.predictor import Predictor
+from prism_meta.evaluation.saving import region_volumes, save_labels, saved_origin
 from prism_meta.files import atomic, kept_if_used, writable_folder
 from prism_meta.modalities import composed, subset_name
 from prism_meta.records import Record, read_records
 from prism_meta.training.cases import find_configured
 from prism_meta.training.ensembles import ensemble_predictor
 from prism_meta.training.expected import Expected
+from prism_meta.training.facts import versions
 from prism_meta.training.run import Run
 from prism_meta.training.weights import Kind
 
@@ -38,10 +41,12 @@ def predict_folder(
     grid: str | None = None,
     weights: Kind | None = None,
     flips: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Write a label volume for each case of ``root``, and ``predictions.csv`` with their volumes.
 
-    A case that cannot be predicted does not stop the others; all faults are raised at the end.
+    A case that cannot be predicted does not stop the others; all faults are raised at the end. Cases that
+    were predicted before from the same files, with the same weights and options, are skipped.
 
     Args:
         runs: runs whose training has ended; the probabilities of several are averaged.
@@ -53,9 +58,10 @@ def predict_folder(
             the grid of the case.
         weights: see ``Run.load_model``.
         flips: see ``Ensemble``.
+        tell: called with a line for the user, if cases were predicted before.
 
     Returns:
-        The written label volumes.
+        The label volumes, including those that were there before.
 
     Raises:
         PrismError: bad modality names, cases that cannot be read, or no permission to write.
@@ -88,6 +94,8 @@ def predict_folder(
     expected = Expected.of_run(run, weights) if len(runs) == 1 else None
     table = PredictionTable(out, list(labels.regions), _EXPECTED if expected else ())
     written: list[Path] = []
+    before = 0
+    origin = _Origin(runs, predictor, weights=weights, flips=flips, grid=wanted)
     with kept_if_used(out):
         writable_folder(out)
         cases, refused = _writable(table, found, subset)
@@ -103,15 +111,21 @@ def predict_folder(
             ]
         for number, case in enumerate(cases, start=1):
             chosen = [name in (subset or case.files) for name in modalities]
+            shown, own = subset_name(chosen, modalities), origin.of(case, chosen)
+            if table.has(case.id, subset=shown) and saved_origin(table.label_file(case.id)) == own:
+                written.append(table.label_file(case.id))
+                before += 1
+                progress(number, len(cases), f"{case.id}  predicted before")
+                continue
             try:
                 volume = predictor.predict(case, subset=chosen)
                 volumes = region_volumes(volume, case, labels)
                 # The table first: it marks the folder as an output before that holds a label volume.
                 with atomic(table.label_file(case.id)) as partial:
-                    save_labels(partial, volume, case)
+                    save_labels(partial, volume, case, origin=own)
                     table.add(
                         case.id,
-                        subset=subset_name(chosen, modalities),
+                        subset=shown,
                         volumes=volumes,
                         more=_expected_cells(expected, chosen),
                     )
@@ -123,8 +137,44 @@ def predict_folder(
             progress(number, len(cases), case.id)
         if not written:
             raise_faults(CaseError, faults)
+    if before:
+        tell(f"{before} of {len(cases)} cases were predicted before; delete {out} to repeat them")
     raise_faults(CaseError, faults)
     return written
+
+
+class _Origin:
+    """Tells what label volumes were made from, in few characters."""
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        predictor: Predictor,
+        *,
+        weights: Kind | None,
+        flips: bool,
+        grid: str | None,
+    ) -> None:
+        device = next((p.device.type for p in predictor.model.parameters()), "cpu")
+        data = {"modalities", "labels", "regions", "spacing", "patch", "align"}
+        config = runs[0].config.model_dump(
+            mode="json", include={"data": data, "model": True, "evaluation": {"overlap"}}
+        )
+        hashes = [_hash(run.existing_weights(weights)) for run in runs]
+        self._common = (hashes, config, versions(), device, flips, grid)
+
+    def of(self, case: Case, shown: Sequence[bool]) -> str:
+        """That of a case from which some modalities are shown. It does not depend on where its files lie."""
+        used = [n for n, s in zip(case.modalities, shown, strict=True) if s and n in case.files]
+        facts = (self._common, case.id, list(shown), [_hash(case.files[name]) for name in used])
+        return f"prism-meta {hashlib.sha256(repr(facts).encode()).hexdigest()[:32]}"
+
+
+def _hash(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:  # a fault of its own
+        return ""
 
 
 def _expected_cells(expected: Expected | None, shown: Sequence[bool]) -> list[str]:

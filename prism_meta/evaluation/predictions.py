@@ -71,6 +71,11 @@ class PredictionTable:
             ]
         return []
 
+    def has(self, case: str, *, subset: str) -> bool:
+        """Whether there is a row of this case, predicted from this subset."""
+        row = self._rows.get(escape_cell(case))
+        return row is not None and row[2] == escape_cell(subset)
+
     def add(
         self, case: str, *, subset: str, volumes: Mapping[str, float], more: Sequence[str] = ()
     ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
 from numpy.typing import NDArray
 
 from prism_meta.data.cases import Case
@@ -20,7 +21,9 @@ _PLACE = (
 )  # fmt: skip
 
 
-def save_labels(path: Path | str, labels: NDArray[np.integer[Any]], case: Case) -> None:
+def save_labels(
+    path: Path | str, labels: NDArray[np.integer[Any]], case: Case, *, origin: str = ""
+) -> None:
     """Write a label volume that lies where the case's files lie, for every program.
 
     Programs differ in which of the two affines of a header they use, and in what they do if its code is
@@ -30,6 +33,7 @@ def save_labels(path: Path | str, labels: NDArray[np.integer[Any]], case: Case) 
         path: NIfTI file to write.
         labels: (D, H, W), in the values of the label files; the file keeps their type.
         case: the case that the labels were predicted from.
+        origin: what they were made from, as ``saved_origin`` tells; at most 79 ASCII characters.
 
     Raises:
         OutputError: the file cannot be written.
@@ -39,12 +43,22 @@ def save_labels(path: Path | str, labels: NDArray[np.integer[Any]], case: Case) 
     for name in _PLACE:
         image.header[name] = source[name]
     image.header["pixdim"][:4] = source["pixdim"][:4]  # the first is part of the qform
+    image.header["descrip"] = origin
     try:
         image.header.get_xyzt_units()
     except KeyError:  # a code that NIfTI does not know
         image.header.set_xyzt_units("mm")
     with atomic(path) as partial:
         nib.save(image, partial)
+
+
+def saved_origin(path: Path | str) -> str:
+    """The ``origin`` of a file that ``save_labels`` wrote; empty if there is none or it cannot be read."""
+    try:
+        header: Any = nib.load(path).header
+        return str(header["descrip"].item().decode("ascii"))
+    except (OSError, ValueError, KeyError, EOFError, ImageFileError):
+        return ""
 
 
 def region_volumes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import gzip
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from broken import whole
 from broken.predictions import IMAGES, LABELS, arguments
 from commands import errors, run
 from niftis import write_case
+from safetensors.torch import load_file, save_file
 
 from prism_meta.evaluation.predictor import Predictor
 
@@ -213,3 +215,45 @@ def test_an_output_among_folders_of_cases_would_hide_them(tmp_path: Path) -> Non
     assert code == 2 and fault.startswith(f"{root / 'site'}: holds the cases, or some of them; ")
     assert run("predict", trained, root, root / "site" / "labels")[0] == 0
     assert run("predict", trained, root, root / "site" / "labels")[0] == 0
+
+
+def test_cases_that_were_predicted_before_are_skipped(tmp_path: Path) -> None:
+    root, run_folder, out = whole.cases(tmp_path), whole.trained(tmp_path), tmp_path / "labels"
+    command = arguments("predict", tmp_path)
+    assert run(*command)[0] == 0
+    first, table = labels(out), rows(out)
+    said = "3 of 3 cases were predicted before; delete"
+    marked = nib.load(out / "p1.nii.gz").header["descrip"].item()
+    assert re.fullmatch(rb"prism-meta [0-9a-f]{32}", marked)
+
+    def again(*options: object) -> tuple[int, bool]:
+        """How many were predicted anew, and whether all files are as at first."""
+        times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.nii.gz")}
+        code, output = run(*command, *options)
+        assert code == 0, output
+        new = sum(path.stat().st_mtime_ns != times.get(path.name) for path in out.glob("*.nii.gz"))
+        assert (said in output) == (new == 0)
+        return new, (labels(out), rows(out)) == (first, table)
+
+    assert again() == (0, True)
+    # What a prediction depends on makes it anew, in the cases that it concerns.
+    (out / "p1.nii.gz").unlink()
+    assert again() == (1, True)
+    (out / "p1.nii.gz").write_bytes(b"damaged")
+    assert again() == (1, True)
+    content = [
+        line for line in (out / "predictions.csv").read_text().splitlines(True) if line[:2] != "p2"
+    ]
+    (out / "predictions.csv").write_text("".join(content))
+    assert again() == (1, True)
+    image = root / "p0" / "p0_t1.nii.gz"
+    voxels = gzip.decompress(image.read_bytes())
+    image.write_bytes(gzip.compress(voxels, mtime=1))  # other bytes, the same voxels
+    new, _ = again()
+    assert new == 1
+    assert again("--subset", "t1")[0] == 3 and again("--subset", "t1")[0] == 0
+    assert again("--subset", "t1", "--flips")[0] == 3
+    weights = run_folder / "weights" / "last.safetensors"
+    state = load_file(weights)
+    save_file({name: 0.5 * value for name, value in state.items()}, weights)
+    assert again("--subset", "t1", "--flips")[0] == 3
