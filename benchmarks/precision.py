@@ -14,11 +14,11 @@ Time is the processor time of one meta-gradient, in turns with float32 in every 
 the resident set above the net, in a process of its own. Both are of this CPU: how fast bfloat16 is depends on
 whether the processor multiplies it (AVX512-BF16 or AMX), and the script prints whether it does.
 
-Result (two seeds, 300 steps, 8 test cases): Dice is 0.499 and 0.509 in bfloat16, 0.530 and 0.522 in float32.
-Both lie inside the interval of float32, but both are lower: paired by -0.031 (-0.052 to -0.007), which
-excludes 0, and by -0.013 (-0.037 to +0.009). On a CPU that multiplies bfloat16 it is still slower, 1.22 times
-the time in first order and 1.06 in second, and saves no memory (1.02 and 1.06). Nothing here speaks for
-bfloat16 on a CPU; float32 stays the default.
+Result (two seeds, 300 steps, 8 test cases): Dice is 0.506 and 0.458 in bfloat16, 0.518 and 0.498 in float32.
+Both lie inside the interval of float32, but both are lower: paired by -0.012 (-0.017 to -0.006) and by -0.040
+(-0.055 to -0.026). Another seed in float32 differs by -0.020 (-0.035 to -0.003). On a CPU that multiplies
+bfloat16 it takes 1.10 times the time in first order and 1.01 in second, and saves no memory (1.10 and 1.09).
+Nothing here speaks for bfloat16 on a CPU; float32 stays the default.
 """
 
 from __future__ import annotations
