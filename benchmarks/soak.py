@@ -12,7 +12,7 @@ A quantity is flat if its median in the last quarter of the run is that in the s
 processes and threads must be equal; memory may differ by 1 %. The slope is that of a straight line through
 the last three quarters.
 
-Result (2000 steps, second order): all quantities are flat. Memory grows by 2.9 MiB of 890 per 1000 steps,
+Result (2000 steps, second order): all quantities are flat. Memory grows by 2.5 MiB of 1180 per 1000 steps,
 about as much as the lines of the log take that ``fit`` returns.
 """
 
