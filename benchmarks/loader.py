@@ -10,6 +10,12 @@ times steps whose episodes lie in memory ("ready"), and compares the whole time 
 
 Rounds go through all numbers of workers in turn, because the speed of a machine drifts. Shares are medians
 over the rounds. ``--package`` measures another checkout.
+
+Result (two cores, two threads): without workers 5.8 % of a step waits in 2-D and 3.6 % in 3-D; it was 10.6
+% in 2-D, at 2.8 instead of 0.6 ms for a patch. One worker lowers the share to 1.0 and 0.8 %, but it takes
+the cores from the step: the whole time per step grows by 19 % in 2-D and by 14 % in 3-D (27 and 29 %, and
+13 and 6 %, in two other runs). So the default is no worker on two cores. With one thread for the step a
+worker costs nothing and the share is 1.7 and 0.7 %, but a 3-D step takes half as long again.
 """
 
 from __future__ import annotations

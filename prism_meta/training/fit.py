@@ -96,8 +96,8 @@ def fit(
         folder: folder for ``checkpoint.pt``, ``metrics.jsonl`` and ``weights``. Defaults to no files.
         checkpoint_every: number of outer steps between checkpoints.
         resume: resume from the checkpoint in ``folder``; without one, start at the first step.
-        workers: number of additional processes that load data. Defaults to one on a CPU with several
-            cores and to up to four for a GPU, and to none for a short training or a dataset of yours.
+        workers: number of additional processes that load data. Defaults to one on a CPU with more than
+            two cores and to up to four for a GPU, and to none for a short training or a dataset of yours.
         validation: cases to validate on; the log has the scores, and ``folder`` the best weights.
         ema: decay of a moving average of the weights, in [0, 1), e.g. 0.99; 0 keeps none. It is validated
             beside the model, and ``folder`` gets it in the end. The model itself keeps its own weights.

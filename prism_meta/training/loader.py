@@ -21,10 +21,15 @@ _GRACE = 30
 _SHORT = 50
 #: Workers that feed one GPU by default. One is enough for a CPU, whose steps take longer.
 _PER_GPU = 4
+#: With so many cores a training on the CPU has none to spare.
+_BUSY = 2
 
 
 def default_workers(fabric: Fabric, episodes: int) -> int:
-    """How many additional processes load episodes: none on a single core or in a short training.
+    """How many additional processes load episodes.
+
+    None in a short training, and none on a CPU with two cores for each process of the training: steps use
+    both, and a worker takes more from them than it saves (``benchmarks/loader.py``).
 
     Args:
         fabric: devices and processes, launched.
@@ -33,8 +38,10 @@ def default_workers(fabric: Fabric, episodes: int) -> int:
     if episodes < _SHORT:
         return 0
     per_node: int = fabric.world_size // max(1, _nodes(fabric))
-    free = _cores() // max(1, per_node) - 1
-    return max(0, min(free, 1 if fabric.device.type == "cpu" else _PER_GPU))
+    cores = _cores() // max(1, per_node)
+    if fabric.device.type == "cpu":
+        return int(cores > _BUSY)
+    return max(0, min(cores - 1, _PER_GPU))
 
 
 def load_episodes(

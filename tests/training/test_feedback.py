@@ -324,12 +324,15 @@ def test_an_error_of_an_episode_is_raised_with_its_message() -> None:
 @pytest.mark.parametrize(
     ("cores", "device", "processes", "episodes", "expected"),
     [
-        (2, "cpu", 1, 1000, 1),
+        (2, "cpu", 1, 1000, 0),
+        (3, "cpu", 1, 1000, 1),
         (1, "cpu", 1, 1000, 0),
         (64, "cpu", 1, 1000, 1),
         (2, "cpu", 2, 1000, 0),
-        (4, "cpu", 2, 1000, 1),
-        (2, "cpu", 1, 10, 0),
+        (4, "cpu", 2, 1000, 0),
+        (8, "cpu", 2, 1000, 1),
+        (4, "cpu", 1, 10, 0),
+        (2, "cuda", 1, 1000, 1),
         (64, "cuda", 8, 1000, 4),
         (8, "cuda", 4, 1000, 1),
     ],

@@ -78,8 +78,8 @@ class DataConfig(Section):
     split: By = "patient"
     #: Folder of prepared volumes. Defaults to a folder beside the run folder.
     cache: UserPath | None = None
-    #: Number of additional processes that load data. Defaults to one on a CPU with several cores, to up to
-    #: four for a GPU, and to none for fewer than 50 episodes.
+    #: Number of additional processes that load data. Defaults to one on a CPU with more than two
+    #: cores, to up to four for a GPU, and to none for fewer than 50 episodes.
     workers: Annotated[int, Field(strict=True, ge=0, le=256)] | None = None
 
     @model_validator(mode="after")
