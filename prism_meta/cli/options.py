@@ -18,7 +18,10 @@ RunFolder = Annotated[
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
-        "--config", "-c", parser=path, help="TOML file. Defaults to the built-in settings."
+        "--config",
+        "-c",
+        parser=path,
+        help="TOML file. Defaults to the built-in settings; train then plans the sizes.",
     ),
 ]
 Overrides = Annotated[

@@ -43,7 +43,8 @@ def run_plan(
         str | None,
         typer.Option(
             metavar="TIME",
-            help="How long training may take, e.g. 2h. It sets training.steps by two steps on this machine.",
+            help="How long training may take, e.g. 2h. It sets training.steps, and a patch and voxels with which "
+            "this machine takes enough steps.",
         ),
     ] = None,
     out: Annotated[

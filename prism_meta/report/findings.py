@@ -1,4 +1,4 @@
-"""The averages of an evaluation with their intervals as lines of text, for the terminal and the page."""
+"""Averages and their intervals as lines of text, which the terminal and the page show."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ def plan(
 
 
 def _sized(search: Search, shape: Sequence[float], choices: list[Choice]) -> Plan:
-    """Choose all but the spacing, for a median volume of ``shape`` voxels."""
+    """Choose everything but the spacing. ``shape`` is the size of the median volume in voxels."""
     named, memory = search.base.model.is_named, search.memory
     flat = search.spacing[2] > ANISOTROPY * max(search.spacing[:2])
     dims, why = 2, f"slices lie more than {ANISOTROPY} times as far apart as their voxels"

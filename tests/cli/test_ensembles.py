@@ -34,12 +34,12 @@ def test_the_probabilities_of_runs_are_averaged(
     opened = [pm.Run.open(folder) for folder in folds]
     mean = Ensemble([each.load_model() for each in opened], flips=flips)
     predictor = build_predictor(opened[0].config, mean.eval())
-    alone = opened[0].predictor("cpu")
+    single = opened[0].predictor("cpu")
     different = False
     for case in pm.load_cases(cases, label=None):
         written = np.asanyarray(nib.load(tmp_path / "labels" / f"{case.id}.nii.gz").dataobj)  # type: ignore[attr-defined]
         np.testing.assert_array_equal(written, predictor.predict(case))
-        different |= bool((written != alone.predict(case)).any())
+        different |= bool((written != single.predict(case)).any())
     assert different
     header = (tmp_path / "labels" / "predictions.csv").read_text().splitlines()[0]
     assert header == "case,file,subset,WT_ml,TC_ml,ET_ml"
