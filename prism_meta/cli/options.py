@@ -21,7 +21,7 @@ ConfigFile = Annotated[
         "--config",
         "-c",
         parser=path,
-        help="TOML file. Defaults to the built-in settings; train then plans the sizes.",
+        help="TOML file. Defaults to the built-in settings.",
     ),
 ]
 Overrides = Annotated[

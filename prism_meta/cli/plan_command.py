@@ -43,8 +43,8 @@ def run_plan(
         str | None,
         typer.Option(
             metavar="TIME",
-            help="How long training may take, e.g. 2h. It sets training.steps, and a patch and voxels with which "
-            "this machine takes enough steps.",
+            help="How long training may take, e.g. 2h. It sets training.steps, and sizes with which this "
+            "machine takes enough of them.",
         ),
     ] = None,
     out: Annotated[
