@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +38,13 @@ class Conv3d(nn.Conv3d):
         super().__init__(ins, outs, 3, stride=stride, padding=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        planes = (x.shape[2] - 1) // self.stride[0] + 1
-        slow = len(x) == 1 and x.device.type == "cpu" and x[..., 0].numel() <= _SLOW_BELOW
+        shape = x.shape  # read once: in a second-order step each access to a tensor costs a call
+        planes = (shape[2] - 1) // self.stride[0] + 1
+        slow = shape[0] == 1 and prod(shape[:-1]) <= _SLOW_BELOW and x.device.type == "cpu"
         if not slow or planes < 2:
             return super().forward(x)
-        half = (
-            planes + 1
-        ) // 2  # if the number of planes is odd, both slabs compute the middle one
+        # If the number of planes is odd, both slabs compute the middle one.
+        half = (planes + 1) // 2
         slab = (half - 1) * self.stride[0] + 3
         second = (planes - half) * self.stride[0]
         padded = F.pad(x, (0, 0, 0, 0, 1, 1))

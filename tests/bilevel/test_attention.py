@@ -182,7 +182,7 @@ class Spy(TorchFunctionMode):
 def test_recurrent_layers_run_without_cudnn_and_others_with_it(
     twice: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "has_cudnn", lambda: True)
     episode = problem("LSTM")
     model = FunctionalModel(episode.model, episode.objective)
     with Spy() as spy:

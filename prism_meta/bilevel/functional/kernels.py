@@ -47,6 +47,11 @@ def autocast_type(device: torch.device) -> str:
     return device.type if torch.amp.is_autocast_available(device.type) else "cpu"
 
 
+def has_cudnn() -> bool:
+    """Whether anything can run on cuDNN. Torch's builds have it without a GPU, too."""
+    return torch.cuda.is_available() and torch.backends.cudnn.is_available()
+
+
 @contextmanager
 def differentiable(twice: bool) -> Iterator[None]:
     """Within the context kernels have second derivatives if ``twice``, else torch chooses freely."""
@@ -54,7 +59,7 @@ def differentiable(twice: bool) -> Iterator[None]:
         yield
         return
     with sdpa_kernel(SDPBackend.MATH):
-        if not torch.backends.cudnn.is_available():
+        if not has_cudnn():
             yield
             return
         with _RecurrentWithoutCudnn():

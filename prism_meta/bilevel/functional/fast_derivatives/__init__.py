@@ -37,6 +37,8 @@ SMALLEST: Mapping[Callable[..., Any], int] = {
 _CONVOLUTIONS = {
     F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d
 }  # fmt: skip
+#: All other operations pass through, with as little work as possible: a net makes hundreds of such calls.
+_INTERCEPTED = {*normalization.REPLACEMENTS, F.leaky_relu, *_CONVOLUTIONS}
 _enabled: ContextVar[bool] = ContextVar("fast_derivatives", default=True)
 
 
@@ -96,7 +98,8 @@ class Interception(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # would take the derivative of a derivative for 0
+        # A compiled part would take the derivative of a derivative for 0.
+        if func not in _INTERCEPTED or torch.compiler.is_compiling():
             return func(*args, **kwargs)
         smallest = self._smallest.get(func)
         if smallest is not None and (not args or args[0].numel() < smallest):
