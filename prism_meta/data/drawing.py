@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Generator, Tensor
 from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from prism_meta.data.augmentation import Augmentation
 from prism_meta.data.cache import CachedCase
+from prism_meta.data.centres import PatchCentres
 from prism_meta.errors import ConfigError, Fault, raise_faults
 from prism_meta.modalities import Batch
 from prism_meta.step_batches import StepBatches
@@ -86,7 +86,7 @@ class DrawnEpisodes(Dataset[tuple[Any, Batch]], ABC):
         numbers = {case.patient: k for k, case in enumerate(self.cases)}
         #: (N,) long, equal for the cases of one patient.
         self.patients = torch.tensor([numbers[case.patient] for case in self.cases])
-        self._centres: dict[str, list[NDArray[np.int64]]] = {}
+        self._centres: dict[str, PatchCentres] = {}
 
     def _faults(self) -> list[Fault]:
         if len({case.patient for case in self.cases}) >= 2:
@@ -161,19 +161,11 @@ class DrawnEpisodes(Dataset[tuple[Any, Batch]], ABC):
     def _patch(
         self, case: CachedCase, shown: Tensor, random: np.random.RandomState
     ) -> tuple[Tensor, Tensor]:
-        from monai.transforms.utils import generate_label_classes_crop_centers
-
         if case.id not in self._centres:
-            self._centres[case.id] = [centres.numpy() for centres in case.centres()]
-        centres = self._centres[case.id]
-        classes = [len(c) > 0 for c in centres[1:]]
-        share = self.foreground / max(1, sum(classes))
-        ratios = [1 - self.foreground if any(classes) else 1.0, *(share * c for c in classes)]
+            pools = [pool.numpy() for pool in case.centres()]
+            self._centres[case.id] = PatchCentres(pools, case.shape, foreground=self.foreground)
         size = [min(p, s) for p, s in zip(self.size, case.shape, strict=True)]
-        (centre,) = generate_label_classes_crop_centers(
-            size, 1, case.shape, centres, ratios, random, warn=False
-        )
-        corner = [c - s // 2 for c, s in zip(centre, size, strict=True)]
+        corner = self._centres[case.id].corner(size, random)
         image, target = case.patch(corner, size, shown=shown)
         image, target = _padded(image, self.size, 0), _padded(target, self.size, _PADDING)
         return (image[..., 0], target[..., 0]) if self.squeeze else (image, target)
