@@ -12,12 +12,13 @@ from rich.console import Console
 from prism_meta.cli import demo, plan_command, survey_command, train_command, workflow
 from prism_meta.cli.ending import Commands
 from prism_meta.cli.evaluating import evaluate_run
-from prism_meta.cli.options import Flips, RunFolder, Weights
+from prism_meta.cli.options import CleanUp, Flips, RunFolder, Weights
 from prism_meta.cli.usage import at_least, path, print_any_character, tell
 from prism_meta.errors import CaseError, PrismError, raise_faults
 from prism_meta.files import writable_folder
 from prism_meta.report import compare
 from prism_meta.report.tables import comparison_table, findings_table, policies_table, results_table
+from prism_meta.training.ensembles import CleanupChoice
 from prism_meta.training.facts import command_line
 from prism_meta.training.progress import progress_bars
 from prism_meta.training.run import Run
@@ -60,10 +61,9 @@ def run_demo(
     if (run_folder / "run.json").exists():
         raise PrismError(f"{out}: holds a demo already; give another --out, or remove it")
     writable_folder(out)
-    total = size.train + size.test
     with progress_bars("phantoms") as advance:
         train_root, test_root = size.write(
-            out / "phantoms", seed=seed, on_case=lambda done: advance(done, total, "")
+            out / "phantoms", seed=seed, on_case=lambda done: advance(done, size.phantoms, "")
         )
     train_command.train_and_tell(train_root, size.config(seed), run_folder, stop=StopRequest())
     run = Run.open(run_folder)
@@ -106,12 +106,13 @@ def run_evaluate(
     ] = None,
     weights: Weights = None,
     flips: Flips = False,
+    clean_up: CleanUp = "run",
 ) -> None:
     """Evaluate a run on every subset of modalities and write a table, CSV, JSON and an HTML report.
 
     If it is interrupted, the same command goes on with the cases that are not yet measured.
     """
-    _evaluate(Run.open(run), root=root, out=out, weights=weights, flips=flips)
+    _evaluate(Run.open(run), root=root, out=out, weights=weights, flips=flips, cleanup=clean_up)
 
 
 @app.command(
@@ -146,6 +147,7 @@ def run_predict(
     ] = None,
     weights: Weights = None,
     flips: Flips = False,
+    clean_up: CleanUp = "run",
 ) -> None:
     """Write one label volume per case, on the grid of its files, and a table of the volumes of regions.
 
@@ -163,6 +165,7 @@ def run_predict(
             grid=grid,
             weights=weights,
             flips=flips,
+            cleanup=clean_up,
             tell=tell,
         )
     console.print(f"{len(written)} label volumes in {out}", soft_wrap=True)
@@ -203,6 +206,7 @@ def _evaluate(
     out: Path | None = None,
     weights: Kind | None = None,
     flips: bool = False,
+    cleanup: CleanupChoice = "run",
 ) -> None:
     with progress_bars("evaluate") as advance:
         result = evaluate_run(
@@ -212,18 +216,23 @@ def _evaluate(
             out=out,
             weights=weights,
             flips=flips,
+            cleanup=cleanup,
             command=command_line(),
             tell=tell,
         )
-    console.print(
-        results_table(
-            result.summary,
-            title=f"{run.folder}: every subset of modalities",
-            policy=result.policy,
-            modalities=run.config.data.modalities,
-            faults=result.faults,
+    tables = [(f"{run.folder}: every subset of modalities", result.summary)]
+    if result.cleaned is not None:
+        tables.append((f"{run.folder}: after the clean-up ({result.cleanup})", result.cleaned))
+    for title, summary in tables:
+        console.print(
+            results_table(
+                summary,
+                title=title,
+                policy=result.policy,
+                modalities=run.config.data.modalities,
+                faults=result.faults,
+            )
         )
-    )
     console.print(findings_table(result.summary))
     if result.empty:
         console.print(policies_table(result.by_policy, empty=result.empty))

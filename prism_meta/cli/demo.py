@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,7 @@ class Demo:
 
     Args:
         train: number of phantoms to train on; their files are missing at ``RATES``.
+        validation: number of complete phantoms more, on which weights and clean-up are chosen.
         test: number of complete phantoms to evaluate on.
         shape: voxels of a phantom.
         spacing: voxel size of a phantom in mm.
@@ -30,6 +32,7 @@ class Demo:
     """
 
     train: int
+    validation: int
     test: int
     shape: tuple[int, int, int]
     spacing: float
@@ -37,15 +40,27 @@ class Demo:
 
     def config(self, seed: int) -> Config:
         """The configuration of the demo's run."""
-        return load_config(overrides=[*self.overrides, f"seed={seed}"])
+        names = [f"case_{k:03d}" for k in range(self.train, self.train + self.validation)]
+        watched = [f"validation.cases={json.dumps(names)}"] if names else []
+        return load_config(overrides=[*self.overrides, *watched, f"seed={seed}"])
+
+    @property
+    def phantoms(self) -> int:
+        """The number of all phantoms."""
+        return self.train + self.validation + self.test
 
     def write(
         self, folder: Path, *, seed: int, on_case: Callable[[int], None]
     ) -> tuple[Path, Path]:
-        """Write the phantoms and return the folders of training and test cases."""
+        """Write the phantoms, and return the folder of training and validation cases and that of tests."""
         incomplete = draw_availability(self.train, RATES, seed=seed)
-        complete = torch.ones(self.test, len(RATES), dtype=torch.bool)
-        sets = {"train": (incomplete, 2 * seed, 0), "test": (complete, 2 * seed + 1, self.train)}
+        watched, complete = (
+            torch.ones(n, len(RATES), dtype=torch.bool) for n in (self.validation, self.test)
+        )
+        sets = {
+            "train": (torch.cat([incomplete, watched]), 2 * seed, 0),
+            "test": (complete, 2 * seed + 1, self.train + self.validation),
+        }
         for name, (availability, set_seed, offset) in sets.items():
             write_phantoms(
                 folder / name,
@@ -60,6 +75,7 @@ class Demo:
 
 FULL = Demo(
     train=24,
+    validation=4,
     test=4,
     shape=(80, 96, 72),
     spacing=2.0,
@@ -72,6 +88,7 @@ FULL = Demo(
         "meta.inner_state=shared",
         "meta.alpha=1.0",
         "training.steps=640",
+        "validation.every=320",
         "evaluation.overlap=0.25",
     ),
 )
@@ -79,6 +96,7 @@ FULL = Demo(
 #: The same steps in under a minute, too short to learn much.
 QUICK = Demo(
     train=6,
+    validation=0,
     test=2,
     shape=(40, 48, 36),
     spacing=4.0,

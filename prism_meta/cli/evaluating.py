@@ -14,17 +14,19 @@ from prism_meta.cli.workflow import Progress, refuse_case_folder
 from prism_meta.data.cases import Case, Volume
 from prism_meta.data.checks import no_label
 from prism_meta.errors import CaseError, PrismError, raise_faults
+from prism_meta.evaluation.cleaned import CleanedRecords
 from prism_meta.evaluation.subsets import in_order
 from prism_meta.files import kept_if_used, writable_folder
 from prism_meta.modalities import subset_name, subsets
 from prism_meta.records import Record
 from prism_meta.report import Summary, summarize, summarize_policies
 from prism_meta.report.averages import empty_count
+from prism_meta.report.cleaned import CLEANED_RECORDS, Cleaned
 from prism_meta.report.html import REPORT_FILES, write_report
 from prism_meta.report.overlays import OverlayCollector
 from prism_meta.training.cases import find_configured
 from prism_meta.training.config.schema import MetaConfig
-from prism_meta.training.ensembles import ensemble_predictor
+from prism_meta.training.ensembles import CleanupChoice, cleanup_of, ensemble_predictor
 from prism_meta.training.run import Run
 from prism_meta.training.weights import Kind
 
@@ -54,6 +56,8 @@ class Evaluation:
         by_policy: the summary under each policy for empty masks.
         empty: number of records with an empty prediction or truth.
         faults: what was wrong with the cases that were left out.
+        cleanup: what was removed from labels; empty if nothing is.
+        cleaned: the summary after the clean-up; None without one.
     """
 
     report: Path
@@ -62,6 +66,8 @@ class Evaluation:
     by_policy: dict[str, Summary]
     empty: int
     faults: tuple[str, ...] = ()
+    cleanup: str = ""
+    cleaned: Summary | None = None
 
 
 def evaluate_run(
@@ -72,6 +78,7 @@ def evaluate_run(
     out: Path | None = None,
     weights: Kind | None = None,
     flips: bool = False,
+    cleanup: CleanupChoice = "run",
     command: Sequence[str] = (),
     tell: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
@@ -87,6 +94,7 @@ def evaluate_run(
         out: folder of the report. Defaults to that of the run.
         weights: those of ``Run.load_model``.
         flips: see ``Ensemble``.
+        cleanup: see ``cleanup_of``. The report has the numbers without it, too.
         command: the command line, which the report shows.
         tell: called with a line for the user, if cases were measured before.
 
@@ -105,19 +113,21 @@ def evaluate_run(
         raise_faults(CaseError, faults)
     out = out or run.evaluation
     refuse_case_folder(out, root or Path(str(run.facts["data"])), cases)
-    predictor = ensemble_predictor([run], weights=weights, flips=flips)
+    predictor = ensemble_predictor(
+        [run], weights=weights, flips=flips, cleanup=cleanup_of([run], cleanup)
+    )
     names = run.config.data.modalities
     collector = OverlayCollector()
     with kept_if_used(out):
-        writable_folder(out, files=(*REPORT_FILES, UNFINISHED))
+        writable_folder(out, files=(*REPORT_FILES, CLEANED_RECORDS, UNFINISHED))
         unfinished = Unfinished(out, fingerprint(run, predictor, flips=flips))
-        records, more = _measure(predictor, cases, collector, unfinished, progress, tell)
+        records, cleaned, more = _measure(predictor, cases, collector, unfinished, progress, tell)
         faults += more
         if not records:
             raise_faults(CaseError, faults)
-        records = in_order(
-            records, [subset_name(row, names) for row in subsets(len(names)).tolist()]
-        )
+        order = [subset_name(row, names) for row in subsets(len(names)).tolist()]
+        records = in_order(records, order)
+        after = Cleaned(str(predictor.cleanup), in_order(cleaned, order))
         measured = list(dict.fromkeys(record.case for record in records))
         summary = summarize(records)
         report = write_report(
@@ -131,6 +141,7 @@ def evaluate_run(
             history=history,
             facts={"test cases": ", ".join(measured), **facts},
             faults=CaseError(faults).faults,
+            cleaned=after if predictor.cleanup.is_on else None,
         )
         unfinished.remove()
     return Evaluation(
@@ -140,6 +151,8 @@ def evaluate_run(
         summarize_policies(records),
         empty_count(records),
         CaseError(faults).faults,
+        after.rules,
+        summarize(after.records) if predictor.cleanup.is_on else None,
     )
 
 
@@ -150,16 +163,19 @@ def _measure(
     unfinished: Unfinished,
     progress: Progress,
     tell: Callable[[str], None],
-) -> tuple[list[Record], list[str]]:
-    """The records of the cases that can be measured, case by case, and the faults of the others."""
+) -> tuple[list[Record], list[Record], list[str]]:
+    """The records of the cases that can be measured, without and with the clean-up; the others' faults."""
     records: list[Record] = []
+    cleaned: list[Record] = []
     faults: list[str] = []
+    again = CleanedRecords(predictor)
     done = 0
 
     def predicted(case: Case, volume: Volume, subset: str, truth: Tensor, classes: Tensor) -> None:
         nonlocal done
         done += 1
         collector(case, volume, subset, truth, classes)
+        again(case, volume, subset, truth, classes)
         progress(done, total, f"{case.id}  {subset}")
 
     total = sum(_subsets_of(case) for case in cases)
@@ -174,14 +190,17 @@ def _measure(
         # Pictures show the first few cases. A case that was not among them then may be now.
         if found is not None and (found.overlay is not None or collector.full):
             records += found.records
+            cleaned += found.cleaned
             if found.overlay is not None:
                 collector.add(found.overlay)
             note = "measured before"
         else:
             try:
                 measured = predictor.evaluate_case(case, on_prediction=predicted)
-                unfinished.add(case, Measured(measured, collector.get(case.id)))
+                after = again.records(measured)
+                unfinished.add(case, Measured(measured, collector.get(case.id), after))
                 records += measured
+                cleaned += after
                 continue
             except CaseError as error:
                 collector.discard(case.id)
@@ -189,7 +208,7 @@ def _measure(
                 note = "left out"
         done = sum(_subsets_of(case) for case in cases[:number])
         progress(done, total, f"{case.id}  {note}")
-    return records, faults
+    return records, cleaned, faults
 
 
 def _subsets_of(case: Case) -> int:

@@ -9,6 +9,7 @@ import typer
 
 from prism_meta.bilevel.strategies import ALL_STRATEGIES
 from prism_meta.cli.usage import path
+from prism_meta.training.ensembles import CleanupChoice
 from prism_meta.training.weights import Kind
 
 RunFolder = Annotated[
@@ -48,5 +49,13 @@ Flips = Annotated[
     typer.Option(
         "--flips",
         help="Average over mirrored images, too: 4 times as slow on slices, 8 times on volumes.",
+    ),
+]
+CleanUp = Annotated[
+    CleanupChoice,
+    typer.Option(
+        "--clean-up",
+        help="Rules that remove small components from labels: those that the run chose on its validation "
+        "cases, if any; that of BraTS tables, an ET under 0.5 ml (500 voxels of 1 mm) is none; or no rule.",
     ),
 ]

@@ -33,10 +33,12 @@ class Measured(NamedTuple):
     Args:
         records: those of all its subsets.
         overlay: its slice with the predictions from all subsets; None if the report does not draw it.
+        cleaned: the records after the clean-up.
     """
 
     records: list[Record]
     overlay: Overlay | None
+    cleaned: list[Record]
 
 
 class Unfinished:
@@ -67,6 +69,7 @@ class Unfinished:
         return Measured(
             [Record(*values) for values in line["records"]],
             None if overlay is None else Overlay.from_dict(overlay),
+            [Record(*values) for values in line["cleaned"]],
         )
 
     def add(self, case: Case, measured: Measured) -> None:
@@ -80,6 +83,7 @@ class Unfinished:
             "key": self._key(case),
             "records": [astuple(record) for record in measured.records],
             "overlay": None if overlay is None else overlay.to_dict(),
+            "cleaned": [astuple(record) for record in measured.cleaned],
         }
         content = json.dumps(line).encode()
         new = not self.path.exists()
@@ -129,7 +133,7 @@ class Unfinished:
 
 
 def fingerprint(run: Run, predictor: Predictor, *, flips: bool) -> str:
-    """What the numbers of every case depend on: weights, configuration, versions, kind of device.
+    """What the numbers of every case depend on: weights, configuration, clean-up, versions, kind of device.
 
     Args:
         run: a run whose training has ended.
@@ -141,7 +145,8 @@ def fingerprint(run: Run, predictor: Predictor, *, flips: bool) -> str:
     }
     device = next((p.device.type for p in predictor.model.parameters()), "cpu")
     weights = hashlib.sha256(save(state)).hexdigest()
-    return repr((weights, flips, run.config.model_dump(mode="json"), versions(), device, HEADER))
+    config, cleanup = run.config.model_dump(mode="json"), predictor.cleanup
+    return repr((weights, flips, config, cleanup, versions(), device, HEADER))
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:

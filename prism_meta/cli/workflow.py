@@ -16,7 +16,7 @@ from prism_meta.files import atomic, kept_if_used, writable_folder
 from prism_meta.modalities import composed, subset_name
 from prism_meta.records import Record, read_records
 from prism_meta.training.cases import find_configured
-from prism_meta.training.ensembles import ensemble_predictor
+from prism_meta.training.ensembles import CleanupChoice, cleanup_of, ensemble_predictor
 from prism_meta.training.expected import Expected
 from prism_meta.training.facts import versions
 from prism_meta.training.run import Run
@@ -41,6 +41,7 @@ def predict_folder(
     grid: str | None = None,
     weights: Kind | None = None,
     flips: bool = False,
+    cleanup: CleanupChoice = "run",
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Write a label volume for each case of ``root``, and ``predictions.csv`` with their volumes.
@@ -58,6 +59,7 @@ def predict_folder(
             the grid of the case.
         weights: see ``Run.load_model``.
         flips: see ``Ensemble``.
+        cleanup: see ``cleanup_of``.
         tell: called with a line for the user, if cases were predicted before.
 
     Returns:
@@ -88,7 +90,9 @@ def predict_folder(
         config = config.model_copy(update={"data": aligned})
     found, faults = find_configured(config, root, label=False)
     refuse_case_folder(out, root, found)
-    predictor = ensemble_predictor(runs, weights=weights, flips=flips)
+    predictor = ensemble_predictor(
+        runs, weights=weights, flips=flips, cleanup=cleanup_of(runs, cleanup)
+    )
     labels = predictor.labels
     # What several runs reach together was not measured.
     expected = Expected.of_run(run, weights) if len(runs) == 1 else None
@@ -161,7 +165,7 @@ class _Origin:
             mode="json", include={"data": data, "model": True, "evaluation": {"overlap"}}
         )
         hashes = [_hash(run.existing_weights(weights)) for run in runs]
-        self._common = (hashes, config, versions(), device, flips, grid)
+        self._common = (hashes, config, versions(), device, flips, grid, predictor.cleanup)
 
     def of(self, case: Case, shown: Sequence[bool]) -> str:
         """That of a case from which some modalities are shown. It does not depend on where its files lie."""

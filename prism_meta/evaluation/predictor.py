@@ -17,12 +17,13 @@ from prism_meta.data.preprocessing import Preprocessing, label_classes
 from prism_meta.data.restore import restore_classes
 from prism_meta.empty_masks import BratsEmpty, EmptyPolicy
 from prism_meta.errors import CaseError, raise_faults
+from prism_meta.evaluation.cleanup import Cleanup
 from prism_meta.evaluation.faults import (
     check_finite,
     evaluation_faults,
     memory_as_case_error,
 )
-from prism_meta.evaluation.regions import measure
+from prism_meta.evaluation.regions import measure, voxel_volume
 from prism_meta.evaluation.subsets import (
     Subset,
     as_mask,
@@ -58,6 +59,8 @@ class Predictor:
         overlap: overlap of neighbouring windows, in [0, 1).
         empty: what an empty mask gives in ``evaluate``. Defaults to ``BratsEmpty()``.
         batch_size: windows per call of the model.
+        cleanup: what is removed from predicted labels. The records of ``evaluate`` are those of the labels
+            as predicted; see ``cleaned_records``. Defaults to nothing.
 
     Raises:
         TypeError: the model is a bare net; use ``wrap(net)``.
@@ -91,8 +94,10 @@ class Predictor:
         overlap: float = OVERLAP,
         empty: EmptyPolicy | None = None,
         batch_size: int = 16,
+        cleanup: Cleanup | None = None,
     ) -> None:
         self.model, self.labels = model, labels
+        self.cleanup = cleanup or Cleanup()
         self.modalities = None if modalities is None else tuple(modalities)
         self.preprocessing = preprocessing or Preprocessing()
         self.empty = empty or BratsEmpty()
@@ -138,7 +143,9 @@ class Predictor:
         with memory_as_case_error(case):
             volume = case.restrict(rows.any(0)).read(with_label=False)
             classes = self._classes(case, volume, rows)
-        return [self.labels.decode(prediction) for prediction in classes]
+            voxel = voxel_volume(volume.affine)
+            cleaned = [self.cleanup(one, self.labels, voxel=voxel) for one in classes]
+        return [self.labels.decode(prediction) for prediction in cleaned]
 
     def evaluate(
         self,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prism_meta.data.cases import Volume
@@ -43,8 +44,7 @@ def measure(
     """
     # No region has a voxel outside this box; cropping is faster than measuring whole volumes.
     box = box_or_whole((prediction | truth) != 0)
-    # The volume of a voxel in mm^3. Unlike the determinant, it has no rounding errors on a straight grid.
-    voxel = abs(float(np.dot(np.cross(*volume.affine[:3, :2].T), volume.affine[:3, 2])))
+    voxel = voxel_volume(volume.affine)
     scores = {}
     for region in labels.regions:
         p, t = labels.region(prediction[box], region), labels.region(truth[box], region)
@@ -60,3 +60,14 @@ def measure(
             diagonal=diagonal_of(volume.shape, volume.spacing),
         )
     return scores
+
+
+def voxel_volume(affine: NDArray[np.floating[Any]]) -> float:
+    """The volume of a voxel in mm^3, from the affine (4, 4) of its grid.
+
+    Example:
+        >>> voxel_volume(np.diag([0.1, 0.1, 3.0, 1.0])) == 0.1 * 0.1 * 3.0
+        True
+    """
+    # Unlike the determinant, it has no rounding errors on a straight grid.
+    return abs(float(np.dot(np.cross(*affine[:3, :2].T), affine[:3, 2])))

@@ -17,6 +17,7 @@ from prism_meta.files import atomic, writable_folder
 from prism_meta.modalities import subset_name
 from prism_meta.records import Record, write_records
 from prism_meta.report.averages import empty_count, summarize, summarize_policies
+from prism_meta.report.cleaned import Cleaned, written_or_removed
 from prism_meta.report.figures.curves import training_curves, weight_curves
 from prism_meta.report.figures.scores import dice_by_count, heat_map
 from prism_meta.report.figures.slices import draw_overlay
@@ -49,6 +50,7 @@ def write_report(
     history: Sequence[Mapping[str, Any]] = (),
     facts: Mapping[str, str] | None = None,
     faults: Sequence[str] = (),
+    cleaned: Cleaned | None = None,
 ) -> Path:
     """Write ``records.csv``, ``summary.json`` and ``report.html`` into ``folder``.
 
@@ -64,6 +66,8 @@ def write_report(
             ``meta_loss`` and ``terms`` are plotted if they exist.
         facts: how the numbers were made, e.g. config, versions, seed, command.
         faults: one line per fault of the cases that were left out. The page shows them.
+        cleaned: the same measurements after a clean-up, which are shown beside ``records``; they go to
+            ``records_cleaned.csv``. Defaults to no clean-up.
 
     Returns:
         The path of ``report.html``.
@@ -105,6 +109,8 @@ def write_report(
         },
     }
 
+    if cleaned is not None:
+        summary_dict["cleaned"] = {"rules": cleaned.rules, **cleaned.summary.to_dict()}
     environment = Environment(
         loader=PackageLoader("prism_meta.report"),
         autoescape=True,
@@ -132,6 +138,7 @@ def write_report(
         change=CHANGE,
         units=[(name, unit) for name, unit in UNITS.items() if name in measured],
         by_policy=by_policy,
+        cleaned=None if cleaned is None else cleaned.table(summary),
         empty=empty_count(records),
         heat=[heat_map(summary, "dice"), heat_map(summary, "hd95")],
         by_count=dice_by_count(summary, shown),
@@ -144,8 +151,13 @@ def write_report(
     )
     text = json.dumps(summary_dict, indent=2, allow_nan=False, ensure_ascii=False)
     table, numbers, page = (folder / name for name in REPORT_FILES)
-    # All three or none; a name that is no UTF-8 is escaped, as JSON does it, too.
-    with atomic(table) as a, atomic(numbers) as b, atomic(page) as c:
+    # All of them or none; a name that is no UTF-8 is escaped, as JSON does it, too.
+    with (
+        written_or_removed(folder, cleaned),
+        atomic(table) as a,
+        atomic(numbers) as b,
+        atomic(page) as c,
+    ):
         write_records(a, records)
         b.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
         c.write_text(html, encoding="utf-8", errors="backslashreplace")

@@ -32,6 +32,7 @@ from prism_meta.data.subset_masks import HardMask, OneSubsetMask
 from prism_meta.data.tasks import TaskEpisodes
 from prism_meta.empty_masks import EMPTY_POLICIES, EmptyPolicy
 from prism_meta.errors import PrismError
+from prism_meta.evaluation.cleanup import Cleanup
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.objective import losses
 from prism_meta.objective.prism import PrismObjective
@@ -230,8 +231,10 @@ def build_validation(config: Config, cases: Sequence[CachedCase]) -> Validation 
     )
 
 
-def build_predictor(config: Config, model: nn.Module) -> Predictor:
-    """A predictor that prepares cases as training does."""
+def build_predictor(
+    config: Config, model: nn.Module, *, cleanup: Cleanup | None = None
+) -> Predictor:
+    """A predictor that prepares cases as training does, and cleans its labels up with ``cleanup``."""
     return Predictor(
         model,
         modalities=config.data.modalities,
@@ -240,6 +243,7 @@ def build_predictor(config: Config, model: nn.Module) -> Predictor:
         patch=config.data.patch,
         overlap=config.evaluation.overlap,
         empty=build_empty_policy(config.evaluation),
+        cleanup=cleanup,
     )
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 from prism_meta.errors import ConfigError, raise_faults
+from prism_meta.evaluation.cleanup import BRATS_CLEANUP, Cleanup
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.networks.ensemble import Ensemble
-from prism_meta.training.build import build_predictor
+from prism_meta.training.build import build_label_set, build_predictor
+from prism_meta.training.cleanup_file import read_cleanup
 from prism_meta.training.facts import changed_keys
 from prism_meta.training.run import Run
 from prism_meta.training.weights import Kind
 
+#: Which clean-up to use: the one that the run chose, the rule of BraTS tables, or none.
+CleanupChoice = Literal["run", "brats", "none"]
 #: What runs must have in common, so that their probabilities can be averaged.
 _COMMON = ("modalities", "labels", "regions", "spacing", "patch")
 
@@ -24,6 +29,7 @@ def ensemble_predictor(
     *,
     weights: Kind | None = None,
     flips: bool = False,
+    cleanup: Cleanup | None = None,
 ) -> Predictor:
     """A predictor that averages the class probabilities of several runs, e.g. of the folds of one data set.
 
@@ -32,6 +38,7 @@ def ensemble_predictor(
         device: device of the models. Defaults to the GPU if there is one.
         weights: see ``Run.load_model``.
         flips: average over mirrored images, too, see ``Ensemble``.
+        cleanup: see ``Predictor``.
 
     Raises:
         ConfigError: the runs differ in modalities, labels, regions, spacing or patch.
@@ -51,4 +58,28 @@ def ensemble_predictor(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     models = [run.load_model(device, weights=weights) for run in runs]
     model = models[0] if len(models) == 1 and not flips else Ensemble(models, flips=flips)
-    return build_predictor(runs[0].config, model.eval())
+    return build_predictor(runs[0].config, model.eval(), cleanup=cleanup)
+
+
+def cleanup_of(runs: Sequence[Run], choice: CleanupChoice) -> Cleanup:
+    """The clean-up of predicted labels.
+
+    Args:
+        runs: at least one. Several runs do only what all of them chose.
+        choice: ``run``, what the runs chose on their validation cases; ``brats``, the rule of BraTS tables;
+            or ``none``.
+
+    Raises:
+        PrismError: the file of a run's clean-up is missing or damaged, or there is no region ET.
+    """
+    if choice == "none":
+        return Cleanup()
+    if choice == "run":
+        return Cleanup.common([read_cleanup(run.folder, run.config) for run in runs])
+    regions = build_label_set(runs[0].config.data).regions
+    if not set(BRATS_CLEANUP.rules) <= set(regions):
+        raise ConfigError(
+            f"clean-up: brats is a rule for the region ET, and {runs[0].folder} has "
+            f"{', '.join(regions)}; use run or none"
+        )
+    return BRATS_CLEANUP

@@ -9,6 +9,7 @@ checkpoint.previous.pt   the one before, in case that the newest is damaged
 weights/last.safetensors the model's weights after the last step
 weights/best.safetensors those that were best on the validation cases, with validation.cases
 weights/ema.safetensors  their moving average, with training.ema
+postprocessing.json      the clean-up that was best on the validation cases, with validation.cases
 .lock                    locked while a process trains here
 """
 
@@ -33,6 +34,7 @@ from prism_meta.files import cannot_write, writable_folder, write_whole
 from prism_meta.training import log
 from prism_meta.training.build import build_model, build_predictor
 from prism_meta.training.checkpoint import load_checkpoint
+from prism_meta.training.cleanup_file import CLEANUP, read_cleanup
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.facts import (
     check_unchanged,
@@ -98,13 +100,7 @@ class Run:
                 f"{folder}: holds a run already; continue it with --resume, or give another --out"
             )
         # A run that was killed while it started leaves its lock beside such files.
-        names = (
-            "config.toml",
-            "folds.json",
-            "metrics.jsonl",
-            "checkpoint.pt",
-            WEIGHTS,
-        )
+        names = ("config.toml", "folds.json", "metrics.jsonl", "checkpoint.pt", WEIGHTS, CLEANUP)
         taken = [name for name in names if (folder / name).exists()]
         if taken and not (folder / LOCK).exists():
             raise PrismError(
@@ -305,7 +301,7 @@ class Run:
         model: nn.Module | None = None,
         weights: Kind | None = None,
     ) -> Predictor:
-        """The trained model with the run's preprocessing, labels and window.
+        """The trained model with the run's preprocessing, labels, window and clean-up.
 
         Args:
             device: device of the model. Defaults to the GPU if there is one.
@@ -313,11 +309,12 @@ class Run:
             weights: see ``load_model``.
 
         Raises:
-            PrismError: see ``load_model``.
+            PrismError: see ``load_model`` and ``read_cleanup``.
         """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return build_predictor(self.config, self.load_model(device, model=model, weights=weights))
+        loaded = self.load_model(device, model=model, weights=weights)
+        return build_predictor(self.config, loaded, cleanup=read_cleanup(self.folder, self.config))
 
     def history(self) -> list[dict[str, Any]]:
         """The lines of ``metrics.jsonl``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,15 @@ from prism_meta.bilevel.strategies import MetaStrategy, Objective
 from prism_meta.data.cache import CachedCase
 from prism_meta.data.cases import Case
 from prism_meta.errors import ConfigError, PrismError
+from prism_meta.evaluation.cleanup import Cleanup
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.files import kept_if_used, writable_folder
 from prism_meta.modalities import Batch
 from prism_meta.training.build import build_fabric, build_predictor, build_validation
 from prism_meta.training.cases import load_configured, prepare_configured
 from prism_meta.training.check import check_configuration
+from prism_meta.training.cleanup_choice import choose_cleanup
+from prism_meta.training.cleanup_file import write_cleanup
 from prism_meta.training.config import Config
 from prism_meta.training.fit import OnStep
 from prism_meta.training.initial import load_initial
@@ -32,6 +36,7 @@ from prism_meta.training.processes import Processes
 from prism_meta.training.progress import progress_bars
 from prism_meta.training.run import Run
 from prism_meta.training.splitting import Split, split
+from prism_meta.training.validation import Validation
 from prism_meta.training.weights import load_weights, weights_file, written_kinds
 
 if TYPE_CHECKING:  # it takes two seconds to import
@@ -50,7 +55,8 @@ class Trained:
 
     Args:
         predictor: the trained model, ready to predict and evaluate cases. With validation it has the
-            weights that were best there, otherwise the averaged ones of ``training.ema``.
+            weights that were best there, and cleans its labels up by the rules that were; otherwise it
+            has the averaged ones of ``training.ema``.
         history: the log of this training, one dictionary per step.
         test: the cases that were held out; empty if the configuration holds none out.
         run: the run folder; None without ``out``.
@@ -210,18 +216,23 @@ def train(
         folder = None if run is None else run.folder
         if folder is None and kind != "last":
             folder = Path(stack.enter_context(TemporaryDirectory()))
+        validation = build_validation(config, watched)
         history = parts.fit(
             config,
             fabric=fabric,
             folder=folder,
             resume=resume,
-            validation=build_validation(config, watched),
+            validation=validation,
             on_step=report,
             should_stop=should_stop,
         )
         if folder is not None and kind != "last":
             _use_weights(weights_file(folder, kind), parts.model, processes)
-    return Trained(build_predictor(config, parts.model), history, tuple(sets.test), run)
+        cleanup = Cleanup()
+        if validation is not None:
+            cleanup = _cleaned_up(config, validation, parts.model, processes, run)
+    predictor = build_predictor(config, parts.model, cleanup=cleanup)
+    return Trained(predictor, history, tuple(sets.test), run)
 
 
 def _split(config: Config, cases: Cases) -> Split:
@@ -277,6 +288,25 @@ def _use_weights(path: Path, model: nn.Module, processes: Processes) -> None:
     if processes.fabric.world_size > 1:
         state = {name: value.cpu() for name, value in model.state_dict().items()} if first else None
         model.load_state_dict(processes.gather(state)[0])  # type: ignore[arg-type]
+
+
+def _cleaned_up(
+    config: Config, validation: Validation, model: nn.Module, processes: Processes, run: Run | None
+) -> Cleanup:
+    """The clean-up that is best on the validation cases, which the run folder gets."""
+    voxel = math.prod(config.data.spacing)
+    chosen = choose_cleanup(validation, model, voxel=voxel, processes=processes)
+    with processes.together():
+        if processes.fabric.is_global_zero:
+            names = [case.id for case in validation.cases]
+            if run is not None:
+                write_cleanup(run.folder, chosen, cases=names)
+            if chosen.cleanup.is_on:
+                _log.info(
+                    "clean-up by %d validation cases: %s (Dice %.3f, without it %.3f)",
+                    len(names), chosen.cleanup, chosen.cleaned, chosen.raw,
+                )  # fmt: skip
+    return chosen.cleanup
 
 
 def _note(line: dict[str, Any]) -> str:

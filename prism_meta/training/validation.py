@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
@@ -90,16 +90,17 @@ class Validation:
             "subsets": means,
         }
 
-    def _of_case(self, model: nn.Module, case: CachedCase) -> dict[str, float]:
-        from monai.metrics.meandice import compute_dice
+    def predictions(self, model: nn.Module, case: CachedCase) -> Iterator[tuple[str, Tensor]]:
+        """The prediction from each subset that a case has: its name and class indices.
 
-        image, target = case.patch((0, 0, 0), case.shape, shown=case.availability)
+        The indices are long (D, H, W) on the model's grid, on the model's device. Call it within
+        ``torch.inference_mode`` and ``evaluation_mode``.
+        """
+        image, _ = case.patch((0, 0, 0), case.shape, shown=case.availability)
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         windows = Windows(model, patch=self.patch, overlap=self.overlap, batch_size=_BATCH)
         possible = self._subsets()
         possible = possible[~(possible & ~case.availability).any(1)]
-        truth = self._regions(target.to(device))
-        found: dict[str, float] = {}
         # As in prediction: the box is that of the shown modalities.
         for box, rows in by_box(image != 0, possible).items():
             span = tuple(slice(*ends) for ends in box)
@@ -108,13 +109,22 @@ class Validation:
             for some in rows.split(count):
                 logits = windows.logits(inputs, possible[some].to(device))
                 for row, maps in zip(some.tolist(), logits, strict=True):
-                    classes = torch.zeros(target.shape, dtype=torch.long, device=device)
+                    classes = torch.zeros(case.shape, dtype=torch.long, device=device)
                     classes[span] = maps.argmax(0)
-                    values = compute_dice(
-                        self._regions(classes), truth, include_background=True, ignore_empty=False
-                    )
-                    name = subset_name(possible[row].tolist(), self.modalities)
-                    found[name] = float(values.mean())
+                    yield subset_name(possible[row].tolist(), self.modalities), classes
+
+    def _of_case(self, model: nn.Module, case: CachedCase) -> dict[str, float]:
+        from monai.metrics.meandice import compute_dice
+
+        truth: Tensor | None = None
+        found: dict[str, float] = {}
+        for name, classes in self.predictions(model, case):
+            if truth is None:
+                truth = self._regions(truth_of(case).to(classes.device))
+            values = compute_dice(
+                self._regions(classes), truth, include_background=True, ignore_empty=False
+            )
+            found[name] = float(values.mean())
         return found
 
     def _regions(self, classes: Tensor) -> Tensor:
@@ -124,3 +134,9 @@ class Validation:
 
     def _subsets(self) -> Tensor:
         return all_subsets(len(self.modalities))
+
+
+def truth_of(case: CachedCase) -> Tensor:
+    """The true class indices of a prepared case, long (D, H, W)."""
+    nothing = torch.zeros_like(case.availability)
+    return case.patch((0, 0, 0), case.shape, shown=nothing)[1]
