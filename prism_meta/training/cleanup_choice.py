@@ -25,10 +25,11 @@ from prism_meta.training.processes import Processes
 from prism_meta.training.validation import Validation, truth_of
 
 #: What is tried in each region. Of equally good rules the first is kept, and the first does nothing.
+#: Volumes end at 0.5 ml, that of the rule of BraTS: few cases cannot tell that no larger lesion is ever real.
 CANDIDATES: tuple[RegionRule, ...] = (
     RegionRule(),
-    *(RegionRule(component_ml=ml) for ml in (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)),
-    *(RegionRule(total_ml=ml) for ml in (0.1, 0.2, 0.5, 1.0)),
+    *(RegionRule(component_ml=ml) for ml in (0.05, 0.1, 0.2, 0.5)),
+    *(RegionRule(total_ml=ml) for ml in (0.05, 0.1, 0.2, 0.5)),
     RegionRule(largest=True),
 )
 

@@ -108,10 +108,10 @@ def test_no_rule_without_a_gain() -> None:
 def test_the_mean_over_cases_decides() -> None:
     """The blob is right in one case. It helps there less than it harms in the two others."""
     truth, blob = tumour(), tumour()
-    blob[18:22, 18:22, 18:22] = 2
+    blob[18:21, 18:22, 18:22] = 2
     drawn = {name: {"a": blob} for name in ("p", "q", "r")}
     chosen = choose(drawn, {"p": truth, "q": truth, "r": blob})
-    assert chosen.cleanup.rules["WT"] == RegionRule(component_ml=1.0)  # 64 voxels, 0.512 ml
+    assert chosen.cleanup.rules["WT"] == RegionRule(component_ml=0.5)  # 48 voxels, 0.384 ml
     chosen = choose(drawn, {"p": truth, "q": blob, "r": blob})
     assert not chosen.cleanup.is_on
 
