@@ -148,6 +148,21 @@ def run_predict(
     weights: Weights = None,
     flips: Flips = False,
     clean_up: CleanUp = "run",
+    probabilities: Annotated[
+        bool,
+        typer.Option(
+            "--probabilities",
+            help="Write CASE_probabilities.nii.gz, too: a channel for the background and for each class.",
+        ),
+    ] = False,
+    uncertainty: Annotated[
+        bool,
+        typer.Option(
+            "--uncertainty",
+            help="Write CASE_uncertainty.nii.gz, too, the entropy of the probabilities in [0, 1]; and for "
+            "several RUNs CASE_disagreement.nii.gz, their mutual information, in twice the time.",
+        ),
+    ] = False,
 ) -> None:
     """Write one label volume per case, on the grid of its files, and a table of the volumes of regions.
 
@@ -166,6 +181,8 @@ def run_predict(
             weights=weights,
             flips=flips,
             cleanup=clean_up,
+            probabilities=probabilities,
+            uncertainty=uncertainty,
             tell=tell,
         )
     console.print(f"{len(written)} label volumes in {out}", soft_wrap=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from prism_meta.cli.map_files import MapFiles
 from prism_meta.data.cases import Case
 from prism_meta.errors import CaseError, ConfigError, OutputError, PrismError, raise_faults
 from prism_meta.evaluation.predictions import PredictionTable
@@ -16,7 +17,12 @@ from prism_meta.files import atomic, kept_if_used, writable_folder
 from prism_meta.modalities import composed, subset_name
 from prism_meta.records import Record, read_records
 from prism_meta.training.cases import find_configured
-from prism_meta.training.ensembles import CleanupChoice, cleanup_of, ensemble_predictor
+from prism_meta.training.ensembles import (
+    CleanupChoice,
+    cleanup_of,
+    ensemble_predictor,
+    member_predictors,
+)
 from prism_meta.training.expected import Expected
 from prism_meta.training.facts import versions
 from prism_meta.training.run import Run
@@ -42,6 +48,8 @@ def predict_folder(
     weights: Kind | None = None,
     flips: bool = False,
     cleanup: CleanupChoice = "run",
+    probabilities: bool = False,
+    uncertainty: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Write a label volume for each case of ``root``, and ``predictions.csv`` with their volumes.
@@ -60,6 +68,8 @@ def predict_folder(
         weights: see ``Run.load_model``.
         flips: see ``Ensemble``.
         cleanup: see ``cleanup_of``.
+        probabilities: write the class probabilities, too, see ``MapFiles``.
+        uncertainty: write their entropy, and the disagreement of several runs.
         tell: called with a line for the user, if cases were predicted before.
 
     Returns:
@@ -97,12 +107,14 @@ def predict_folder(
     # What several runs reach together was not measured.
     expected = Expected.of_run(run, weights) if len(runs) == 1 else None
     table = PredictionTable(out, list(labels.regions), _EXPECTED if expected else ())
+    members = member_predictors(runs, predictor, flips=flips)
+    maps = MapFiles(out, members, probabilities=probabilities, uncertainty=uncertainty)
     written: list[Path] = []
     before = 0
     origin = _Origin(runs, predictor, weights=weights, flips=flips, grid=wanted)
     with kept_if_used(out):
         writable_folder(out)
-        cases, refused = _writable(table, found, subset)
+        cases, refused = _writable(table, maps, found, subset)
         faults += refused
         if wanted is not None:
             faults += [
@@ -116,24 +128,33 @@ def predict_folder(
         for number, case in enumerate(cases, start=1):
             chosen = [name in (subset or case.files) for name in modalities]
             shown, own = subset_name(chosen, modalities), origin.of(case, chosen)
-            if table.has(case.id, subset=shown) and saved_origin(table.label_file(case.id)) == own:
-                written.append(table.label_file(case.id))
+            file = table.label_file(case.id)
+            done = table.has(case.id, subset=shown) and saved_origin(file) == own
+            lacking = maps.lacking(case.id, own)
+            if done and not lacking:
+                written.append(file)
                 before += 1
                 progress(number, len(cases), f"{case.id}  predicted before")
                 continue
             try:
-                volume = predictor.predict(case, subset=chosen)
-                volumes = region_volumes(volume, case, labels)
-                # The table first: it marks the folder as an output before that holds a label volume.
-                with atomic(table.label_file(case.id)) as partial:
-                    save_labels(partial, volume, case, origin=own)
-                    table.add(
-                        case.id,
-                        subset=shown,
-                        volumes=volumes,
-                        more=_expected_cells(expected, chosen),
-                    )
-                written.append(table.label_file(case.id))
+                if lacking:
+                    volume, probable = predictor.predict_maps(case, subset=chosen)
+                else:
+                    volume = predictor.predict(case, subset=chosen)
+                if not done:  # labels that are there may have been corrected
+                    volumes = region_volumes(volume, case, labels)
+                    # The table first: it marks the folder as an output before that holds a label volume.
+                    with atomic(file) as partial:
+                        save_labels(partial, volume, case, origin=own)
+                        table.add(
+                            case.id,
+                            subset=shown,
+                            volumes=volumes,
+                            more=_expected_cells(expected, chosen),
+                        )
+                if lacking:
+                    maps.write(case, probable, subset=chosen, kinds=lacking, origin=own)
+                written.append(file)
             except CaseError as error:
                 faults += error.faults
             except OutputError as error:  # the next file would not fit, either
@@ -143,6 +164,8 @@ def predict_folder(
             raise_faults(CaseError, faults)
     if before:
         tell(f"{before} of {len(cases)} cases were predicted before; delete {out} to repeat them")
+    if probabilities:
+        tell(f"channels of *_probabilities.nii.gz: {', '.join(labels.names)}")
     raise_faults(CaseError, faults)
     return written
 
@@ -200,16 +223,17 @@ def load_records(path: Path) -> list[Record]:
 
 
 def _writable(
-    table: PredictionTable, found: Sequence[Case], subset: Sequence[str]
+    table: PredictionTable, maps: MapFiles, found: Sequence[Case], subset: Sequence[str]
 ) -> tuple[list[Case], list[str]]:
-    """The cases that have a subset and whose labels can be written, and the faults of the others."""
+    """The cases that have a subset and whose files can be written, and the faults of the others."""
     cases, faults = [], []
+    named = maps.faults(found)
     for case in found:
         lacks = [name for name in subset if name not in case.files]
         own = [f"case {case.id}: has no {', '.join(lacks)}; leave it out of the subset"] * bool(
             lacks
         )
-        own += table.faults(case)
+        own += [*table.faults(case, list(maps.of(case.id).values())), *named[case.id]]
         faults += own
         cases += [] if own else [case]
     return cases, faults

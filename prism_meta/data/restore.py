@@ -45,6 +45,26 @@ def restore_maps(maps: Tensor, *, prepared: Prepared, volume: Volume) -> Tensor:
     return torch.as_tensor(resampled.as_tensor())
 
 
+def restore_probabilities(
+    logits: Tensor, box: Sequence[slice], *, prepared: Prepared, volume: Volume
+) -> Tensor:
+    """Return the class probabilities of each voxel on the case's own grid, with background outside the box.
+
+    Args:
+        logits: see ``restore_classes``.
+        box: see ``restore_classes``.
+        prepared: see ``restore_classes``.
+        volume: see ``restore_classes``.
+
+    Returns:
+        (K, D, H, W) float32 on the CPU, interpolated linearly, with sum 1 over the classes.
+    """
+    maps = torch.zeros(len(logits), *prepared.brain.shape)
+    maps[0] = 1.0
+    maps[(slice(None), *box)] = logits.softmax(0).float().cpu()
+    return restore_maps(maps, prepared=prepared, volume=volume)
+
+
 def restore_classes(
     logits: Tensor, box: Sequence[slice], *, prepared: Prepared, volume: Volume
 ) -> Tensor:
@@ -88,10 +108,8 @@ def restore_classes(
     )
     axes = _match_axes(foreground, prepared, volume)
     if axes is None:
-        maps = torch.zeros(len(logits), *prepared.brain.shape)
-        maps[0] = 1.0
-        maps[(slice(None), *box)] = logits.softmax(0).float().cpu()
-        return _argmax(restore_maps(maps, prepared=prepared, volume=volume)).to(logits.device)
+        maps = restore_probabilities(logits, box, prepared=prepared, volume=volume)
+        return _argmax(maps).to(logits.device)
     if any(axis.weight.any() for axis in axes):
         classes = _interpolate_argmax(_padded_probabilities(logits, found), axes)
     else:  # every voxel of the case lies on a voxel of the model's grid

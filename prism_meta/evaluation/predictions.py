@@ -47,11 +47,22 @@ class PredictionTable:
         """The file of a case's labels."""
         return self.path.with_name(f"{case}.nii.gz")
 
-    def faults(self, case: Case) -> list[str]:
+    def faults(self, case: Case, more: Sequence[Path] = ()) -> list[str]:
         """What keeps the labels of a case from being written. Neither its own files are replaced, nor
         any file in a folder that has no table yet.
+
+        Args:
+            case: the case.
+            more: further files that are written for it.
         """
-        file, another = self.label_file(case.id), "or give another OUT"
+        return [
+            fault
+            for file in (self.label_file(case.id), *more)
+            for fault in self._file_faults(case, file)
+        ]
+
+    def _file_faults(self, case: Case, file: Path) -> list[str]:
+        another = "or give another OUT"
         try:
             file.lstat()
         except FileNotFoundError:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from prism_meta.data.cases import Case, Volume
 from prism_meta.data.checks import no_label
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
-from prism_meta.data.preprocessing import Preprocessing, label_classes
-from prism_meta.data.restore import restore_classes
+from prism_meta.data.preprocessing import Prepared, Preprocessing, label_classes
+from prism_meta.data.restore import restore_classes, restore_probabilities
 from prism_meta.empty_masks import BratsEmpty, EmptyPolicy
 from prism_meta.errors import CaseError, raise_faults
 from prism_meta.evaluation.cleanup import Cleanup
@@ -39,6 +39,18 @@ from prism_meta.records import Record
 
 #: Called with the case, its volume, the subset's name, and truth and prediction as class indices.
 OnPrediction = Callable[[Case, Volume, str, Tensor, Tensor], None]
+
+
+class PredictedMaps(NamedTuple):
+    """A prediction with what it was decided by, on the case's own grid.
+
+    Args:
+        labels: (D, H, W), see ``Predictor.predict``.
+        probabilities: float32 (K, D, H, W), of the background and of each class, with sum 1.
+    """
+
+    labels: NDArray[np.integer[Any]]
+    probabilities: Tensor
 
 
 class Predictor:
@@ -147,6 +159,32 @@ class Predictor:
             cleaned = [self.cleanup(one, self.labels, voxel=voxel) for one in classes]
         return [self.labels.decode(prediction) for prediction in cleaned]
 
+    def predict_maps(self, case: Case, *, subset: Subset | None = None) -> PredictedMaps:
+        """Predict the labels of one case with the class probabilities that they come from.
+
+        Args:
+            case: see ``predict``.
+            subset: see ``predict``.
+
+        Returns:
+            The labels that ``predict`` returns, and the probabilities, which know no clean-up.
+
+        Raises:
+            CaseError: see ``predict``.
+            ValueError: see ``predict``.
+        """
+        shown = case.availability if subset is None else as_mask(subset, case.modalities)
+        rows = shown_rows(case, shown[None], self.modalities)
+        with memory_as_case_error(case):
+            volume = case.restrict(rows.any(0)).read(with_label=False)
+            ((_, logits, span, prepared),) = self._logits(case, volume, rows)
+            grids: Any = {"prepared": prepared, "volume": volume}
+            with torch.inference_mode():
+                classes = restore_classes(logits, span, **grids).cpu()
+                probabilities = restore_probabilities(logits, span, **grids)
+            cleaned = self.cleanup(classes, self.labels, voxel=voxel_volume(volume.affine))
+        return PredictedMaps(self.labels.decode(cleaned), probabilities)
+
     def evaluate(
         self,
         cases: Sequence[Case],
@@ -245,21 +283,29 @@ class Predictor:
 
         Each equals the prediction for a case that has only the modalities of that subset.
         """
+        result = torch.zeros(len(subsets), *volume.shape, dtype=torch.uint8)
+        with torch.inference_mode():
+            for row, logits, span, prepared in self._logits(case, volume, subsets):
+                result[row] = restore_classes(logits, span, prepared=prepared, volume=volume)
+        return result
+
+    def _logits(
+        self, case: Case, volume: Volume, subsets: Tensor
+    ) -> Iterator[tuple[int, Tensor, tuple[slice, ...], Prepared]]:
+        """Of each subset its row, its logits (K, d, h, w), and the box of the model's grid where they lie."""
         prepared = self.preprocessing(volume)
         image = torch.zeros(subsets.shape[1], *prepared.brain.shape)
         for name, channel in zip(prepared.names, prepared.image, strict=True):
             image[case.modalities.index(name)] = channel
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        result = torch.zeros(len(subsets), *volume.shape, dtype=torch.uint8)
         # The box is that of the shown modalities, so a hidden one cannot influence the result.
-        with torch.inference_mode(), evaluation_mode(self.model):
-            for box, rows in by_box(image != 0, subsets).items():
-                span = tuple(slice(*ends) for ends in box)
-                inputs = image[(slice(None), *span)].to(device)
-                count = self.windows.at_a_time(inputs, num_classes=len(self.labels.names))
-                for some in rows.split(count):
+        for box, rows in by_box(image != 0, subsets).items():
+            span = tuple(slice(*ends) for ends in box)
+            inputs = image[(slice(None), *span)].to(device)
+            count = self.windows.at_a_time(inputs, num_classes=len(self.labels.names))
+            for some in rows.split(count):
+                with torch.inference_mode(), evaluation_mode(self.model):
                     logits = self.windows.logits(inputs, subsets[some].to(device))
-                    check_finite(logits, case)
-                    for row, maps in zip(some.tolist(), logits, strict=True):
-                        result[row] = restore_classes(maps, span, prepared=prepared, volume=volume)
-        return result
+                check_finite(logits, case)
+                for row, maps in zip(some.tolist(), logits, strict=True):
+                    yield row, maps, span, prepared

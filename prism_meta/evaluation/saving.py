@@ -1,4 +1,4 @@
-"""Predicted labels as NIfTI files on the grid of their case, and the volumes of their regions."""
+"""Predicted labels and maps as NIfTI files on the grid of their case, and the volumes of their regions."""
 
 from __future__ import annotations
 
@@ -38,8 +38,31 @@ def save_labels(
     Raises:
         OutputError: the file cannot be written.
     """
+    _save(path, labels, case, origin)
+
+
+def save_maps(
+    path: Path | str, maps: NDArray[np.floating[Any]], case: Case, *, origin: str = ""
+) -> None:
+    """Write maps of numbers that lie where the case's files lie; see ``save_labels``.
+
+    Args:
+        path: see ``save_labels``.
+        maps: (D, H, W), or (C, D, H, W) for C channels, which are the fourth axis of the file. They are
+            written as float32.
+        case: see ``save_labels``.
+        origin: see ``save_labels``.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    values = np.moveaxis(maps, 0, -1) if maps.ndim == 4 else maps
+    _save(path, values.astype(np.float32), case, origin)
+
+
+def _save(path: Path | str, values: NDArray[Any], case: Case, origin: str) -> None:
     source = _source(case).header
-    image = nib.Nifti1Image(labels, None)
+    image = nib.Nifti1Image(values, None)
     for name in _PLACE:
         image.header[name] = source[name]
     image.header["pixdim"][:4] = source["pixdim"][:4]  # the first is part of the qform
@@ -53,7 +76,7 @@ def save_labels(
 
 
 def saved_origin(path: Path | str) -> str:
-    """The ``origin`` of a file that ``save_labels`` wrote; empty if there is none or it cannot be read."""
+    """The ``origin`` of a file that was written here; empty if there is none or it cannot be read."""
     try:
         header: Any = nib.load(path).header
         return str(header["descrip"].item().decode("ascii"))

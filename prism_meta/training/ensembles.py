@@ -61,6 +61,21 @@ def ensemble_predictor(
     return build_predictor(runs[0].config, model.eval(), cleanup=cleanup)
 
 
+def member_predictors(runs: Sequence[Run], predictor: Predictor, *, flips: bool) -> list[Predictor]:
+    """A predictor for each of several runs, with the models that their ``ensemble_predictor`` has.
+
+    Args:
+        runs: those of the predictor.
+        predictor: what ``ensemble_predictor`` returned.
+        flips: see there.
+    """
+    if len(runs) == 1:
+        return [predictor]
+    models = predictor.model.models
+    members = [Ensemble([model], flips=True).eval() if flips else model for model in models]  # type: ignore[union-attr]
+    return [build_predictor(runs[0].config, member) for member in members]
+
+
 def cleanup_of(runs: Sequence[Run], choice: CleanupChoice) -> Cleanup:
     """The clean-up of predicted labels.
 
