@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,14 @@ import typer
 from rich.console import Console
 
 from prism_meta.cli import plan_command
+from prism_meta.cli.folds import (
+    existing_fold,
+    fold_overrides,
+    is_range,
+    parse_folds,
+    train_folds,
+    with_sizes_of,
+)
 from prism_meta.cli.options import CASES_HELP, ConfigFile, Overrides
 from prism_meta.cli.usage import path, tell
 from prism_meta.errors import PrismError
@@ -25,7 +34,8 @@ from prism_meta.training.train import train
 EXAMPLES = (
     "[bold]Examples[/bold]  prism-meta train cases --out runs/a  ·  "
     "prism-meta train cases -c config.toml -s meta.strategy=second_order -s data.holdout=4 --out runs/b  ·  "
-    "prism-meta train cases --baseline zero_fill --out runs/c  ·  prism-meta train cases --init runs/a --out "
+    "prism-meta train cases --baseline zero_fill --out runs/c  ·  prism-meta train cases --fold 0..4 --out "
+    "runs/folds  ·  prism-meta train cases --init runs/a --out "
     "runs/d  ·  prism-meta train --resume runs/a  ·  "
     "prism-meta train --resume runs/a --extend 500 --time-limit 11h30m"
 )
@@ -88,6 +98,21 @@ def run_train(
             help="Save and end with code 143 after this time, e.g. 11h30m, so that --resume can go on.",
         ),
     ] = None,
+    fold: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K|A..B",
+            help="Hold out fold K of a cross-validation. A range such as 0..4 trains each in OUT/foldK, one "
+            "after the other; folds that are trained already are skipped, and an interrupted one goes on.",
+        ),
+    ] = None,
+    folds: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Number of folds. Defaults to data.folds, otherwise to 5.",
+        ),
+    ] = None,
 ) -> None:
     """Train on a folder of cases and write a run folder.
 
@@ -103,22 +128,32 @@ def run_train(
             raise PrismError(
                 "train --extend: works on a run; give --resume RUN, or set training.steps"
             )
+        if folds is not None and fold is None:
+            raise PrismError("train --folds: needs the fold to hold out; give --fold, e.g. 0..4")
         own_sizes = bool(config or baseline or plan_command.sets_sizes(overrides or []))
         given = list(overrides or [])
         if init is not None:
             given.append(f"training.init={tomlkit.string(str(init)).as_string()}")
             given = given if own_sizes else [*settings_of(Run.open(init)), *given]
-        settings = load_config(config, given, baseline=baseline)
-        out = out or Path("runs/prism")
-        if not own_sizes and init is None:
-            Run.check_new(out)  # before anything that takes time
-            settings = plan_command.planned_by_train(settings, root)
-        train_and_tell(root, settings, out, stop=stop)
+
+        def load(more: Sequence[str]) -> Config:
+            return load_config(config, [*given, *more], baseline=baseline)
+
+        planned = not own_sizes and init is None
+        _start(
+            root,
+            out or Path("runs/prism"),
+            load,
+            fold=fold,
+            folds=folds,
+            planned=planned,
+            stop=stop,
+        )
         return
-    if config or baseline or overrides or out or init:
+    if config or baseline or overrides or out or init or fold or folds:
         raise PrismError(
-            "train --resume: uses the run's own folder and config; leave --out, --config, --baseline, --set "
-            "and --init out"
+            "train --resume: uses the run's own folder and config; leave --out, --config, --baseline, --set, "
+            "--init, --fold and --folds out"
         )
     run = Run.open(resume)
     if (run.facts["data"] is None and root is None) or run.facts["own"]:
@@ -134,6 +169,47 @@ def run_train(
                 f"prism-meta train --resume {resume} CASES"
             )
     train_and_tell(root, run.config, resume, stop=stop, resume=True, extend=extend)
+
+
+def _start(
+    root: Path,
+    out: Path,
+    load: Callable[[Sequence[str]], Config],
+    *,
+    fold: str | None,
+    folds: int | None,
+    planned: bool,
+    stop: StopRequest,
+) -> None:
+    """Train a new run, or a range of folds.
+
+    Args:
+        root: folder of cases.
+        out: run folder, or the folder of several.
+        load: makes the configuration with further overrides.
+        fold: what ``--fold`` says.
+        folds: number of folds.
+        planned: whether the sizes are planned from the data.
+        stop: when to stop.
+    """
+    numbers = [] if fold is None else parse_folds(fold)
+    if fold is None or not is_range(fold):
+        settings = load([o for n in numbers for o in fold_overrides(load, n, folds)])
+        if planned:
+            Run.check_new(out)  # before anything that takes time
+            settings = plan_command.planned_by_train(settings, root)
+        train_and_tell(root, settings, out, stop=stop)
+        return
+    each = {n: load(fold_overrides(load, n, folds)) for n in numbers}
+    if planned:
+        begun = existing_fold(out, numbers)
+        made = begun.config if begun else plan_command.planned_by_train(each[numbers[0]], root)
+        each = {n: with_sizes_of(settings, made) for n, settings in each.items()}
+
+    def train_one(settings: Config, folder: Path, resumed: bool) -> None:
+        train_and_tell(root, settings, folder, stop=stop, resume=resumed)
+
+    train_folds(each, out, train_one)
 
 
 def train_and_tell(

@@ -134,7 +134,7 @@ def test_a_resumed_run_keeps_its_own_baseline(tmp_path: Path) -> None:
         2,
         [
             "train --resume: uses the run's own folder and config; leave --out, --config, --baseline, "
-            "--set and --init out"
+            "--set, --init, --fold and --folds out"
         ],
     )
 
