@@ -37,6 +37,7 @@ from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.data.subset_masks import HardMask, OneSubsetMask
 from prism_meta.data.tasks import TaskEpisodes
 from prism_meta.errors import CaseError, ConfigError, PrismError
+from prism_meta.evaluation.cleanup import Cleanup, RegionRule
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.evaluation.shortcuts import evaluate, predict
 from prism_meta.modalities import BRATS, Batch, subset, subset_name, subsets
@@ -73,6 +74,7 @@ __all__ = [
     "Batch",
     "Case",
     "CaseError",
+    "Cleanup",
     "Config",
     "ConfigError",
     "DynamicMask",
@@ -104,6 +106,7 @@ __all__ = [
     "PrismObjective",
     "Record",
     "RegionAwareFusion",
+    "RegionRule",
     "RelativePreference",
     "Reptile",
     "Run",

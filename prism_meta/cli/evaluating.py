@@ -139,7 +139,7 @@ def evaluate_run(
             policy_statement=f"{predictor.empty.name}: {predictor.empty.statement}",
             overlays=collector.overlays(_shown_subsets(summary, names)),
             history=history,
-            facts={"test cases": ", ".join(measured), **facts},
+            facts={"test cases": ", ".join(measured), "clean-up": after.rules or "none", **facts},
             faults=CaseError(faults).faults,
             cleaned=after if predictor.cleanup.is_on else None,
         )

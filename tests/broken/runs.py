@@ -80,6 +80,35 @@ def files() -> Iterator[Broken]:
                 )
 
 
+def cleanups() -> Iterator[Broken]:
+    """The clean-up of a run with validation."""
+    rule = (
+        '{"regions": {"XX": {"largest": true, "component_ml": 0.0, "total_ml": 0.0}}, "cases": [], '
+    )
+    damages: dict[str, Damage] = {
+        **DAMAGES,
+        "a region of another run": lambda content: (
+            f'{rule}"dice": 0.5, "cleaned_dice": 0.5}}'.encode()
+        ),
+    }
+
+    def command(damage: Damage, folder: Path) -> Sequence[object]:
+        run = whole.trained(folder)
+        config = run / "config.toml"
+        text = config.read_text()
+        assert "[validation]\ncases = 0" in text
+        config.write_text(text.replace("[validation]\ncases = 0", "[validation]\ncases = 1"))
+        write(run / "postprocessing.json", damage(b"{}"))
+        return [*predict(folder), "--weights", "last"]
+
+    for name, damage in damages.items():
+        yield Broken(
+            f"postprocessing.json: {name}",
+            partial(command, damage),
+            ("postprocessing.json: ", "choose it again with prism-meta train --resume"),
+        )
+
+
 def facts(change: Callable[[dict[str, Any]], object]) -> Damage:
     def damage(content: bytes) -> bytes:
         values = json.loads(content)
@@ -274,4 +303,4 @@ def others() -> Iterator[Broken]:
         )
 
 
-BROKEN = [*files(), *schema(), *checkpoints(), *models(), *logs(), *others()]
+BROKEN = [*files(), *cleanups(), *schema(), *checkpoints(), *models(), *logs(), *others()]

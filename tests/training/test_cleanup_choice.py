@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,14 +70,16 @@ def drawn_case(name: str, truth: Tensor) -> CachedCase:
     return case  # type: ignore[no-any-return]
 
 
-def choose(drawn: dict[str, dict[str, Tensor]], truths: dict[str, Tensor]) -> Chosen:
+def choose(
+    drawn: dict[str, dict[str, Tensor]], truths: dict[str, Tensor], processes: Any = None
+) -> Chosen:
     validation = Drawn(
         [drawn_case(name, truth) for name, truth in truths.items()],
         modalities=("a",), labels=pm.BRATS_LABELS, patch=(4, 4),
     )  # fmt: skip
     model = nn.Identity()
     model.drawn = drawn  # type: ignore[assignment]
-    processes = Processes(Fabric(accelerator="cpu", devices=1))
+    processes = processes or Processes(Fabric(accelerator="cpu", devices=1))
     return choose_cleanup(validation, model, voxel=8.0, processes=processes)
 
 
@@ -128,6 +132,36 @@ def test_an_inner_region_is_decided_on_what_the_outer_one_left() -> None:
     cleaned = chosen.cleanup(found, pm.BRATS_LABELS, voxel=8.0)
     assert int(cleaned[2, 2, 2]) == 1 and int(cleaned[20, 20, 20]) == 0
     assert chosen.cleaned == pytest.approx(dice(cleaned, truth))
+
+
+class Rank:
+    """One of two processes, which is a thread."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, told: dict[int, Any]) -> None:
+        self.fabric: Any = SimpleNamespace(global_rank=rank, world_size=2)
+        self.rank, self.barrier, self.told = rank, barrier, told
+
+    def gather(self, value: Any) -> list[Any]:
+        self.told[self.rank] = value
+        self.barrier.wait(60)
+        found = [self.told[0], self.told[1]]
+        self.barrier.wait(60)
+        return found
+
+
+def test_two_processes_choose_what_one_does() -> None:
+    truths = {name: tumour() for name in "pqr"}
+    drawn = {name: {"a": truth.clone()} for name, truth in truths.items()}
+    for name, k in zip("pqr", (2, 3, 3), strict=True):
+        drawn[name]["a"][20:22, 20:22, 20] = k
+        drawn[name]["a"][2, 2, 2] = k
+    alone = choose(drawn, truths)
+    assert alone.cleanup.is_on
+    barrier, told = threading.Barrier(2), dict[int, Any]()
+    with ThreadPoolExecutor(2) as threads:
+        ranks = [Rank(k, barrier, told) for k in (0, 1)]
+        both = list(threads.map(lambda rank: choose(drawn, truths, rank), ranks))
+    assert both == [alone, alone]
 
 
 # ------------------------------------------------------------------------------------------- the file
