@@ -35,33 +35,33 @@ def test_one_fold_is_held_out(cases: Path, tmp_path: Path) -> None:
 
 def test_a_range_trains_each_in_its_folder(cases: Path, tmp_path: Path) -> None:
     out = tmp_path / "runs"
-    command = ["train", cases, "--out", out, "--fold", "0..3", "--folds", "4", *TWO]
+    command = ["train", cases, "--out", out, "--fold", "0..1", "--folds", "2", *TWO]
     code, output = run(*command)
     assert code == 0, output
     assert sorted(p.name for p in out.iterdir() if p.name.startswith("fold")) == [
-        f"fold{k}" for k in range(4)
+        f"fold{k}" for k in range(2)
     ]
-    tested = [json.loads((out / f"fold{k}" / "run.json").read_text())["test"] for k in range(4)]
+    tested = [json.loads((out / f"fold{k}" / "run.json").read_text())["test"] for k in range(2)]
     assert sorted(name for names in tested for name in names) == ["p0", "p1", "p2", "p3"]
     # Again: all of them are skipped, and nothing is written.
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
     code, output = run(*command)
     assert code == 0
-    assert [f"{out / f'fold{k}'} is trained already" in output.splitlines() for k in range(4)] == [
+    assert [f"{out / f'fold{k}'} is trained already" in output.splitlines() for k in range(2)] == [
         True
-    ] * 4
+    ] * 2
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
     # A fold that is lost is trained again; one with other settings is refused before that.
-    whole = (out / "fold2" / "weights" / "last.safetensors").read_bytes()
-    shutil.rmtree(out / "fold2")
+    whole = (out / "fold1" / "weights" / "last.safetensors").read_bytes()
+    shutil.rmtree(out / "fold1")
     code, output = run(*command, "-s", "training.lr=0.1")
     assert code == 2 and errors(output) == [
         f"{out / 'fold0'}: was started with other settings (training.lr is 0.01, not 0.1); give the same "
         "ones, or another --out"
     ]
-    assert not (out / "fold2").exists()
+    assert not (out / "fold1").exists()
     assert run(*command)[0] == 0
-    assert (out / "fold2" / "weights" / "last.safetensors").read_bytes() == whole
+    assert (out / "fold1" / "weights" / "last.safetensors").read_bytes() == whole
 
 
 def test_a_stopped_range_goes_on(
