@@ -72,7 +72,7 @@ class Predictor:
         empty: what an empty mask gives in ``evaluate``. Defaults to ``BratsEmpty()``.
         batch_size: windows per call of the model.
         cleanup: what is removed from predicted labels. The records of ``evaluate`` are those of the labels
-            as predicted; see ``cleaned_records``. Defaults to nothing.
+            as predicted; see ``CleanedRecords``. Defaults to nothing.
 
     Raises:
         TypeError: the model is a bare net; use ``wrap(net)``.

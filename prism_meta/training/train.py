@@ -55,8 +55,7 @@ class Trained:
 
     Args:
         predictor: the trained model, ready to predict and evaluate cases. With validation it has the
-            weights that were best there, and cleans its labels up by the rules that were; otherwise it
-            has the averaged ones of ``training.ema``.
+            weights and the clean-up that were best there, otherwise the averages of ``training.ema``.
         history: the log of this training, one dictionary per step.
         test: the cases that were held out; empty if the configuration holds none out.
         run: the run folder; None without ``out``.
