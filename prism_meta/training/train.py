@@ -27,6 +27,8 @@ from prism_meta.training.config import Config
 from prism_meta.training.fit import OnStep
 from prism_meta.training.initial import load_initial
 from prism_meta.training.lock import LOCK, locked
+from prism_meta.training.loggers.following import LOGGERS, following
+from prism_meta.training.loggers.kinds import check_loggers
 from prism_meta.training.parts import Own, build_parts, only
 from prism_meta.training.processes import Processes
 from prism_meta.training.progress import progress_bars
@@ -141,6 +143,9 @@ def train(
     if isinstance(cases, (Path, str)) or only(cases, (Case, CachedCase)):
         # A dataset of episodes has patches of its own.
         check_configuration(config, model=model)
+    if config.training.loggers and out is None:
+        raise ConfigError("training.loggers: need a run folder; give out, or leave them out")
+    check_loggers(config.training.loggers)
     initial = None
     if config.training.init is not None and not (run is not None and run.checkpoint.exists()):
         initial = Run.open(config.training.init)
@@ -206,6 +211,17 @@ def train(
             if on_step is not None:
                 on_step(step, line)
 
+        loggers = None
+        if run is not None and config.training.loggers and fabric.is_global_zero:
+            loggers = stack.enter_context(
+                following(
+                    config.training.loggers,
+                    run.folder / LOGGERS,
+                    run=run.folder.resolve().name,
+                    config=config.model_dump(mode="json"),
+                    resume=resume,
+                )
+            )
         kind = written_kinds(config)[0]
         folder = None if run is None else run.folder
         if folder is None and kind != "last":
@@ -216,6 +232,7 @@ def train(
             folder=folder,
             resume=resume,
             validation=build_validation(config, watched),
+            loggers=loggers,
             on_step=report,
             should_stop=should_stop,
         )

@@ -7,7 +7,6 @@ and the adapted parameters are averaged over the processes instead.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -30,8 +29,11 @@ from prism_meta.training.averaging import AveragedWeights
 from prism_meta.training.checkpoint import load_checkpoint, save_checkpoint
 from prism_meta.training.communication import mean_meta_gradient
 from prism_meta.training.feedback import Feedback, without_samples
+from prism_meta.training.journal import Journal
 from prism_meta.training.loader import default_workers, load_episodes
+from prism_meta.training.loggers.following import Loggers
 from prism_meta.training.processes import Processes
+from prism_meta.training.schedules import go_to
 from prism_meta.training.selection import Selection
 from prism_meta.training.stopping import TrainingStopped
 from prism_meta.training.validation import Validation
@@ -65,6 +67,7 @@ class Trainer:
         workers: number of additional processes that load data. Defaults to ``default_workers``.
         validation: cases to validate on. Defaults to no validation.
         averaged: moving average of the weights, which follows each step. Defaults to none.
+        loggers: get the lines of the log, in the first process. Defaults to none.
         seed: seed of the model's own randomness (dropout).
     """
 
@@ -83,12 +86,13 @@ class Trainer:
         workers: int | None = 0,
         validation: Validation | None = None,
         averaged: AveragedWeights | None = None,
+        loggers: Loggers | None = None,
         seed: int = 0,
     ) -> None:
         self.learner, self.episodes, self.fabric = learner, episodes, fabric
         self.scheduler = scheduler or LambdaLR(learner.optimizer, lambda step: 1.0)
         self.checkpoint = None if folder is None else folder / "checkpoint.pt"
-        self.metrics = None if folder is None else folder / "metrics.jsonl"
+        self.journal = Journal(None if folder is None else folder / "metrics.jsonl", loggers)
         self.epoch, self.checkpoint_every = epoch, checkpoint_every
         self.objective = learner.objective if isinstance(learner.objective, Adaptive) else None
         self.inner_lr = inner_lr
@@ -133,8 +137,8 @@ class Trainer:
         total = len(self.episodes) // count if steps is None else steps  # type: ignore[arg-type]
         with self.processes.together():
             start = self._restore(total) if resume else 0
-            if self.metrics is not None and self.fabric.is_global_zero:
-                log.truncate(self.metrics, start)
+            if self.fabric.is_global_zero:
+                self.journal.begin(start)
         if start == 0:
             self._save(0, total)  # so that every run can be resumed, whatever model it was given
         if self.selection is not None and self.selection.best.ended:
@@ -249,11 +253,13 @@ class Trainer:
         ]
         lines = [log.mean(of_step) for of_step in zip(*self.processes.gather(lines), strict=True)]
         log.refuse_divergence(lines, self.learner.scaler)
+        draw = None
         if self.selection is not None and validated is not None:
             lines[-1]["validation"] = self.selection(validated)
+            draw = self.selection.draw
         with self.processes.together():
-            if self.metrics is not None and self.fabric.is_global_zero:
-                log.append(self.metrics, lines)
+            if self.fabric.is_global_zero:
+                self.journal.add(lines, draw)
         return lines
 
     def _save(self, step: int, total: int) -> None:
@@ -308,7 +314,7 @@ class Trainer:
             if state["steps"] == total:
                 self.scheduler.load_state_dict(state["scheduler"])
             else:
-                self._follow_schedule(first_lrs, step)
+                go_to(self.scheduler, step, first_lrs)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise PrismError(
@@ -316,13 +322,3 @@ class Trainer:
                 "configuration, or start a new run"
             ) from error
         return step
-
-    def _follow_schedule(self, first_lrs: Sequence[float], step: int) -> None:
-        """Bring the learning rates to where a schedule of the present length has them at ``step``."""
-        for group, lr in zip(self.learner.optimizer.param_groups, first_lrs, strict=True):
-            group["lr"] = lr
-        with warnings.catch_warnings():
-            # torch warns because the steps of the optimizer were taken in another process.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            for _ in range(step):
-                self.scheduler.step()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
@@ -90,32 +90,55 @@ class Validation:
             "subsets": means,
         }
 
+    def slice_of_first(self, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """The slice of the first case with the most label, predicted from all modalities of the case.
+
+        Args:
+            model: see ``dice``.
+
+        Returns:
+            The first of its modalities, the true and the predicted class indices, each (D, H).
+        """
+        case = self.cases[0]
+        image, target = case.patch((0, 0, 0), case.shape, shown=case.availability)
+        with torch.inference_mode(), evaluation_mode(model):
+            ((_, classes),) = self._predictions(model, image, case.availability[None])
+        k = int((target > 0).sum((0, 1)).argmax())
+        first = int(case.availability.int().argmax())
+        return image[first, ..., k], target[..., k], classes[..., k]
+
     def _of_case(self, model: nn.Module, case: CachedCase) -> dict[str, float]:
         from monai.metrics.meandice import compute_dice
 
         image, target = case.patch((0, 0, 0), case.shape, shown=case.availability)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        windows = Windows(model, patch=self.patch, overlap=self.overlap, batch_size=_BATCH)
         possible = self._subsets()
         possible = possible[~(possible & ~case.availability).any(1)]
-        truth = self._regions(target.to(device))
+        truth = self._regions(target.to(_device_of(model)))
         found: dict[str, float] = {}
+        for shown, classes in self._predictions(model, image, possible):
+            values = compute_dice(
+                self._regions(classes), truth, include_background=True, ignore_empty=False
+            )
+            found[subset_name(shown, self.modalities)] = float(values.mean())
+        return found
+
+    def _predictions(
+        self, model: nn.Module, image: Tensor, subsets: Tensor
+    ) -> Iterator[tuple[list[bool], Tensor]]:
+        """Each of ``subsets``, bool (S, M), and the class indices (D, H, W) predicted from it."""
+        device = _device_of(model)
+        windows = Windows(model, patch=self.patch, overlap=self.overlap, batch_size=_BATCH)
         # As in prediction: the box is that of the shown modalities.
-        for box, rows in by_box(image != 0, possible).items():
+        for box, rows in by_box(image != 0, subsets).items():
             span = tuple(slice(*ends) for ends in box)
             inputs = image[(slice(None), *span)].to(device)
             count = windows.at_a_time(inputs, num_classes=len(self.labels.names))
             for some in rows.split(count):
-                logits = windows.logits(inputs, possible[some].to(device))
+                logits = windows.logits(inputs, subsets[some].to(device))
                 for row, maps in zip(some.tolist(), logits, strict=True):
-                    classes = torch.zeros(target.shape, dtype=torch.long, device=device)
+                    classes = torch.zeros(image.shape[1:], dtype=torch.long, device=device)
                     classes[span] = maps.argmax(0)
-                    values = compute_dice(
-                        self._regions(classes), truth, include_background=True, ignore_empty=False
-                    )
-                    name = subset_name(possible[row].tolist(), self.modalities)
-                    found[name] = float(values.mean())
-        return found
+                    yield subsets[row].tolist(), classes
 
     def _regions(self, classes: Tensor) -> Tensor:
         """Bool (1, R, D, H, W): the regions of class indices (D, H, W)."""
@@ -124,3 +147,7 @@ class Validation:
 
     def _subsets(self) -> Tensor:
         return all_subsets(len(self.modalities))
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

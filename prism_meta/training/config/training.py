@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from prism_meta.errors import ConfigError, raise_faults
 from prism_meta.modalities import composed
@@ -16,10 +16,14 @@ from prism_meta.training.config.types import (
     Section,
     Steps,
     UserPath,
+    listed,
 )
 from prism_meta.training.outer import LR, WEIGHT_DECAY
 from prism_meta.training.schedules import Schedule
 from prism_meta.training.validation import Select
+
+#: Loggers of Lightning, see ``prism_meta.training.loggers``.
+LoggerName = Literal["tensorboard", "mlflow", "wandb"]
 
 
 class TrainingConfig(Section):
@@ -39,6 +43,8 @@ class TrainingConfig(Section):
     ema: Rate = 0.0
     augment: bool = True
     checkpoint_every: Steps = 100
+    #: What gets the numbers of metrics.jsonl and pictures of validations, too; see docs/training.md.
+    loggers: Annotated[tuple[LoggerName, ...], BeforeValidator(listed)] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:
@@ -46,6 +52,8 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"warmup: got {self.warmup} steps of {self.steps}, expected fewer than all; use fewer"
             )
+        if len(set(self.loggers)) < len(self.loggers):
+            raise ValueError("loggers: one of them occurs twice; give each name once")
         return self
 
 
