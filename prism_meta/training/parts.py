@@ -93,6 +93,7 @@ class Parts:
             validation=validation,
             ema=config.training.ema,
             loggers=loggers,
+            cosine_every=config.training.cosine_every,
             seed=config.seed,
             on_step=on_step,
             should_stop=should_stop,

@@ -25,6 +25,7 @@ from prism_meta.errors import PrismError
 from prism_meta.modalities import Batch
 from prism_meta.training import log
 from prism_meta.training.adaptive import Adaptive
+from prism_meta.training.alignment import Alignment
 from prism_meta.training.averaging import AveragedWeights
 from prism_meta.training.checkpoint import load_checkpoint, save_checkpoint
 from prism_meta.training.communication import mean_meta_gradient
@@ -68,6 +69,7 @@ class Trainer:
         validation: cases to validate on. Defaults to no validation.
         averaged: moving average of the weights, which follows each step. Defaults to none.
         loggers: get the lines of the log, in the first process. Defaults to none.
+        cosine_every: see ``fit``.
         seed: seed of the model's own randomness (dropout).
     """
 
@@ -87,6 +89,7 @@ class Trainer:
         validation: Validation | None = None,
         averaged: AveragedWeights | None = None,
         loggers: Loggers | None = None,
+        cosine_every: int = 0,
         seed: int = 0,
     ) -> None:
         self.learner, self.episodes, self.fabric = learner, episodes, fabric
@@ -102,6 +105,7 @@ class Trainer:
         self.processes = Processes(fabric)
         self.feedback = Feedback(episodes, episodes_per_step, self.processes)
         self.averaged = averaged
+        self.alignment = Alignment(learner, fabric, cosine_every)
         self.selection: Selection | None = None
         if validation is not None:
             models = {"last": learner.model} | ({} if averaged is None else {"ema": averaged.model})
@@ -166,16 +170,13 @@ class Trainer:
         should_stop: Callable[[], bool] | None,
     ) -> list[dict[str, Any]]:
         history: list[dict[str, Any]] = []
-        pending: list[tuple[int, float, MetaGradient, Tensor]] = []
+        pending: list[log.Taken] = []
         total = steps.stop
         for step in steps:
             with self.processes.together():
                 group = list(islice(episodes, self.episodes_per_step))
             lr = float(self.scheduler.get_last_lr()[0])
-            result, norm = self._step(step, group)
-            # Dropping the gradients frees a copy of the model per pending step.
-            small = replace(result, gradient={}, adapted={}, buffers={}, inner_buffers={}, state={})
-            pending.append((step, lr, small, norm))
+            pending.append(self._step(step, lr, group))
             done = step + 1
             if self.objective is not None and self.epoch is not None and done % self.epoch == 0:
                 self._gather(self.objective)
@@ -198,9 +199,7 @@ class Trainer:
                 raise TrainingStopped(done, total)
         return history
 
-    def _step(
-        self, step: int, episodes: Sequence[tuple[Any, Batch]]
-    ) -> tuple[MetaGradient, Tensor]:
+    def _step(self, step: int, lr: float, episodes: Sequence[tuple[Any, Batch]]) -> log.Taken:
         torch.manual_seed(self.seed * 1_000_003 + step)
         if self.inner_lr is not None and self._first_inner_lr is not None:
             first, now = self.scheduler.base_lrs[0], self.scheduler.get_last_lr()[0]
@@ -219,17 +218,22 @@ class Trainer:
         if self.objective is not None:
             # Learned weights are not among the terms, because the meta loss does not use them.
             result = replace(result, terms={**self.objective.weights(), **result.terms})
+        with self.fabric.autocast():
+            cosine = self.alignment(step, result, episodes)
         norm = self.learner.apply(result)
+        # Dropping the gradients frees a copy of the model per pending step.
+        small = replace(result, gradient={}, adapted={}, buffers={}, inner_buffers={}, state={})
+        taken = log.Taken(step, lr, small, norm, cosine)
         if self.averaged is not None:
             self.averaged.update(self.learner.model)
         if self.learner.scaler is not None and not norm.isfinite():
-            return result, norm  # the scaler skipped the step in all processes
+            return taken  # the scaler skipped the step in all processes
         if self.objective is not None:
             for each in results:
                 self.objective.observe(each.terms)
         self.feedback.collect(results, episodes)
         self.scheduler.step()
-        return result, norm
+        return taken
 
     def _gather(self, objective: Adaptive) -> None:
         """Give all processes the same state of the objective.
@@ -241,16 +245,9 @@ class Trainer:
                 self.fabric.all_reduce(objective.state_dict(), reduce_op="mean")
             )
 
-    def _log(
-        self,
-        pending: Sequence[tuple[int, float, MetaGradient, Tensor]],
-        validated: int | None,
-    ) -> list[dict[str, Any]]:
+    def _log(self, pending: Sequence[log.Taken], validated: int | None) -> list[dict[str, Any]]:
         """Write the lines of the ``pending`` steps, the last one with a validation after ``validated``."""
-        lines = [
-            log.line(step, result, norm=norm, lr=lr, epoch=self.epoch)
-            for step, lr, result, norm in pending
-        ]
+        lines = [log.line(taken, epoch=self.epoch) for taken in pending]
         lines = [log.mean(of_step) for of_step in zip(*self.processes.gather(lines), strict=True)]
         log.refuse_divergence(lines, self.learner.scaler)
         draw = None

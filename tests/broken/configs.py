@@ -24,6 +24,7 @@ INTEGERS = {
     "training.steps": (1, 10**8),
     "training.warmup": (0, 10**8),
     "training.checkpoint_every": (1, 10**8),
+    "training.cosine_every": (0, 10**8),
     "validation.every": (1, 10**8),
     "validation.patience": (1, 10_000),
     "fabric.nodes": (1, 10_000),

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from prism_meta.errors import ConfigError, raise_faults
 from prism_meta.modalities import composed
+from prism_meta.training.alignment import COSINE_EVERY
 from prism_meta.training.config.types import (
     NotNegative,
     Positive,
@@ -43,6 +44,9 @@ class TrainingConfig(Section):
     ema: Rate = 0.0
     augment: bool = True
     checkpoint_every: Steps = 100
+    #: Outer steps between measurements of the cosine of the meta-gradient with the single-level one; 0 for
+    #: none.
+    cosine_every: Annotated[int, Field(strict=True, ge=0, le=10**8)] = COSINE_EVERY
     #: What gets the numbers of metrics.jsonl and pictures of validations, too; see docs/training.md.
     loggers: Annotated[tuple[LoggerName, ...], BeforeValidator(listed)] = ()
 
