@@ -39,6 +39,7 @@ class Recorder(Kind):
     packages = ()
     told: list[Any]
     fails: str
+    more = ""
 
     def __init__(self, folder: Path, *, run: str, id: str | None) -> None:
         self.id = id or f"{run}-1"
@@ -46,14 +47,15 @@ class Recorder(Kind):
 
     def tell(self, *what: Any) -> None:
         if self.fails == what[0]:
-            raise ConnectionError("server is down\nsecond line")
+            raise ConnectionError("server is down" + self.more + "\nsecond line")
         self.told.append(what)
 
     def log_settings(self, settings: Any) -> None:
         self.tell("settings", settings)
 
-    def log_numbers(self, numbers: Any, step: int) -> None:
-        self.tell("numbers", step, numbers)
+    def log_numbers(self, steps: Any) -> None:
+        for step, numbers in steps.items():
+            self.tell("numbers", step, numbers)
 
     def log_picture(self, picture: NDArray[np.uint8], step: int) -> None:
         self.tell("picture", step)
@@ -165,6 +167,16 @@ def test_a_logger_that_fails_is_left_out_with_one_warning(
         "metrics.jsonl has all numbers, and a resumed run gives it what it missed"
     ]
     assert action == "close" or len(recorder.told) == before
+
+
+def test_a_long_error_is_shortened(
+    recorder: type[Recorder], tmp_path: Path, warned: pytest.LogCaptureFixture
+) -> None:
+    recorder.fails, recorder.more = "open", " and more" * 50
+    opened(recorder, tmp_path)
+    (message,) = warned.messages
+    assert "(ConnectionError: server is down and more" in message and " ...); the tr" in message
+    assert len(message) < 350
 
 
 def test_a_full_disk_and_a_picture_that_fails_are_only_warnings(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from prism_meta.training.stopping import TrainingStopped
 _log = logging.getLogger(__name__)
 #: Name of the folder in the run folder.
 LOGGERS = "loggers"
+#: Characters of an error that a warning quotes.
+_LONGEST = 160
 #: Makes a picture; called only if a logger wants it.
 Draw = Callable[[], NDArray[np.uint8]]
 
@@ -77,12 +80,12 @@ class Loggers:
         for name in behind:
             logger = self._open[name]
             with self._guarded(name, f"failed at step {last}"):
-                for line in lines:
-                    step = line["step"]
-                    if picture is not None and step == last:
-                        logger.log_picture(picture, step)
-                    if step > self._last[name]:
-                        logger.log_numbers(numbers_of(line), step)
+                new = {n["step"]: numbers_of(n) for n in lines if n["step"] > self._last[name]}
+                if picture is not None:
+                    logger.log_numbers({step: new[step] for step in new if step < last})
+                    logger.log_picture(picture, last)
+                    new = {last: new[last]}
+                logger.log_numbers(new)
                 logger.save()
                 self._last[name] = last
                 self._write(name)
@@ -128,8 +131,10 @@ class Loggers:
 
 
 def _told(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {one_line(lines[0])}" if lines else type(error).__name__
+    first = next(iter(str(error).splitlines()), "")
+    # Those of servers are long.
+    said = textwrap.shorten(one_line(first), _LONGEST, placeholder=" ...")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 @contextmanager

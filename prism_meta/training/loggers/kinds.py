@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -20,6 +21,8 @@ from prism_meta.errors import ConfigError, raise_faults
 Status = Literal["success", "stopped", "failed"]
 #: Project of W&B and experiment of MLflow that all runs belong to.
 _PROJECT = "prism-meta"
+#: Numbers that MLflow takes at a time.
+_PER_CALL = 1000
 #: Tag of the pictures.
 _PICTURE = "prediction"
 
@@ -48,9 +51,10 @@ class Kind(ABC):
         """Keep the settings of the run as hyper-parameters."""
         self.logger.log_hyperparams(dict(settings))
 
-    def log_numbers(self, numbers: Mapping[str, float], step: int) -> None:
-        """Log the numbers of one step."""
-        self.logger.log_metrics(dict(numbers), step=step)
+    def log_numbers(self, steps: Mapping[int, Mapping[str, float]]) -> None:
+        """Log the numbers of some steps, by step and name."""
+        for step, numbers in steps.items():
+            self.logger.log_metrics(dict(numbers), step=step)
 
     @abstractmethod
     def log_picture(self, picture: NDArray[np.uint8], step: int) -> None:
@@ -89,9 +93,10 @@ class MLflow(Kind):
     packages = ("mlflow", "pytorch_lightning", "sqlalchemy", "alembic")
 
     def __init__(self, folder: Path, *, run: str, id: str | None) -> None:
-        os.environ.setdefault(
-            "MLFLOW_DISABLE_TELEMETRY", "true"
-        )  # it tells its makers what is used
+        # It would tell its makers what is used, and seven retries would hold up the training for minutes
+        # when the server is down.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         import mlflow
         from mlflow.tracking import MlflowClient
         from pytorch_lightning.loggers import MLFlowLogger
@@ -109,8 +114,18 @@ class MLflow(Kind):
         mlflow.set_tracking_uri(server)  # Lightning sets it for the whole process, and its children
         client.update_run(self.id, status="RUNNING")
 
-    def log_numbers(self, numbers: Mapping[str, float], step: int) -> None:
-        super().log_numbers({_allowed(name): value for name, value in numbers.items()}, step)
+    def log_numbers(self, steps: Mapping[int, Mapping[str, float]]) -> None:
+        # Together, because each call waits for the disk or for the server.
+        from mlflow.entities import Metric
+
+        now = int(1000 * time.time())
+        metrics = [
+            Metric(_allowed(name), value, now, step)
+            for step, numbers in steps.items()
+            for name, value in numbers.items()
+        ]
+        for k in range(0, len(metrics), _PER_CALL):
+            self.logger.experiment.log_batch(self.id, metrics[k : k + _PER_CALL])
 
     def log_picture(self, picture: NDArray[np.uint8], step: int) -> None:
         client = self.logger.experiment
@@ -148,8 +163,9 @@ class WandB(Kind):
         self.id = begun.id
 
     # WandbLogger's own methods let W&B count its steps, which a resumed run would count from 0.
-    def log_numbers(self, numbers: Mapping[str, float], step: int) -> None:
-        self.logger.experiment.log(dict(numbers), step=step, commit=True)
+    def log_numbers(self, steps: Mapping[int, Mapping[str, float]]) -> None:
+        for step, numbers in steps.items():
+            self.logger.experiment.log(dict(numbers), step=step, commit=True)
 
     def log_picture(self, picture: NDArray[np.uint8], step: int) -> None:
         from wandb import Image
