@@ -33,7 +33,7 @@ class Journal:
             return
         log.truncate(self.path, step)
         if self.loggers is not None:
-            self.loggers.add(log.read(self.path))
+            self.loggers.begin(log.read(self.path))
 
     def add(self, lines: Sequence[Mapping[str, Any]], draw: Draw | None = None) -> None:
         """Add the lines of some steps, and a picture of the last one for the loggers.

@@ -6,7 +6,7 @@ import json
 import logging
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,9 @@ class Loggers:
     down. A resumed training gives it what it missed. Files ``NAME.json`` beside the logger's own keep the
     last step that it has got, so that no step is logged twice.
 
+    Loggers are opened when there is something to log. The processes that load data exist by then. Forked
+    later, they would inherit threads, and W&B's hooks, which fail there.
+
     Args:
         kinds: the loggers to open.
         folder: their files go below it.
@@ -53,19 +56,16 @@ class Loggers:
         config: Mapping[str, Any],
         resume: bool = False,
     ) -> None:
-        self.folder = folder
+        self.folder, self.run, self.config, self.resume = folder, run, config, resume
+        self._waiting = list(kinds)
+        self._earlier: Sequence[Mapping[str, Any]] = ()
         self._open: dict[str, Kind] = {}
         self._last: dict[str, int] = {}
         self._draws = True
-        for kind in kinds:
-            with self._guarded(kind.name, "cannot be opened"):
-                state = self._read(kind.name) if resume else {}
-                folder.mkdir(parents=True, exist_ok=True)
-                opened = kind(folder, run=run, id=state.get("id"))
-                if not state:
-                    opened.log_settings(settings_of(config))
-                self._open[kind.name], self._last[kind.name] = opened, state.get("step", 0)
-                self._write(kind.name)
+
+    def begin(self, earlier: Sequence[Mapping[str, Any]]) -> None:
+        """Lines of the log from before; loggers get those that they lack together with the first new ones."""
+        self._earlier = earlier
 
     def add(self, lines: Sequence[Mapping[str, Any]], draw: Draw | None = None) -> None:
         """Log the steps that a logger does not have yet.
@@ -74,6 +74,9 @@ class Loggers:
             lines: of the log, see ``log.line``.
             draw: makes a picture that belongs to the last of them.
         """
+        while self._waiting:
+            self._open_one(self._waiting.pop(0))
+        lines, self._earlier = [*self._earlier, *lines], ()
         last = max((line["step"] for line in lines), default=0)
         behind = [name for name in self._open if self._last[name] < last]
         picture = self._picture(draw) if behind and draw is not None else None
@@ -92,10 +95,23 @@ class Loggers:
 
     def close(self, status: Status) -> None:
         """Say how the training ended."""
-        for name, logger in list(self._open.items()):
+        if self._earlier:
+            self.add([])
+        while self._open:
+            name, logger = self._open.popitem()
             with self._guarded(name, "failed at its end"):
                 logger.close(status)
-        self._open.clear()
+
+    def _open_one(self, kind: type[Kind]) -> None:
+        name = kind.name
+        with self._guarded(name, "cannot be opened"):
+            state = self._read(name) if self.resume else {}
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._last[name] = state.get("step", 0)
+            self._open[name] = kind(self.folder, run=self.run, id=state.get("id"))
+            if not state:
+                self._open[name].log_settings(settings_of(self.config))
+            self._write(name)
 
     def _picture(self, draw: Draw) -> NDArray[np.uint8] | None:
         if not self._draws:
@@ -113,7 +129,10 @@ class Loggers:
         try:
             yield
         except Exception as error:  # of a library that is not essential: any
-            self._open.pop(name, None)
+            failed = self._open.pop(name, None)
+            if failed is not None:
+                with suppress(Exception):
+                    failed.close("failed")
             _log.warning(
                 "warning: %s %s (%s); the training goes on without it, metrics.jsonl has all numbers, and a "
                 "resumed run gives it what it missed",
