@@ -1,7 +1,4 @@
-"""The report: one folder with records.csv, summary.json and an HTML page.
-
-The page is a single file without scripts, and it loads nothing from the network.
-"""
+"""The report: one folder with records.csv, summary.json and an HTML page."""
 
 from __future__ import annotations
 
@@ -23,18 +20,25 @@ from prism_meta.report.figures.slices import draw_overlay
 from prism_meta.report.figures.style import class_colour
 from prism_meta.report.findings import CHANGE, UNITS, bootstrap_note, findings
 from prism_meta.report.overlays import Overlay, check_overlays
-from prism_meta.report.text import (
-    format_dice,
-    format_ends,
-    format_mm,
-    format_number,
-    shown_modalities,
-    subset_scores,
-    undefined_note,
-)
+from prism_meta.report.page import render
+from prism_meta.report.text import shown_modalities, undefined_note
 
 #: Names of the files of a report.
 REPORT_FILES = ("records.csv", "summary.json", "report.html")
+#: Headings of the page's sections, in order. A page leaves out those that have nothing to show.
+SECTIONS = {
+    "faults": "Cases that were left out",
+    "subsets": "Dice and HD95 of each subset",
+    "count": "Dice by number of shown modalities",
+    "averages": "Averages over all subsets",
+    "balance": "Balance of the subsets and contribution of each modality",
+    "labels": "Predicted labels",
+    "results": "All results",
+    "policies": "Policies for empty masks",
+    "training": "Training",
+    "weights": "Weights of the modalities",
+    "made": "How these numbers were made",
+}
 
 
 def write_report(
@@ -82,8 +86,6 @@ def write_report(
         >>> page.name
         'report.html'
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     folder = writable_folder(folder, files=REPORT_FILES)
     records = [replace(r, case=one_line(r.case), region=one_line(r.region)) for r in records]
     summary, by_policy = summarize(records), summarize_policies(records)
@@ -105,22 +107,30 @@ def write_report(
         },
     }
 
-    environment = Environment(
-        loader=PackageLoader("prism_meta.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(dice=format_dice, mm=format_mm)
-    environment.globals.update(number=format_number, ends=format_ends)
     full = subset_name([True] * len(modalities), modalities)
-    html = environment.get_template("report.html.j2").render(
+    curves, weights = (draw(history, modalities) for draw in (training_curves, weight_curves))
+    absent = {
+        name
+        for name, there in {
+            "faults": faults,
+            "labels": overlays,
+            "policies": by_policy,
+            "training": curves,
+            "weights": weights,
+            "made": facts,
+        }.items()
+        if not there
+    }
+    html = render(
+        "report.html.j2",
         title=title,
+        sections={name: heading for name, heading in SECTIONS.items() if name not in absent},
         summary=summary,
-        rows=[
-            (subset, shown[subset], *subset_scores(summary, subset)) for subset in summary.subsets
-        ],
+        rows=[(subset, shown[subset]) for subset in summary.subsets],
+        notes={
+            subset: "◀ worst" if subset == summary.worst else "all shown" * all(shown[subset])
+            for subset in summary.subsets
+        },
         full=summary.full if summary.full and all(shown[summary.full]) else None,
         full_name=full,
         modalities=modalities,
@@ -135,8 +145,8 @@ def write_report(
         empty=empty_count(records),
         heat=[heat_map(summary, "dice"), heat_map(summary, "hd95")],
         by_count=dice_by_count(summary, shown),
-        curves=training_curves(history, modalities),
-        weights=weight_curves(history, modalities),
+        curves=curves,
+        weights=weights,
         overlays=list(zip(overlays, drawn, strict=True)),
         classes=[(name, class_colour(i)) for i, name in enumerate(class_names) if i > 0],
         facts=dict(facts or {}),
