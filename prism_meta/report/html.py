@@ -14,14 +14,17 @@ from prism_meta.files import atomic, writable_folder
 from prism_meta.modalities import subset_name
 from prism_meta.records import Record, write_records
 from prism_meta.report.averages import empty_count, summarize, summarize_policies
-from prism_meta.report.figures.curves import training_curves, weight_curves
+from prism_meta.report.cases import group_row, score_cases
+from prism_meta.report.figures.availability import availability_chart
+from prism_meta.report.figures.curves import cosine_curve, training_curves, weight_curves
 from prism_meta.report.figures.scores import dice_by_count, heat_map
-from prism_meta.report.figures.slices import draw_overlay
+from prism_meta.report.figures.slices import draw_outlines, draw_overlay
 from prism_meta.report.figures.style import class_colour
 from prism_meta.report.findings import CHANGE, UNITS, bootstrap_note, findings
 from prism_meta.report.overlays import Overlay, check_overlays
 from prism_meta.report.page import render
 from prism_meta.report.text import shown_modalities, undefined_note
+from prism_meta.report.worst import WorstCase
 
 #: Names of the files of a report.
 REPORT_FILES = ("records.csv", "summary.json", "report.html")
@@ -32,12 +35,17 @@ SECTIONS = {
     "count": "Dice by number of shown modalities",
     "averages": "Averages over all subsets",
     "balance": "Balance of the subsets and contribution of each modality",
+    "cases": "Scores of each case",
+    "worst": "The worst cases",
     "labels": "Predicted labels",
     "results": "All results",
     "policies": "Policies for empty masks",
+    "data": "What was trained and tested on what",
     "training": "Training",
+    "cosine": "Agreement of the meta-gradient with the single-level gradient",
     "weights": "Weights of the modalities",
     "made": "How these numbers were made",
+    "repeat": "How to repeat them",
 }
 
 
@@ -50,8 +58,11 @@ def write_report(
     class_names: Sequence[str],
     policy_statement: str,
     overlays: Sequence[Overlay] = (),
+    worst: Sequence[WorstCase] = (),
     history: Sequence[Mapping[str, Any]] = (),
+    trained_on: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
     facts: Mapping[str, str] | None = None,
+    commands: Mapping[str, str] | None = None,
     faults: Sequence[str] = (),
 ) -> Path:
     """Write ``records.csv``, ``summary.json`` and ``report.html`` into ``folder``.
@@ -64,9 +75,13 @@ def write_report(
         class_names: names of the class indices in ``overlays``; the first is the background.
         policy_statement: the scores of empty masks, ``EmptyPolicy.statement``.
         overlays: slices to draw.
+        worst: cases to draw in three planes; see ``WorstCases``.
         history: rows of ``metrics.jsonl``. The keys ``step``, ``epoch``, ``train_loss``,
-            ``meta_loss`` and ``terms`` are plotted if they exist.
-        facts: how the numbers were made, e.g. config, versions, seed, command.
+            ``meta_loss``, ``terms``, ``validation`` and ``cosine`` are plotted if they exist.
+        trained_on: group of cases, e.g. ``training`` -> case -> names of the modalities that it has. The
+            page shows them beside those of the test cases, which it takes from the records.
+        facts: how the numbers were made, e.g. config, versions, seed.
+        commands: what a command does -> the command, or several lines of them.
         faults: one line per fault of the cases that were left out. The page shows them.
 
     Returns:
@@ -91,7 +106,7 @@ def write_report(
     summary, by_policy = summarize(records), summarize_policies(records)
     measured = {n for n, score in summary.overall.scores.items() if not math.isnan(score.mean)}
     shown = shown_modalities(summary, modalities)
-    check_overlays(overlays, class_names)
+    check_overlays([*overlays, *(plane for case in worst for plane in case.planes)], class_names)
     drawn = [draw_overlay(overlay, modalities) for overlay in overlays]
     summary_dict = {
         "title": title,
@@ -109,15 +124,21 @@ def write_report(
 
     full = subset_name([True] * len(modalities), modalities)
     curves, weights = (draw(history, modalities) for draw in (training_curves, weight_curves))
+    cosine = cosine_curve(history)
+    cases = score_cases(records)
+    groups = {**(trained_on or {}), "test": {row.case: row.modalities for row in cases}}
     absent = {
         name
         for name, there in {
             "faults": faults,
+            "worst": worst,
             "labels": overlays,
             "policies": by_policy,
             "training": curves,
+            "cosine": cosine,
             "weights": weights,
             "made": facts,
+            "repeat": commands,
         }.items()
         if not there
     }
@@ -145,11 +166,21 @@ def write_report(
         empty=empty_count(records),
         heat=[heat_map(summary, "dice"), heat_map(summary, "hd95")],
         by_count=dice_by_count(summary, shown),
+        cases=cases,
+        has={row.case: [name in row.modalities for name in modalities] for row in cases},
+        groups=[group_row(name, there, modalities) for name, there in groups.items() if there],
+        availability_chart=availability_chart(groups, modalities),
         curves=curves,
+        cosine=cosine,
         weights=weights,
+        worst=[
+            (case.scores, [(p.plane, p.background_name, draw_outlines(p)) for p in case.planes])
+            for case in worst
+        ],
         overlays=list(zip(overlays, drawn, strict=True)),
         classes=[(name, class_colour(i)) for i, name in enumerate(class_names) if i > 0],
         facts=dict(facts or {}),
+        commands=dict(commands or {}),
         faults=faults,
     )
     text = json.dumps(summary_dict, indent=2, allow_nan=False, ensure_ascii=False)
