@@ -15,6 +15,8 @@ from prism_meta.modalities import BRATS, subset_name, subsets
 from prism_meta.records import Record
 from prism_meta.report.html import write_report
 from prism_meta.report.overlays import Overlay, OverlayCollector
+from prism_meta.report.runs_page import write_runs_page
+from prism_meta.report.several import side_by_side
 from prism_meta.report.worst import WorstCases
 
 REGIONS = ("WT", "TC", "ET")
@@ -115,4 +117,21 @@ def report_page(folder: Path) -> Path:
         facts={"seed": "17", "config": "[data]\nholdout = 4"},
         commands={"Trained with": "prism-meta train cases --out run", "Evaluated with": "a\nb"},
         faults=["case p7: no label file; add one"],
+    )
+
+
+def comparison_page(folder: Path) -> Path:
+    """Three runs side by side; the second lacks a case of the first."""
+    runs = side_by_side(
+        {
+            "first": records(),
+            "second <b>": [r for r in records(0.05) if r.case != CASES[-1]],
+            "a/third": records(-0.04),
+        }
+    )
+    return write_runs_page(
+        folder / "runs.html",
+        runs,
+        settings={"meta.strategy": ["first_order", "second_order", "reptile"]},
+        command="prism-meta compare first second third --out runs.html",
     )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pages import BRATS, CASES, measured, records, report_page, seen_case, volume, worst_cases
+from pages import BRATS, CASES, measured, records, report_page, volume, worst_cases
 
 from prism_meta.data.cases import Volume
 from prism_meta.records import Record
@@ -166,7 +166,7 @@ def test_the_page_shows_them(tmp_path: Path) -> None:
     assert "test 4 4 4 4 3 3 p1, p10, p2, p9" in words
     assert "Agreement of the meta-gradient" in words
     assert "Trained with: prism-meta train cases --out run Evaluated with: a b" in words
-    assert [alt for alt in re.findall(r'alt="(p10, [a-z]+: [^"]*)"', html)] == [
+    assert list(re.findall(r'alt="(p10, [a-z]+: [^"]*)"', html)) == [
         f"p10, {plane}: flair with outlines of the truth and the prediction"
         for plane in ("axial", "coronal", "sagittal")
     ]

@@ -80,3 +80,29 @@ def dice_by_count(summary: Summary, shown: Mapping[str, tuple[bool, ...]]) -> st
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]), top=min(100.0, axes.get_ylim()[1] + 2))
     axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return data_uri(figure, "svg", metadata={"Date": None})
+
+
+def runs_by_count(summaries: Mapping[str, Summary], shown: Mapping[str, tuple[bool, ...]]) -> str:
+    """Plot the mean Dice of subsets against the number of shown modalities, a line per run."""
+    figure = new_figure(7.6, 3.4, "constrained")
+    axes = figure.add_subplot()
+    counts = sorted({sum(flags) for flags in shown.values()})
+    markers = "osD^vPX"
+    for i, (name, summary) in enumerate(summaries.items()):
+        line = []
+        for count in counts:
+            found = [
+                100 * cell.dice
+                for subset, cell in summary.by_subset.items()
+                if sum(shown[subset]) == count and not math.isnan(cell.dice)
+            ]
+            line.append(float(np.mean(found)) if found else math.nan)
+        axes.plot(
+            counts, line, color=class_colour(i + 1), linewidth=1.8, marker=markers[i % len(markers)],
+            markersize=6, markeredgecolor="white", label=figure_text(name[-40:]),
+        )  # fmt: skip
+    style_axes(axes, "", "number of shown modalities", "mean Dice, %")
+    axes.set_xticks(counts)
+    axes.set_xlim(counts[0] - 0.4, counts[-1] + 0.4)
+    axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return data_uri(figure, "svg")
