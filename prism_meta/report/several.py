@@ -94,8 +94,11 @@ def side_by_side(runs: Mapping[str, Sequence[Record]], *, seed: int = 0) -> Side
             f"runs: share no case ({examples}); evaluate them on the same folder of cases"
         )
     kept = {name: [r for r in found if r.case in shared] for name, found in runs.items()}
-    # The order of the rows is that of the first run in all tables.
-    order = list(dict.fromkeys(record.subset for record in kept[first]))
+    # By size, then in modality order; the records may begin with a case that lacks a modality.
+    order = sorted(
+        {record.subset for record in kept[first]},
+        key=lambda name: (name.count("+"), [modalities.index(part) for part in name.split("+")]),
+    )
     changes = {
         name: compare(kept[first], kept[name], seed=seed, names=(first, name)) for name in others
     }

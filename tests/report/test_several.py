@@ -60,10 +60,14 @@ def test_differences_of_each_cell() -> None:
     assert len(change.to_dict()["cells"]) == 45
 
 
-def test_rows_are_in_the_order_of_the_first_run() -> None:
-    found = side_by_side({"a": run("p", subsets="t2 t1 t1+t2"), "b": run("p")})
-    assert [s.subsets for s in found.summaries.values()] == [("t2", "t1", "t1+t2")] * 2
+def test_rows_are_by_size_then_in_the_order_of_the_modalities() -> None:
+    a = run("p", subsets="t2 t1+t2 t1")
+    found = side_by_side({"a": a, "b": run("p")})
+    assert [s.subsets for s in found.summaries.values()] == [("t1", "t2", "t1+t2")] * 2
     assert found.modalities == ("t1", "t2")
+    # The first case lacks t2, so that its subsets come before those with t2 in the records.
+    found = side_by_side({"a": records(), "b": records()})
+    assert found.summaries["a"].subsets[3:5] == ("t2", "flair+t1ce")
 
 
 @pytest.mark.parametrize(
