@@ -75,9 +75,10 @@ def test_every_picture_has_a_text_of_its_own(page: Page) -> None:
     assert len(set(texts)) == len(texts)
 
 
-def test_every_table_is_in_a_box_that_scrolls(page: Page) -> None:
+def test_every_table_and_figure_is_in_a_box_that_scrolls(page: Page) -> None:
     boxes = [attributes for _, attributes in page.tags if attributes.get("class") == "scroll"]
-    assert len(boxes) == len(page.named("table")) > 0
+    figures = [a for a in page.named("img") if a.get("class", "").startswith("plot")]
+    assert len(boxes) == len(page.named("table")) + len(figures) > len(figures) > 0
     assert all(box["tabindex"] == "0" and box["role"] == "region" for box in boxes)
     names = [box["aria-label"] for box in boxes]
     assert all(names) and len(set(names)) == len(names)

@@ -184,7 +184,7 @@ def test_page_is_one_whole_file(tmp_path: Path) -> None:
     assert links.tags.count("script") == 1 and "<script>" in html  # without an address
     assert not re.search(r"https?://|url\(|@import", html)
     pictures = [address for address in links.addresses if not address.startswith("#")]
-    assert len(pictures) == 2 + 4  # two plots; image, truth and two predictions
+    assert len(pictures) == 3 + 4  # three plots; image, truth and two predictions
     for address in pictures:
         head, data = address.split(",", 1)
         start = {"data:image/png;base64": b"\x89PNG", "data:image/svg+xml;base64": b"<?xml"}[head]
