@@ -72,7 +72,10 @@ class WorstCases:
         """
         if not self.wants(records):
             return None
-        found = WorstCase(score_cases(records)[0], self._last if planes is None else planes)
+        (scores,) = score_cases(records)
+        if planes is None:  # never those of another patient
+            planes = tuple(plane for plane in self._last if plane.case == scores.case)
+        found = WorstCase(scores, planes)
         # The sort is stable: of equally bad cases the first stay.
         self._kept = sorted([*self._kept, found], key=lambda kept: kept.scores.dice)[: self.cases]
         return found.planes

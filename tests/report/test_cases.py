@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pages import BRATS, CASES, measured, records, report_page, volume, worst_cases
+from pages import (
+    BRATS,
+    CASES,
+    measured,
+    records,
+    report_page,
+    seen_case,
+    volume,
+    worst_cases,
+)
 
 from prism_meta.data.cases import Volume
 from prism_meta.records import Record
@@ -77,6 +86,17 @@ def test_of_equally_bad_cases_the_first_stay() -> None:
     kept = [worst.add(measured(case), planes=()) for case in CASES]
     assert kept == [(), (), None, None]
     assert [found.scores.case for found in worst.found()] == ["p10", "p9"]
+
+
+def test_the_planes_are_never_those_of_another_case() -> None:
+    worst = WorstCases()
+    image, labels = volume()
+    worst(seen_case("p1"), image, "+".join(BRATS), labels, labels)
+    assert worst.add(measured("p2")) == ()
+    worst(seen_case("p1"), image, "flair", labels, labels)  # not all that it has
+    assert [plane.plane for plane in worst.add(measured("p1")) or ()] == [
+        "axial", "coronal", "sagittal",
+    ]  # fmt: skip
 
 
 def test_planes_of_a_volume() -> None:
