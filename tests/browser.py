@@ -7,6 +7,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -17,10 +18,25 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 #: Seconds to wait for an answer.
 PATIENCE = 60
+#: The browser reads commands from file 3 and writes answers to file 4. Copies are made first, since one of
+#: the pipes may have these numbers itself. A ``preexec_fn`` would warn in a process with threads.
+CONNECT = """
+import os, sys
+pipes = [os.dup(int(number)) for number in sys.argv[1:3]]
+for pipe, number in zip(pipes, (3, 4)):
+    os.dup2(pipe, number)
+    os.set_inheritable(number, True)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def find() -> str | None:
-    """The browser's program: that of the variable CHROMIUM, or the first that is installed."""
+    """The browser's program: that of the variable CHROMIUM, or the first that is installed.
+
+    None on Windows, where programs do not inherit pipes by number.
+    """
+    if os.name == "nt":
+        return None
     named = os.environ.get("CHROMIUM", "")
     return next(filter(None, map(shutil.which, filter(None, (named, *NAMES)))), None)
 
@@ -35,21 +51,16 @@ class Browser:
 
     def __init__(self, program: str, profile: Path) -> None:
         (read, self._out), (self._in, write) = os.pipe(), os.pipe()
-
-        def connect() -> None:
-            # The browser reads commands from file 3 and writes answers to file 4. Copies first, since one
-            # of the pipes may have these numbers itself.
-            for copy, number in ((os.dup(read), 3), (os.dup(write), 4)):
-                os.dup2(copy, number)
-
+        arguments = [
+            "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+            "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank",
+        ]  # fmt: skip
         self._process = subprocess.Popen(
-            [
-                program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-                "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank",
-            ],
-            preexec_fn=connect, close_fds=False,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [sys.executable, "-c", CONNECT, str(read), str(write), program, *arguments],
+            pass_fds=(read, write),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(read)
         os.close(write)
         self._number, self._rest, self._session = 0, b"", ""
