@@ -15,7 +15,7 @@ _PLANES = ("sagittal", "coronal", "axial")
 
 
 class Slice:
-    """The slice of a volume with the most labelled voxels; the middle one if there are none.
+    """The slice of a volume with the most labelled voxels; of equal ones, or without any, the middle one.
 
     Args:
         volume: the volume; its first image is the background.
@@ -34,7 +34,8 @@ class Slice:
         self._axis = axis
         others = tuple(a for a in range(3) if a != axis)
         counts = (labels > 0).sum(axis=others)
-        self._index = int(counts.argmax()) if counts.any() else len(counts) // 2
+        best = np.flatnonzero(counts == counts.max())
+        self._index = int(best[len(best) // 2])
         nearest = patient_axes(volume.affine)
         across, down = sorted(others, key=lambda axis: nearest[axis])
         self._swap = (across, down) != others
