@@ -9,15 +9,21 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from prism_meta.cli import demo, plan_command, survey_command, train_command, workflow
+from prism_meta.cli import (
+    compare_command,
+    demo,
+    plan_command,
+    survey_command,
+    train_command,
+    workflow,
+)
 from prism_meta.cli.ending import Commands
 from prism_meta.cli.evaluating import evaluate_run
 from prism_meta.cli.options import CleanUp, Flips, RunFolder, Weights
 from prism_meta.cli.usage import at_least, path, print_any_character, tell
 from prism_meta.errors import CaseError, PrismError, raise_faults
 from prism_meta.files import writable_folder
-from prism_meta.report import compare
-from prism_meta.report.tables import comparison_table, findings_table, policies_table, results_table
+from prism_meta.report.tables import findings_table, policies_table, results_table
 from prism_meta.training.ensembles import CleanupChoice
 from prism_meta.training.facts import command_line
 from prism_meta.training.progress import progress_bars
@@ -188,24 +194,7 @@ def run_predict(
     console.print(f"{len(written)} label volumes in {out}", soft_wrap=True)
 
 
-@app.command("compare", epilog="[bold]Examples[/bold]  prism-meta compare runs/first runs/second")
-def run_compare(
-    first: Annotated[
-        Path,
-        typer.Argument(
-            parser=path, metavar="A", help="Run folder that was evaluated, or its records.csv."
-        ),
-    ],
-    second: Annotated[
-        Path, typer.Argument(parser=path, metavar="B", help="Another one, on the same cases.")
-    ],
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Random seed for the bootstrap.")
-    ] = 0,
-) -> None:
-    """Show paired differences B - A over cases with a 95 % bootstrap interval."""
-    comparison = compare(workflow.load_records(first), workflow.load_records(second), seed=seed)
-    console.print(comparison_table(comparison, names=(str(first), str(second))))
+app.command("compare", epilog=compare_command.EXAMPLES)(compare_command.run_compare)
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from prism_meta.report.averages import empty_count
 from prism_meta.report.cleaned import CLEANED_RECORDS, Cleaned
 from prism_meta.report.html import REPORT_FILES, write_report
 from prism_meta.report.overlays import OverlayCollector
+from prism_meta.report.worst import WorstCases
 from prism_meta.training.cases import find_configured
 from prism_meta.training.config.schema import MetaConfig
 from prism_meta.training.ensembles import CleanupChoice, cleanup_of, ensemble_predictor
@@ -103,7 +104,9 @@ def evaluate_run(
             the run cannot be used, or nothing can be written.
     """
     # All files of the run are read first: a fault in one of them must not cost the predictions.
-    history, facts = run.history(), _facts(run, weights or run.kinds[0], command)
+    history, facts = run.history(), _facts(run, weights or run.kinds[0])
+    options = [*([] if weights is None else ["--weights", weights]), *["--flips"] * flips]
+    commands = _commands(run, command, cases=root, options=options)
     cases, faults = (
         _held_out(run) if root is None else find_configured(run.config, root, label=True)
     )
@@ -117,11 +120,13 @@ def evaluate_run(
         [run], weights=weights, flips=flips, cleanup=cleanup_of([run], cleanup)
     )
     names = run.config.data.modalities
-    collector = OverlayCollector()
+    collector, worst = OverlayCollector(), WorstCases()
     with kept_if_used(out):
         writable_folder(out, files=(*REPORT_FILES, CLEANED_RECORDS, UNFINISHED))
         unfinished = Unfinished(out, fingerprint(run, predictor, flips=flips))
-        records, cleaned, more = _measure(predictor, cases, collector, unfinished, progress, tell)
+        records, cleaned, more = _measure(
+            predictor, cases, collector, worst, unfinished, progress, tell
+        )
         faults += more
         if not records:
             raise_faults(CaseError, faults)
@@ -138,8 +143,14 @@ def evaluate_run(
             class_names=predictor.labels.names,
             policy_statement=f"{predictor.empty.name}: {predictor.empty.statement}",
             overlays=collector.overlays(_shown_subsets(summary, names)),
+            worst=worst.found(),
             history=history,
+            trained_on={
+                "training": run.facts["train"],
+                "validation": run.facts.get("validation", {}),
+            },
             facts={"test cases": ", ".join(measured), "clean-up": after.rules or "none", **facts},
+            commands=commands,
             faults=CaseError(faults).faults,
             cleaned=after if predictor.cleanup.is_on else None,
         )
@@ -160,6 +171,7 @@ def _measure(
     predictor: Predictor,
     cases: Sequence[Case],
     collector: OverlayCollector,
+    worst: WorstCases,
     unfinished: Unfinished,
     progress: Progress,
     tell: Callable[[str], None],
@@ -176,6 +188,7 @@ def _measure(
         done += 1
         collector(case, volume, subset, truth, classes)
         again(case, volume, subset, truth, classes)
+        worst(case, volume, subset, truth, classes)
         progress(done, total, f"{case.id}  {subset}")
 
     total = sum(_subsets_of(case) for case in cases)
@@ -187,18 +200,23 @@ def _measure(
         )
     for number, case in enumerate(cases, start=1):
         found = before[case.id]
-        # Pictures show the first few cases. A case that was not among them then may be now.
-        if found is not None and (found.overlay is not None or collector.full):
+        # Pictures show the first few cases and the worst. A case that was not among them then may be now.
+        if (
+            found is not None
+            and (found.overlay is not None or collector.full)
+            and (found.planes is not None or not worst.wants(found.records))
+        ):
             records += found.records
             cleaned += found.cleaned
+            worst.add(found.records, found.planes)
             if found.overlay is not None:
                 collector.add(found.overlay)
             note = "measured before"
         else:
             try:
                 measured = predictor.evaluate_case(case, on_prediction=predicted)
-                after = again.records(measured)
-                unfinished.add(case, Measured(measured, collector.get(case.id), after))
+                planes, after = worst.add(measured), again.records(measured)
+                unfinished.add(case, Measured(measured, collector.get(case.id), after, planes))
                 records += measured
                 cleaned += after
                 continue
@@ -244,7 +262,7 @@ def _shown_subsets(summary: Summary, names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(shown))
 
 
-def _facts(run: Run, weights: Kind, command: Sequence[str]) -> dict[str, str]:
+def _facts(run: Run, weights: Kind) -> dict[str, str]:
     meta, own = run.config.meta, run.facts.get("own", {})
     missing = {
         name: sum(name not in files for files in run.facts["train"].values())
@@ -260,10 +278,30 @@ def _facts(run: Run, weights: Kind, command: Sequence[str]) -> dict[str, str]:
         "weights": _WEIGHTS[weights],
         "seed": str(run.config.seed),
         "versions": ", ".join(f"{n} {v}" for n, v in run.facts["versions"].items()),
-        "trained with": shlex.join(run.facts["command"]),
-        "evaluated with": shlex.join(command),
         "config": run.config.to_toml(),
     }
+
+
+def _commands(
+    run: Run, command: Sequence[str], *, cases: Path | None, options: Sequence[str]
+) -> dict[str, str]:
+    """The commands that made the numbers, and others that give the same from the run's own configuration."""
+    found = {"Trained with": shlex.join(run.facts["command"])}
+    if command:
+        found["Evaluated with"] = shlex.join(command)
+    data = run.facts["data"]
+    if data is not None and not run.facts.get("own"):
+        config = str(run.folder / "config.toml")
+        again = "repeated"  # the folder of the new run
+        test = [] if cases is None else [str(cases)]
+        found["With the same settings, from the configuration in the run folder"] = "\n".join(
+            shlex.join(words)
+            for words in (
+                ["prism-meta", "train", data, "--config", config, "--out", again],
+                ["prism-meta", "evaluate", again, *test, *options],
+            )
+        )
+    return found
 
 
 def _strategy(meta: MetaConfig) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from contextlib import suppress
-from dataclasses import astuple
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,11 +34,13 @@ class Measured(NamedTuple):
         records: those of all its subsets.
         overlay: its slice with the predictions from all subsets; None if the report does not draw it.
         cleaned: the records after the clean-up.
+        planes: its slices in three planes; None if it was not one of the worst when it was measured.
     """
 
     records: list[Record]
     overlay: Overlay | None
     cleaned: list[Record]
+    planes: tuple[Overlay, ...] | None = None
 
 
 class Unfinished:
@@ -65,11 +67,12 @@ class Unfinished:
         line = self._lines.get(self._key(case))
         if line is None:
             return None
-        overlay = line["overlay"]
+        overlay, planes = line["overlay"], line["planes"]
         return Measured(
             [Record(*values) for values in line["records"]],
             None if overlay is None else Overlay.from_dict(overlay),
             [Record(*values) for values in line["cleaned"]],
+            None if planes is None else tuple(map(Overlay.from_dict, planes)),
         )
 
     def add(self, case: Case, measured: Measured) -> None:
@@ -78,12 +81,13 @@ class Unfinished:
         Raises:
             OutputError: the file cannot be written.
         """
-        overlay = measured.overlay
+        overlay, planes = measured.overlay, measured.planes
         line = {
             "key": self._key(case),
             "records": [astuple(record) for record in measured.records],
             "overlay": None if overlay is None else overlay.to_dict(),
             "cleaned": [astuple(record) for record in measured.cleaned],
+            "planes": None if planes is None else [plane.to_dict() for plane in planes],
         }
         content = json.dumps(line).encode()
         new = not self.path.exists()
@@ -145,8 +149,10 @@ def fingerprint(run: Run, predictor: Predictor, *, flips: bool) -> str:
     }
     device = next((p.device.type for p in predictor.model.parameters()), "cpu")
     weights = hashlib.sha256(save(state)).hexdigest()
+    # The columns and the parts of a line, so that a line of an older version does not count.
+    parts = (HEADER, Measured._fields, [field.name for field in fields(Overlay)])
     config, cleanup = run.config.model_dump(mode="json"), predictor.cleanup
-    return repr((weights, flips, config, cleanup, versions(), device, HEADER))
+    return repr((weights, flips, config, cleanup, versions(), device, parts))
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:

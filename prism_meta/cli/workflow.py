@@ -1,4 +1,4 @@
-"""What ``predict`` and ``compare`` do, without a terminal: label volumes of cases, and records of runs."""
+"""What ``predict`` does, without a terminal: label volumes of cases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from prism_meta.evaluation.predictor import Predictor
 from prism_meta.evaluation.saving import region_volumes, save_labels, saved_origin
 from prism_meta.files import atomic, kept_if_used, writable_folder
 from prism_meta.modalities import composed, subset_name
-from prism_meta.records import Record, read_records
 from prism_meta.training.cases import find_configured
 from prism_meta.training.ensembles import (
     CleanupChoice,
@@ -210,16 +209,6 @@ def _expected_cells(expected: Expected | None, shown: Sequence[bool]) -> list[st
     dice, addition = expected.of(shown), expected.best_addition(shown)
     name, gain = ("", "") if addition is None else (addition[0], f"{addition[1]:.3f}")
     return ["" if dice is None else f"{dice:.3f}", name, gain]
-
-
-def load_records(path: Path) -> list[Record]:
-    """Read the records of a run folder, an evaluation folder, or a CSV file."""
-    for candidate in (path / "evaluation" / "records.csv", path / "records.csv"):
-        if candidate.exists():
-            return read_records(candidate)
-    if path.is_dir():
-        raise PrismError(f"{path}: no records.csv here; run prism-meta evaluate {path} first")
-    return read_records(path)
 
 
 def _writable(

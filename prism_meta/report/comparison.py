@@ -34,6 +34,7 @@ class Comparison:
         overall: over all cells.
         by_region: per region, over the subsets.
         by_subset: per subset, over the regions.
+        cells: per (subset, region).
         cases: number of cases that both runs have.
         undefined: number of pairs of records with a NaN value, which is left out.
         resamples: number of bootstrap resamples.
@@ -43,6 +44,7 @@ class Comparison:
     overall: Change
     by_region: dict[str, Change]
     by_subset: dict[str, Change]
+    cells: dict[tuple[str, str], Change]
     cases: int
     undefined: int
     resamples: int
@@ -58,11 +60,20 @@ class Comparison:
             "overall": self.overall.to_dict(),
             "by_region": {name: change.to_dict() for name, change in self.by_region.items()},
             "by_subset": {name: change.to_dict() for name, change in self.by_subset.items()},
+            "cells": [
+                {"subset": subset, "region": region, **change.to_dict()}
+                for (subset, region), change in self.cells.items()
+            ],
         }
 
 
 def compare(
-    a: Sequence[Record], b: Sequence[Record], *, seed: int = 0, resamples: int = 10_000
+    a: Sequence[Record],
+    b: Sequence[Record],
+    *,
+    seed: int = 0,
+    resamples: int = 10_000,
+    names: tuple[str, str] = ("a", "b"),
 ) -> Comparison:
     """Paired differences b - a with percentile bootstrap intervals over cases.
 
@@ -74,6 +85,7 @@ def compare(
         b: records of the second run, of the same cases, subsets and regions.
         seed: random seed of the bootstrap.
         resamples: number of resamples, at least 1. Defaults to 10,000.
+        names: of both runs; messages use them.
 
     Raises:
         PrismError: the records do not pair, one occurs twice, or there are none.
@@ -86,37 +98,41 @@ def compare(
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
-    first, second = index_records(a, "a"), index_records(b, "b")
+    first, second = index_records(a, names[0]), index_records(b, names[1])
     unpaired = [key for key in (*first, *second) if (key in first) != (key in second)]
     if unpaired:
         case, subset, region = unpaired[0]
         raise PrismError(
             f"{len(unpaired)} records do not pair, the first is case {case}, subset {subset}, "
-            f"region {region}, only in {'a' if unpaired[0] in first else 'b'}; "
+            f"region {region}, only in {names[0] if unpaired[0] in first else names[1]}; "
             "evaluate both runs on the same cases and subsets"
         )
-    cases, names, regions = (tuple(dict.fromkeys(key[i] for key in first)) for i in range(3))
+    cases, subsets, regions = (tuple(dict.fromkeys(key[i] for key in first)) for i in range(3))
     cases = tuple(sorted(cases))  # the draws must not depend on the order of the records
-    rank = [{name: i for i, name in enumerate(axis)} for axis in (cases, names, regions)]
+    rank = [{key: i for i, key in enumerate(axis)} for axis in (cases, subsets, regions)]
     # (cases, subsets, regions, 2): Dice and HD95; NaN where a case was not measured in a cell.
-    gap = np.full((len(cases), len(names), len(regions), 2), np.nan)
+    gap = np.full((len(cases), len(subsets), len(regions), 2), np.nan)
     undefined = 0
     for key, old in first.items():
         new = second[key]
         pair = (new.dice - old.dice, new.hd95 - old.hd95)
         undefined += math.isnan(pair[0]) or math.isnan(pair[1])
-        gap[tuple(places[name] for places, name in zip(rank, key, strict=True))] = pair
+        gap[tuple(places[part] for places, part in zip(rank, key, strict=True))] = pair
     groups = [gap.reshape(len(cases), -1, 2)]
     groups += [gap[:, :, i] for i in range(len(regions))]
-    groups += [gap[:, i] for i in range(len(names))]
+    groups += [gap[:, i] for i in range(len(subsets))]
+    cells = [(i, j) for i in range(len(subsets)) for j in range(len(regions))]
+    groups += [gap[:, i, j, None] for i, j in cells]
     rows = np.stack([nanmean(group, 1) for group in groups], 1)  # (cases, groups, 2)
     bootstrap = Bootstrap(len(cases), seed=seed, resamples=resamples)
     flat = bootstrap.intervals(rows.reshape(len(cases), -1))
     changes = [Change(dice, hd95) for dice, hd95 in zip(flat[::2], flat[1::2], strict=True)]
+    over, per = iter(changes[1:]), changes[1 + len(regions) + len(subsets) :]
     return Comparison(
         overall=changes[0],
-        by_region=dict(zip(regions, changes[1:], strict=False)),
-        by_subset=dict(zip(names, changes[1 + len(regions) :], strict=True)),
+        by_region=dict(zip(regions, over, strict=False)),
+        by_subset=dict(zip(subsets, over, strict=False)),
+        cells={(subsets[i], regions[j]): change for (i, j), change in zip(cells, per, strict=True)},
         cases=len(cases),
         undefined=undefined,
         resamples=resamples,

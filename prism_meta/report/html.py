@@ -1,7 +1,4 @@
-"""The report: one folder with records.csv, summary.json and an HTML page.
-
-The page is a single file without scripts, and it loads nothing from the network.
-"""
+"""The report: one folder with records.csv, summary.json and an HTML page."""
 
 from __future__ import annotations
 
@@ -17,25 +14,41 @@ from prism_meta.files import atomic, writable_folder
 from prism_meta.modalities import subset_name
 from prism_meta.records import Record, write_records
 from prism_meta.report.averages import empty_count, summarize, summarize_policies
+from prism_meta.report.cases import group_row, score_cases
 from prism_meta.report.cleaned import Cleaned, written_or_removed
-from prism_meta.report.figures.curves import training_curves, weight_curves
+from prism_meta.report.figures.availability import availability_chart
+from prism_meta.report.figures.curves import cosine_curve, training_curves, weight_curves
 from prism_meta.report.figures.scores import dice_by_count, heat_map
-from prism_meta.report.figures.slices import draw_overlay
+from prism_meta.report.figures.slices import draw_outlines, draw_overlay
 from prism_meta.report.figures.style import class_colour
 from prism_meta.report.findings import CHANGE, UNITS, bootstrap_note, findings
 from prism_meta.report.overlays import Overlay, check_overlays
-from prism_meta.report.text import (
-    format_dice,
-    format_ends,
-    format_mm,
-    format_number,
-    shown_modalities,
-    subset_scores,
-    undefined_note,
-)
+from prism_meta.report.page import render
+from prism_meta.report.text import shown_modalities, undefined_note
+from prism_meta.report.worst import WorstCase
 
 #: Names of the files of a report.
 REPORT_FILES = ("records.csv", "summary.json", "report.html")
+#: Headings of the page's sections, in order. A page leaves out those that have nothing to show.
+SECTIONS = {
+    "faults": "Cases that were left out",
+    "subsets": "Dice and HD95 of each subset",
+    "count": "Dice by number of shown modalities",
+    "averages": "Averages over all subsets",
+    "balance": "Balance of the subsets and contribution of each modality",
+    "cases": "Scores of each case",
+    "worst": "The worst cases",
+    "labels": "Predicted labels",
+    "results": "All results",
+    "cleanup": "After the clean-up",
+    "policies": "Policies for empty masks",
+    "data": "What was trained and tested on what",
+    "training": "Training",
+    "cosine": "Agreement of the meta-gradient with the single-level gradient",
+    "weights": "Weights of the modalities",
+    "made": "How these numbers were made",
+    "repeat": "How to repeat them",
+}
 
 
 def write_report(
@@ -47,8 +60,11 @@ def write_report(
     class_names: Sequence[str],
     policy_statement: str,
     overlays: Sequence[Overlay] = (),
+    worst: Sequence[WorstCase] = (),
     history: Sequence[Mapping[str, Any]] = (),
+    trained_on: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
     facts: Mapping[str, str] | None = None,
+    commands: Mapping[str, str] | None = None,
     faults: Sequence[str] = (),
     cleaned: Cleaned | None = None,
 ) -> Path:
@@ -62,9 +78,13 @@ def write_report(
         class_names: names of the class indices in ``overlays``; the first is the background.
         policy_statement: the scores of empty masks, ``EmptyPolicy.statement``.
         overlays: slices to draw.
+        worst: cases to draw in three planes; see ``WorstCases``.
         history: rows of ``metrics.jsonl``. The keys ``step``, ``epoch``, ``train_loss``,
-            ``meta_loss`` and ``terms`` are plotted if they exist.
-        facts: how the numbers were made, e.g. config, versions, seed, command.
+            ``meta_loss``, ``terms``, ``validation`` and ``cosine`` are plotted if they exist.
+        trained_on: group of cases, e.g. ``training`` -> case -> names of the modalities that it has. The
+            page shows them beside those of the test cases, which it takes from the records.
+        facts: how the numbers were made, e.g. config, versions, seed.
+        commands: what a command does -> the command, or several lines of them.
         faults: one line per fault of the cases that were left out. The page shows them.
         cleaned: the same measurements after a clean-up, which are shown beside ``records``; they go to
             ``records_cleaned.csv``. Defaults to no clean-up.
@@ -86,14 +106,12 @@ def write_report(
         >>> page.name
         'report.html'
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     folder = writable_folder(folder, files=REPORT_FILES)
     records = [replace(r, case=one_line(r.case), region=one_line(r.region)) for r in records]
     summary, by_policy = summarize(records), summarize_policies(records)
     measured = {n for n, score in summary.overall.scores.items() if not math.isnan(score.mean)}
     shown = shown_modalities(summary, modalities)
-    check_overlays(overlays, class_names)
+    check_overlays([*overlays, *(plane for case in worst for plane in case.planes)], class_names)
     drawn = [draw_overlay(overlay, modalities) for overlay in overlays]
     summary_dict = {
         "title": title,
@@ -108,25 +126,39 @@ def write_report(
             for name, under in by_policy.items()
         },
     }
-
     if cleaned is not None:
         summary_dict["cleaned"] = {"rules": cleaned.rules, **cleaned.summary.to_dict()}
-    environment = Environment(
-        loader=PackageLoader("prism_meta.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(dice=format_dice, mm=format_mm)
-    environment.globals.update(number=format_number, ends=format_ends)
     full = subset_name([True] * len(modalities), modalities)
-    html = environment.get_template("report.html.j2").render(
+    curves, weights = (draw(history, modalities) for draw in (training_curves, weight_curves))
+    cosine = cosine_curve(history)
+    cases = score_cases(records)
+    groups = {**(trained_on or {}), "test": {row.case: row.modalities for row in cases}}
+    absent = {
+        name
+        for name, there in {
+            "faults": faults,
+            "worst": worst,
+            "labels": overlays,
+            "policies": by_policy,
+            "cleanup": cleaned,
+            "training": curves,
+            "cosine": cosine,
+            "weights": weights,
+            "made": facts,
+            "repeat": commands,
+        }.items()
+        if not there
+    }
+    html = render(
+        "report.html.j2",
         title=title,
+        sections={name: heading for name, heading in SECTIONS.items() if name not in absent},
         summary=summary,
-        rows=[
-            (subset, shown[subset], *subset_scores(summary, subset)) for subset in summary.subsets
-        ],
+        rows=[(subset, shown[subset]) for subset in summary.subsets],
+        notes={
+            subset: "◀ worst" if subset == summary.worst else "all shown" * all(shown[subset])
+            for subset in summary.subsets
+        },
         full=summary.full if summary.full and all(shown[summary.full]) else None,
         full_name=full,
         modalities=modalities,
@@ -142,11 +174,21 @@ def write_report(
         empty=empty_count(records),
         heat=[heat_map(summary, "dice"), heat_map(summary, "hd95")],
         by_count=dice_by_count(summary, shown),
-        curves=training_curves(history, modalities),
-        weights=weight_curves(history, modalities),
+        cases=cases,
+        has={row.case: [name in row.modalities for name in modalities] for row in cases},
+        groups=[group_row(name, there, modalities) for name, there in groups.items() if there],
+        availability_chart=availability_chart(groups, modalities),
+        curves=curves,
+        cosine=cosine,
+        weights=weights,
+        worst=[
+            (case.scores, [(p.plane, p.background_name, draw_outlines(p)) for p in case.planes])
+            for case in worst
+        ],
         overlays=list(zip(overlays, drawn, strict=True)),
         classes=[(name, class_colour(i)) for i, name in enumerate(class_names) if i > 0],
         facts=dict(facts or {}),
+        commands=dict(commands or {}),
         faults=faults,
     )
     text = json.dumps(summary_dict, indent=2, allow_nan=False, ensure_ascii=False)

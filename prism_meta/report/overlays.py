@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prism_meta.data.axes import patient_axes, slice_axis
+from prism_meta.data.axes import slice_axis
 from prism_meta.data.cases import Case, Volume
 from prism_meta.errors import PrismError, raise_faults
+from prism_meta.report.slices import Slice
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Overlay:
         truth: (H, W) int, class indices.
         predictions: subset name -> (H, W) int, class indices.
         background_name: name of the image, e.g. ``flair``.
+        plane: ``axial``, ``coronal`` or ``sagittal``. Defaults to "", not named.
+        pixel: height and width of a pixel in mm, or their ratio. Defaults to squares.
 
     Raises:
         PrismError: the shapes differ.
@@ -42,6 +45,8 @@ class Overlay:
     truth: NDArray[np.integer[Any]]
     predictions: Mapping[str, NDArray[np.integer[Any]]]
     background_name: str
+    plane: str = ""
+    pixel: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
         shape = self.background.shape
@@ -62,6 +67,8 @@ class Overlay:
             "truth": _packed(self.truth),
             "predictions": {name: _packed(labels) for name, labels in self.predictions.items()},
             "background_name": self.background_name,
+            "plane": self.plane,
+            "pixel": self.pixel,
         }
 
     @classmethod
@@ -81,6 +88,8 @@ class Overlay:
             _unpacked(values["truth"]),
             maps,
             values["background_name"],
+            values["plane"],
+            tuple(values["pixel"]),
         )
 
 
@@ -125,7 +134,7 @@ class OverlayCollector:
     def __init__(self, cases: int = 3) -> None:
         self.cases = cases
         self._kept: dict[str, Overlay] = {}
-        self._slices: dict[str, _Slice] = {}
+        self._slices: dict[str, Slice] = {}
 
     def __call__(
         self, case: Case, volume: Volume, subset: str, truth: Tensor, prediction: Tensor
@@ -134,8 +143,11 @@ class OverlayCollector:
         if case.id not in self._kept:
             if self.full:
                 return
-            self._slices[case.id] = _Slice(volume, truth)
-            self._kept[case.id] = self._slices[case.id].overlay(case.id)
+            found = Slice(volume, truth.numpy(), slice_axis(volume.shape, volume.affine))
+            self._slices[case.id] = found
+            self._kept[case.id] = Overlay(
+                case.id, found.background, found.truth, {}, found.name, pixel=found.pixel
+            )
         kept = self._kept[case.id]
         maps = {**kept.predictions, subset: self._slices[case.id].cut(prediction.numpy())}
         self._kept[case.id] = replace(kept, predictions=maps)
@@ -167,39 +179,3 @@ class OverlayCollector:
             )
             for kept in self._kept.values()
         ]
-
-
-class _Slice:
-    def __init__(self, volume: Volume, truth: Tensor) -> None:
-        self.axis = slice_axis(volume.shape, volume.affine)
-        others = tuple(a for a in range(3) if a != self.axis)
-        self.index = int((truth > 0).numpy().sum(axis=others).argmax())
-        self.swap, self.flips = self._orientation(volume.affine)
-        self.name, image = next(iter(volume.images.items()))
-        self.background = self.cut(image).astype(np.float32)
-        self.truth = self.cut(truth.numpy())
-
-    def overlay(self, case: str) -> Overlay:
-        """The slice without predictions."""
-        return Overlay(case, self.background, self.truth, {}, self.name)
-
-    def cut(self, array: NDArray[Any]) -> NDArray[Any]:
-        """Cut the slice and orient it as radiologists do.
-
-        The patient's head, or else the nose, is up. The patient's right, or else the nose, is on the left.
-        """
-        plane = np.take(array, self.index, axis=self.axis)
-        if self.swap:
-            plane = plane.T
-        for axis in self.flips:
-            plane = np.flip(plane, axis)
-        return np.asarray(plane.T)
-
-    def _orientation(self, affine: NDArray[np.float64]) -> tuple[bool, list[int]]:
-        """Whether to swap the two axes in the plane, and which of them to flip after that."""
-        nearest = patient_axes(affine)
-        plane = [axis for axis in range(3) if axis != self.axis]
-        across, down = sorted(plane, key=lambda axis: nearest[axis])
-        # The axes of the patient grow to the right, to the front and upwards, against the picture's.
-        flips = [i for i, axis in enumerate((across, down)) if affine[nearest[axis], axis] > 0]
-        return [across, down] != plane, flips

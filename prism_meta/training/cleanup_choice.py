@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,10 +22,12 @@ from prism_meta.evaluation.cleanup import (
     replacement,
 )
 from prism_meta.evaluation.windows import evaluation_mode
-from prism_meta.training.cleanup_file import Chosen
+from prism_meta.training.cleanup_file import Chosen, write_cleanup
 from prism_meta.training.processes import Processes
 from prism_meta.training.validation import Validation, truth_of
 
+#: Tells what was chosen; the commands print it on standard error.
+_log = logging.getLogger(__name__)
 #: What is tried in each region. Of equally good rules the first is kept, and the first does nothing.
 #: Volumes end at 0.5 ml, that of the rule of BraTS: few cases cannot tell that no larger lesion is ever real.
 CANDIDATES: tuple[RegionRule, ...] = (
@@ -77,6 +81,33 @@ def choose_cleanup(
             step = Cleanup({region: CANDIDATES[best]})
             own = [[one.cleaned(step, labels, voxel=voxel) for one in kept] for kept in own]
     return Chosen(Cleanup({name: rules[name] for name in labels.regions}), raw, cleaned)
+
+
+def keep_cleanup(
+    chosen: Chosen, validation: Validation, processes: Processes, folder: Path | None
+) -> Cleanup:
+    """Write what ``choose_cleanup`` returned to a run folder, and tell it.
+
+    Args:
+        chosen: what was chosen.
+        validation: the cases it was chosen on.
+        processes: the first one writes.
+        folder: the run folder. None for no file.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with processes.together():
+        if processes.fabric.is_global_zero:
+            names = [case.id for case in validation.cases]
+            if folder is not None:
+                write_cleanup(folder, chosen, cases=names)
+            if chosen.cleanup.is_on:
+                _log.info(
+                    "clean-up by %d validation cases: %s (Dice %.3f, without it %.3f)",
+                    len(names), chosen.cleanup, chosen.cleaned, chosen.raw,
+                )  # fmt: skip
+    return chosen.cleanup
 
 
 class _Kept(NamedTuple):

@@ -64,8 +64,8 @@ def read_settings(path: Path) -> Config:
     """
     config = load_config(path)
     # It was read once without a fault.
-    there = _flat(tomlkit.parse(path.read_text(encoding="utf-8-sig")).unwrap())
-    wanted = _flat(config.model_dump(mode="json", exclude_none=True))
+    there = flat(tomlkit.parse(path.read_text(encoding="utf-8-sig")).unwrap())
+    wanted = flat(config.model_dump(mode="json", exclude_none=True))
     lost = [key for key in wanted if not any(k == key or k.startswith(f"{key}.") for k in there)]
     if lost:
         more = f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
@@ -99,7 +99,7 @@ def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, t
         >>> changed_keys({"training": {"steps": 4}}, {"training": {"steps": 8}})
         {'training.steps': (4, 8)}
     """
-    old, new = _flat(then), _flat(now)
+    old, new = flat(then), flat(now)
     return {
         key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)
     }
@@ -123,12 +123,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by ``section.key``; a key that is not set equals None."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict) and name not in ("labels", "regions"):
-            flat.update(_flat(value, f"{prefix}{name}."))
+            found.update(flat(value, f"{prefix}{name}."))
         else:
-            flat[prefix + name] = value
-    return flat
+            found[prefix + name] = value
+    return found

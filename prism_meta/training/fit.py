@@ -20,7 +20,9 @@ from prism_meta.data.episodes import Episodes
 from prism_meta.evaluation.windows import patch_of
 from prism_meta.files import writable_folder
 from prism_meta.modalities import Batch
+from prism_meta.training.alignment import COSINE_EVERY
 from prism_meta.training.averaging import AveragedWeights
+from prism_meta.training.loggers.following import Loggers
 from prism_meta.training.outer import ALPHA, outer_step
 from prism_meta.training.trainer import Trainer
 from prism_meta.training.validation import Validation
@@ -60,6 +62,8 @@ def fit(
     workers: int | None = None,
     validation: Validation | None = None,
     ema: float = 0.0,
+    loggers: Loggers | None = None,
+    cosine_every: int = COSINE_EVERY,
     seed: int = 0,
     on_step: OnStep | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -101,6 +105,9 @@ def fit(
         validation: cases to validate on; the log has the scores, and ``folder`` the best weights.
         ema: decay of a moving average of the weights, in [0, 1), e.g. 0.99; 0 keeps none. It is validated
             beside the model, and ``folder`` gets it in the end. The model itself keeps its own weights.
+        loggers: get the lines of the log and pictures of validations, in the first process.
+        cosine_every: outer steps between measurements of the cosine of the meta-gradient with that of L_meta
+            at phi, which the log has as ``cosine``; 0 measures none. Training is the same with and without.
         seed: seed of episodes and dropout.
         on_step: called every few steps with the step and the newest line of the log.
         should_stop: asked after every step, e.g. a ``StopRequest``.
@@ -180,6 +187,8 @@ def fit(
         workers=workers if workers is not None or isinstance(episodes, DrawnEpisodes) else 0,
         validation=validation,
         averaged=averaged,
+        loggers=loggers,
+        cosine_every=cosine_every,
         seed=seed,
     )
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -20,26 +22,46 @@ from prism_meta.files import cannot_write, write_whole
 _MAX_FAULTS = 5
 
 
-def line(
-    step: int, result: MetaGradient, *, norm: Tensor, lr: float, epoch: int | None
-) -> dict[str, Any]:
-    """What is logged of an outer step; it reads the losses, which waits for the device.
+@dataclass(frozen=True)
+class Taken:
+    """An outer step that was taken; its tensors are on the device.
 
     Args:
         step: counted from 0.
+        lr: the outer learning rate.
         result: the losses and their terms.
         norm: of the gradient.
-        lr: the outer learning rate.
+        cosine: of the meta-gradient with the single-level one, NaN if one of them is 0. Defaults to None:
+            it was not measured.
+    """
+
+    step: int
+    lr: float
+    result: MetaGradient
+    norm: Tensor
+    cosine: Tensor | None = None
+
+
+def line(taken: Taken, *, epoch: int | None) -> dict[str, Any]:
+    """What is logged of an outer step; it reads the losses, which waits for the device.
+
+    Args:
+        taken: the step.
         epoch: length of an epoch in outer steps, if there are epochs.
     """
+    result, logged = taken.result, {}
+    if taken.cosine is not None:
+        cosine = float(taken.cosine)
+        logged["cosine"] = cosine if math.isfinite(cosine) else None
     return {
-        "step": step + 1,
-        **({} if epoch is None else {"epoch": step // epoch + 1}),
+        "step": taken.step + 1,
+        **({} if epoch is None else {"epoch": taken.step // epoch + 1}),
         "train_loss": float(result.train_loss),
         "meta_loss": float(result.meta_loss),
         "terms": {name: term.tolist() for name, term in result.terms.items()},
-        "gradient_norm": float(norm),
-        "lr": lr,
+        "gradient_norm": float(taken.norm),
+        "lr": taken.lr,
+        **logged,
     }
 
 

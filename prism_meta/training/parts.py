@@ -24,6 +24,7 @@ from prism_meta.training.build import (
 )
 from prism_meta.training.config import Config
 from prism_meta.training.fit import OnStep, fit, inner_steps
+from prism_meta.training.loggers.following import Loggers
 from prism_meta.training.outer import Outer
 from prism_meta.training.validation import Validation
 
@@ -67,6 +68,7 @@ class Parts:
         folder: Path | None,
         resume: bool,
         validation: Validation | None,
+        loggers: Loggers | None,
         on_step: OnStep,
         should_stop: Callable[[], bool] | None,
     ) -> list[dict[str, Any]]:
@@ -90,6 +92,8 @@ class Parts:
             workers=config.data.workers,
             validation=validation,
             ema=config.training.ema,
+            loggers=loggers,
+            cosine_every=config.training.cosine_every,
             seed=config.seed,
             on_step=on_step,
             should_stop=should_stop,

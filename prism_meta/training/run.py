@@ -6,6 +6,7 @@ folds.json               the folds by the names of their cases, if data.folds is
 metrics.jsonl            one line per step
 checkpoint.pt            state of the training, from which it can be resumed
 checkpoint.previous.pt   the one before, in case that the newest is damaged
+loggers                  files of TensorBoard, MLflow and W&B, with training.loggers
 weights/last.safetensors the model's weights after the last step
 weights/best.safetensors those that were best on the validation cases, with validation.cases
 weights/ema.safetensors  their moving average, with training.ema
@@ -44,6 +45,7 @@ from prism_meta.training.facts import (
     versions,
 )
 from prism_meta.training.lock import LOCK
+from prism_meta.training.loggers.following import LOGGERS
 from prism_meta.training.weights import WEIGHTS, Kind, load_weights, weights_file, written_kinds
 
 
@@ -100,7 +102,9 @@ class Run:
                 f"{folder}: holds a run already; continue it with --resume, or give another --out"
             )
         # A run that was killed while it started leaves its lock beside such files.
-        names = ("config.toml", "folds.json", "metrics.jsonl", "checkpoint.pt", WEIGHTS, CLEANUP)
+        names = (
+            "config.toml", "folds.json", "metrics.jsonl", "checkpoint.pt", LOGGERS, WEIGHTS, CLEANUP,
+        )  # fmt: skip
         taken = [name for name in names if (folder / name).exists()]
         if taken and not (folder / LOCK).exists():
             raise PrismError(

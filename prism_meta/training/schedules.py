@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Literal
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 #: Polynomial decay with the exponent 0.9 (as PASSION and nnU-Net have it), half a cosine, or none.
 Schedule = Literal["polynomial", "cosine", "constant"]
@@ -51,3 +52,20 @@ def scheduled(
 ) -> LambdaLR:
     """A schedule of ``optimizer``, one step per outer step; see ``factor``."""
     return LambdaLR(optimizer, lambda step: factor(step, total, schedule=schedule, warmup=warmup))
+
+
+def go_to(scheduler: LRScheduler, step: int, first_lrs: Sequence[float]) -> None:
+    """Bring the learning rates to where a schedule of the present length has them at ``step``.
+
+    Args:
+        scheduler: a new one.
+        step: the outer step.
+        first_lrs: the rates of the groups of its optimizer before the first step.
+    """
+    for group, lr in zip(scheduler.optimizer.param_groups, first_lrs, strict=True):
+        group["lr"] = lr
+    with warnings.catch_warnings():
+        # torch warns because the steps of the optimizer were taken in another process.
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+        for _ in range(step):
+            scheduler.step()

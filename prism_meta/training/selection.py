@@ -7,8 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
+from prism_meta.training.loggers.picture import draw_outlines
 from prism_meta.training.processes import Processes
 from prism_meta.training.validation import Validation
 from prism_meta.training.weights import save_weights, weights_file
@@ -89,6 +92,10 @@ class Selection:
             self.best = replace(self.best, since=since, ended=ended)
         best = {name: getattr(self.best, name) for name in ("dice", "step", "weights")}
         return {**scores, "best": best}
+
+    def draw(self) -> NDArray[np.uint8]:
+        """A picture of a slice of the first case, predicted with the last weights."""
+        return draw_outlines(*self.validation.slice_of_first(self.models["last"]))
 
     def _save(self, model: nn.Module) -> None:
         with self.processes.together():

@@ -25,18 +25,18 @@ from prism_meta.modalities import Batch
 from prism_meta.training.build import build_fabric, build_predictor, build_validation
 from prism_meta.training.cases import load_configured, prepare_configured
 from prism_meta.training.check import check_configuration
-from prism_meta.training.cleanup_choice import choose_cleanup
-from prism_meta.training.cleanup_file import write_cleanup
+from prism_meta.training.cleanup_choice import choose_cleanup, keep_cleanup
 from prism_meta.training.config import Config
 from prism_meta.training.fit import OnStep
 from prism_meta.training.initial import load_initial
 from prism_meta.training.lock import LOCK, locked
+from prism_meta.training.loggers.following import LOGGERS, following
+from prism_meta.training.loggers.kinds import check_loggers
 from prism_meta.training.parts import Own, build_parts, only
 from prism_meta.training.processes import Processes
 from prism_meta.training.progress import progress_bars
 from prism_meta.training.run import Run
 from prism_meta.training.splitting import Split, split
-from prism_meta.training.validation import Validation
 from prism_meta.training.weights import load_weights, weights_file, written_kinds
 
 if TYPE_CHECKING:  # it takes two seconds to import
@@ -146,6 +146,9 @@ def train(
     if isinstance(cases, (Path, str)) or only(cases, (Case, CachedCase)):
         # A dataset of episodes has patches of its own.
         check_configuration(config, model=model)
+    if config.training.loggers and out is None:
+        raise ConfigError("training.loggers: need a run folder; give out, or leave them out")
+    check_loggers(config.training.loggers)
     initial = None
     if config.training.init is not None and not (run is not None and run.checkpoint.exists()):
         initial = Run.open(config.training.init)
@@ -211,6 +214,17 @@ def train(
             if on_step is not None:
                 on_step(step, line)
 
+        loggers = None
+        if run is not None and config.training.loggers and fabric.is_global_zero:
+            loggers = stack.enter_context(
+                following(
+                    config.training.loggers,
+                    run.folder / LOGGERS,
+                    run=run.folder.resolve().name,
+                    config=config.model_dump(mode="json"),
+                    resume=resume,
+                )
+            )
         kind = written_kinds(config)[0]
         folder = None if run is None else run.folder
         if folder is None and kind != "last":
@@ -222,6 +236,7 @@ def train(
             folder=folder,
             resume=resume,
             validation=validation,
+            loggers=loggers,
             on_step=report,
             should_stop=should_stop,
         )
@@ -229,7 +244,10 @@ def train(
             _use_weights(weights_file(folder, kind), parts.model, processes)
         cleanup = Cleanup()
         if validation is not None:
-            cleanup = _cleaned_up(config, validation, parts.model, processes, run)
+            voxel = math.prod(config.data.spacing)
+            chosen = choose_cleanup(validation, parts.model, voxel=voxel, processes=processes)
+            place = None if run is None else run.folder
+            cleanup = keep_cleanup(chosen, validation, processes, place)
     predictor = build_predictor(config, parts.model, cleanup=cleanup)
     return Trained(predictor, history, tuple(sets.test), run)
 
@@ -287,25 +305,6 @@ def _use_weights(path: Path, model: nn.Module, processes: Processes) -> None:
     if processes.fabric.world_size > 1:
         state = {name: value.cpu() for name, value in model.state_dict().items()} if first else None
         model.load_state_dict(processes.gather(state)[0])  # type: ignore[arg-type]
-
-
-def _cleaned_up(
-    config: Config, validation: Validation, model: nn.Module, processes: Processes, run: Run | None
-) -> Cleanup:
-    """The clean-up that is best on the validation cases, which the run folder gets."""
-    voxel = math.prod(config.data.spacing)
-    chosen = choose_cleanup(validation, model, voxel=voxel, processes=processes)
-    with processes.together():
-        if processes.fabric.is_global_zero:
-            names = [case.id for case in validation.cases]
-            if run is not None:
-                write_cleanup(run.folder, chosen, cases=names)
-            if chosen.cleanup.is_on:
-                _log.info(
-                    "clean-up by %d validation cases: %s (Dice %.3f, without it %.3f)",
-                    len(names), chosen.cleanup, chosen.cleaned, chosen.raw,
-                )  # fmt: skip
-    return chosen.cleanup
 
 
 def _note(line: dict[str, Any]) -> str:

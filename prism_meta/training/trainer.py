@@ -7,7 +7,6 @@ and the adapted parameters are averaged over the processes instead.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -26,12 +25,16 @@ from prism_meta.errors import PrismError
 from prism_meta.modalities import Batch
 from prism_meta.training import log
 from prism_meta.training.adaptive import Adaptive
+from prism_meta.training.alignment import Alignment
 from prism_meta.training.averaging import AveragedWeights
 from prism_meta.training.checkpoint import load_checkpoint, save_checkpoint
 from prism_meta.training.communication import mean_meta_gradient
 from prism_meta.training.feedback import Feedback, without_samples
+from prism_meta.training.journal import Journal
 from prism_meta.training.loader import default_workers, load_episodes
+from prism_meta.training.loggers.following import Loggers
 from prism_meta.training.processes import Processes
+from prism_meta.training.schedules import go_to
 from prism_meta.training.selection import Selection
 from prism_meta.training.stopping import TrainingStopped
 from prism_meta.training.validation import Validation
@@ -65,6 +68,8 @@ class Trainer:
         workers: number of additional processes that load data. Defaults to ``default_workers``.
         validation: cases to validate on. Defaults to no validation.
         averaged: moving average of the weights, which follows each step. Defaults to none.
+        loggers: get the lines of the log, in the first process. Defaults to none.
+        cosine_every: see ``fit``.
         seed: seed of the model's own randomness (dropout).
     """
 
@@ -83,12 +88,14 @@ class Trainer:
         workers: int | None = 0,
         validation: Validation | None = None,
         averaged: AveragedWeights | None = None,
+        loggers: Loggers | None = None,
+        cosine_every: int = 0,
         seed: int = 0,
     ) -> None:
         self.learner, self.episodes, self.fabric = learner, episodes, fabric
         self.scheduler = scheduler or LambdaLR(learner.optimizer, lambda step: 1.0)
         self.checkpoint = None if folder is None else folder / "checkpoint.pt"
-        self.metrics = None if folder is None else folder / "metrics.jsonl"
+        self.journal = Journal(None if folder is None else folder / "metrics.jsonl", loggers)
         self.epoch, self.checkpoint_every = epoch, checkpoint_every
         self.objective = learner.objective if isinstance(learner.objective, Adaptive) else None
         self.inner_lr = inner_lr
@@ -98,6 +105,7 @@ class Trainer:
         self.processes = Processes(fabric)
         self.feedback = Feedback(episodes, episodes_per_step, self.processes)
         self.averaged = averaged
+        self.alignment = Alignment(learner, fabric, cosine_every)
         self.selection: Selection | None = None
         if validation is not None:
             models = {"last": learner.model} | ({} if averaged is None else {"ema": averaged.model})
@@ -133,8 +141,8 @@ class Trainer:
         total = len(self.episodes) // count if steps is None else steps  # type: ignore[arg-type]
         with self.processes.together():
             start = self._restore(total) if resume else 0
-            if self.metrics is not None and self.fabric.is_global_zero:
-                log.truncate(self.metrics, start)
+            if self.fabric.is_global_zero:
+                self.journal.begin(start)
         if start == 0:
             self._save(0, total)  # so that every run can be resumed, whatever model it was given
         if self.selection is not None and self.selection.best.ended:
@@ -162,16 +170,13 @@ class Trainer:
         should_stop: Callable[[], bool] | None,
     ) -> list[dict[str, Any]]:
         history: list[dict[str, Any]] = []
-        pending: list[tuple[int, float, MetaGradient, Tensor]] = []
+        pending: list[log.Taken] = []
         total = steps.stop
         for step in steps:
             with self.processes.together():
                 group = list(islice(episodes, self.episodes_per_step))
             lr = float(self.scheduler.get_last_lr()[0])
-            result, norm = self._step(step, group)
-            # Dropping the gradients frees a copy of the model per pending step.
-            small = replace(result, gradient={}, adapted={}, buffers={}, inner_buffers={}, state={})
-            pending.append((step, lr, small, norm))
+            pending.append(self._step(step, lr, group))
             done = step + 1
             if self.objective is not None and self.epoch is not None and done % self.epoch == 0:
                 self._gather(self.objective)
@@ -194,9 +199,7 @@ class Trainer:
                 raise TrainingStopped(done, total)
         return history
 
-    def _step(
-        self, step: int, episodes: Sequence[tuple[Any, Batch]]
-    ) -> tuple[MetaGradient, Tensor]:
+    def _step(self, step: int, lr: float, episodes: Sequence[tuple[Any, Batch]]) -> log.Taken:
         torch.manual_seed(self.seed * 1_000_003 + step)
         if self.inner_lr is not None and self._first_inner_lr is not None:
             first, now = self.scheduler.base_lrs[0], self.scheduler.get_last_lr()[0]
@@ -215,17 +218,22 @@ class Trainer:
         if self.objective is not None:
             # Learned weights are not among the terms, because the meta loss does not use them.
             result = replace(result, terms={**self.objective.weights(), **result.terms})
+        with self.fabric.autocast():
+            cosine = self.alignment(step, result, episodes)
         norm = self.learner.apply(result)
+        # Dropping the gradients frees a copy of the model per pending step.
+        small = replace(result, gradient={}, adapted={}, buffers={}, inner_buffers={}, state={})
+        taken = log.Taken(step, lr, small, norm, cosine)
         if self.averaged is not None:
             self.averaged.update(self.learner.model)
         if self.learner.scaler is not None and not norm.isfinite():
-            return result, norm  # the scaler skipped the step in all processes
+            return taken  # the scaler skipped the step in all processes
         if self.objective is not None:
             for each in results:
                 self.objective.observe(each.terms)
         self.feedback.collect(results, episodes)
         self.scheduler.step()
-        return result, norm
+        return taken
 
     def _gather(self, objective: Adaptive) -> None:
         """Give all processes the same state of the objective.
@@ -237,23 +245,18 @@ class Trainer:
                 self.fabric.all_reduce(objective.state_dict(), reduce_op="mean")
             )
 
-    def _log(
-        self,
-        pending: Sequence[tuple[int, float, MetaGradient, Tensor]],
-        validated: int | None,
-    ) -> list[dict[str, Any]]:
+    def _log(self, pending: Sequence[log.Taken], validated: int | None) -> list[dict[str, Any]]:
         """Write the lines of the ``pending`` steps, the last one with a validation after ``validated``."""
-        lines = [
-            log.line(step, result, norm=norm, lr=lr, epoch=self.epoch)
-            for step, lr, result, norm in pending
-        ]
+        lines = [log.line(taken, epoch=self.epoch) for taken in pending]
         lines = [log.mean(of_step) for of_step in zip(*self.processes.gather(lines), strict=True)]
         log.refuse_divergence(lines, self.learner.scaler)
+        draw = None
         if self.selection is not None and validated is not None:
             lines[-1]["validation"] = self.selection(validated)
+            draw = self.selection.draw
         with self.processes.together():
-            if self.metrics is not None and self.fabric.is_global_zero:
-                log.append(self.metrics, lines)
+            if self.fabric.is_global_zero:
+                self.journal.add(lines, draw)
         return lines
 
     def _save(self, step: int, total: int) -> None:
@@ -308,7 +311,7 @@ class Trainer:
             if state["steps"] == total:
                 self.scheduler.load_state_dict(state["scheduler"])
             else:
-                self._follow_schedule(first_lrs, step)
+                go_to(self.scheduler, step, first_lrs)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise PrismError(
@@ -316,13 +319,3 @@ class Trainer:
                 "configuration, or start a new run"
             ) from error
         return step
-
-    def _follow_schedule(self, first_lrs: Sequence[float], step: int) -> None:
-        """Bring the learning rates to where a schedule of the present length has them at ``step``."""
-        for group, lr in zip(self.learner.optimizer.param_groups, first_lrs, strict=True):
-            group["lr"] = lr
-        with warnings.catch_warnings():
-            # torch warns because the steps of the optimizer were taken in another process.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            for _ in range(step):
-                self.scheduler.step()

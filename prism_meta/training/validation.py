@@ -90,6 +90,23 @@ class Validation:
             "subsets": means,
         }
 
+    def slice_of_first(self, model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """The slice of the first case with the most label, predicted from all modalities of the case.
+
+        Args:
+            model: see ``dice``.
+
+        Returns:
+            The first of its modalities, the true and the predicted class indices, each (D, H).
+        """
+        case = self.cases[0]
+        image, target = case.patch((0, 0, 0), case.shape, shown=case.availability)
+        with torch.inference_mode(), evaluation_mode(model):
+            ((_, classes),) = self._predictions(model, image, case.availability[None])
+        k = int((target > 0).sum((0, 1)).argmax())
+        first = int(case.availability.int().argmax())
+        return image[first, ..., k], target[..., k], classes[..., k]
+
     def predictions(self, model: nn.Module, case: CachedCase) -> Iterator[tuple[str, Tensor]]:
         """The prediction from each subset that a case has: its name and class indices.
 
@@ -97,35 +114,40 @@ class Validation:
         ``torch.inference_mode`` and ``evaluation_mode``.
         """
         image, _ = case.patch((0, 0, 0), case.shape, shown=case.availability)
-        device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        windows = Windows(model, patch=self.patch, overlap=self.overlap, batch_size=_BATCH)
         possible = self._subsets()
         possible = possible[~(possible & ~case.availability).any(1)]
-        # As in prediction: the box is that of the shown modalities.
-        for box, rows in by_box(image != 0, possible).items():
-            span = tuple(slice(*ends) for ends in box)
-            inputs = image[(slice(None), *span)].to(device)
-            count = windows.at_a_time(inputs, num_classes=len(self.labels.names))
-            for some in rows.split(count):
-                logits = windows.logits(inputs, possible[some].to(device))
-                for row, maps in zip(some.tolist(), logits, strict=True):
-                    classes = torch.zeros(case.shape, dtype=torch.long, device=device)
-                    classes[span] = maps.argmax(0)
-                    yield subset_name(possible[row].tolist(), self.modalities), classes
+        for shown, classes in self._predictions(model, image, possible):
+            yield subset_name(shown, self.modalities), classes
 
     def _of_case(self, model: nn.Module, case: CachedCase) -> dict[str, float]:
         from monai.metrics.meandice import compute_dice
 
-        truth: Tensor | None = None
+        truth = self._regions(truth_of(case).to(_device_of(model)))
         found: dict[str, float] = {}
         for name, classes in self.predictions(model, case):
-            if truth is None:
-                truth = self._regions(truth_of(case).to(classes.device))
             values = compute_dice(
                 self._regions(classes), truth, include_background=True, ignore_empty=False
             )
             found[name] = float(values.mean())
         return found
+
+    def _predictions(
+        self, model: nn.Module, image: Tensor, subsets: Tensor
+    ) -> Iterator[tuple[list[bool], Tensor]]:
+        """Each of ``subsets``, bool (S, M), and the class indices (D, H, W) predicted from it."""
+        device = _device_of(model)
+        windows = Windows(model, patch=self.patch, overlap=self.overlap, batch_size=_BATCH)
+        # As in prediction: the box is that of the shown modalities.
+        for box, rows in by_box(image != 0, subsets).items():
+            span = tuple(slice(*ends) for ends in box)
+            inputs = image[(slice(None), *span)].to(device)
+            count = windows.at_a_time(inputs, num_classes=len(self.labels.names))
+            for some in rows.split(count):
+                logits = windows.logits(inputs, subsets[some].to(device))
+                for row, maps in zip(some.tolist(), logits, strict=True):
+                    classes = torch.zeros(image.shape[1:], dtype=torch.long, device=device)
+                    classes[span] = maps.argmax(0)
+                    yield subsets[row].tolist(), classes
 
     def _regions(self, classes: Tensor) -> Tensor:
         """Bool (1, R, D, H, W): the regions of class indices (D, H, W)."""
@@ -140,3 +162,7 @@ def truth_of(case: CachedCase) -> Tensor:
     """The true class indices of a prepared case, long (D, H, W)."""
     nothing = torch.zeros_like(case.availability)
     return case.patch((0, 0, 0), case.shape, shown=nothing)[1]
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

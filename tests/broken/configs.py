@@ -24,6 +24,7 @@ INTEGERS = {
     "training.steps": (1, 10**8),
     "training.warmup": (0, 10**8),
     "training.checkpoint_every": (1, 10**8),
+    "training.cosine_every": (0, 10**8),
     "validation.every": (1, 10**8),
     "validation.patience": (1, 10_000),
     "fabric.nodes": (1, 10_000),
@@ -75,6 +76,7 @@ OTHERS = {
     "model.network": ('""', "unett", "3", "true", "[]", "a b:c", "a:", ":b", "a:b:c", "../a:b", "a.b"),
     "model.arguments": ("3", "a", "[]", "true", "{a = 1}"),
     "validation.cases": ("p0", "[1]", "-1", "1.5", "true", "{a = 1}", "nan"),
+    "training.loggers": ("tensorbord", "3", "[1]", "true", "{a = 1}", "''", "['wandb', 'x']"),
     "data.folds": ("0", "1", "-3", "1.5", "true", "[]", "[3]", "{a = 1}", "nan"),
     "data.fold": ("-1", "1.5", "true", "a", "[]", "1e9"),
     "data.files": ("3", "[]", "'*_t1*'", "{t1 = 3}", "{t1 = []}", "{t1 = [1]}", "{t1 = ''}", "{t1 = '/a'}",
@@ -179,6 +181,10 @@ TOGETHER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "warm-up longer than the training": (
         ("training.warmup=50", "training.steps=50"),
         ("training: warmup: got 50 steps of 50", "use fewer"),
+    ),
+    "a logger twice": (
+        ("training.loggers=['wandb', 'wandb']",),
+        ("training: loggers: one of them occurs twice; give each name once",),
     ),
     "patience without validation": (
         ("validation.patience=3",),

@@ -102,9 +102,9 @@ BROKEN = [
         for column, values in CELLS.items()
         for value in values
     ),
-    Broken("records of another case", _other(_FIRST, Record("p1", "t1", "WT", 0.5, 1)), ("do not pair",)),
-    Broken("records of another subset", _other(_FIRST, Record("p0", "t2", "WT", 0.5, 1)), ("do not pair",)),
-    Broken("records of another region", _other(_FIRST, Record("p0", "t1", "ET", 0.5, 1)), ("do not pair",)),
+    Broken("records of another case", _other(_FIRST, Record("p1", "t1", "WT", 0.5, 1)), ("share no case",)),
+    Broken("records of another subset", _other(_FIRST, Record("p0", "t2", "WT", 0.5, 1)), ("modalities",)),
+    Broken("records of another region", _other(_FIRST, Record("p0", "t1", "ET", 0.5, 1)), ("regions",)),
     Broken("a folder named records.csv", _folder, ("records.csv", "directory")),
     Broken("absent records", _absent, ("none.csv", "no such file")),
     Broken("a folder without records", _empty_folder, ("no records.csv here", "evaluate")),

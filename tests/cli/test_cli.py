@@ -61,7 +61,7 @@ def test_a_run_folder_is_whole(trained: Path) -> None:
     assert not list(trained.rglob("*.partial.*"))
 
 
-def test_evaluate_covers_every_subset_and_compare_pairs_it(trained: Path) -> None:
+def test_evaluate_covers_every_subset_and_compare_pairs_it(trained: Path, cases: Path) -> None:
     code, output = run("evaluate", trained)
     text = " ".join(output.split())  # tables are broken to the width of the terminal
     assert code == 0 and "Worst subset" in text and "both empty: Dice 1" in text
@@ -69,6 +69,10 @@ def test_evaluate_covers_every_subset_and_compare_pairs_it(trained: Path) -> Non
     assert len(rows) == 1 + 15 * 3 and all(row.startswith("p3,") for row in rows[1:])
     page = (trained / "evaluation" / "report.html").read_text()
     assert "second_order" in page and "data:image/png;base64" in page
+    again = f"prism-meta train {cases} --config {trained / 'config.toml'} --out repeated"
+    assert f"<pre>{again}\nprism-meta evaluate repeated</pre>" in page
+    assert 'alt="p3, sagittal: flair with outlines of the truth and the prediction"' in page
+    assert '<th scope="row">training</th><td>3</td><td>3</td><td>3</td><td>3</td><td>2</td>' in page
     code, output = run("compare", trained, trained)
     assert code == 0 and "+0.0" in output
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import errors, run, settings
 from niftis import cut, write_cases
 
+from prism_meta.cli import evaluating
 from prism_meta.cli.unfinished import UNFINISHED
 from prism_meta.data.cases import Case
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.records import Record
+from prism_meta.report.overlays import OverlayCollector
 
 NAMES = ("p0", "p1", "p2", "p3", "p4")
 
@@ -237,6 +242,37 @@ def test_a_case_without_a_picture_gets_one_if_an_earlier_case_is_damaged(
     assert [name for name in found if name != "p1"] == ["p3", "p4"]
     resumed = content(tmp_path / "out")
     assert json.loads(resumed["summary.json"])["overall"]["cases"] == 4
+    assert run(*command(tmp_path, tmp_path / "out"))[0] == 2
+    assert content(tmp_path / "out") == resumed
+
+
+#: With p1 gone, p3 is one of the three worst cases.
+DICE = {"p0": 0.9, "p1": 0.1, "p2": 0.2, "p3": 0.95, "p4": 0.99}
+
+
+@pytest.mark.usefixtures("without_drawing")
+def test_a_case_without_planes_gets_them_if_a_worse_case_is_damaged(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("run", "cases"):
+        shutil.copytree(trained / name, tmp_path / name)
+    evaluate_case = Predictor.evaluate_case
+
+    def scored(self: Predictor, case: Case, **options: Any) -> list[Record]:
+        return [replace(r, dice=DICE[case.id]) for r in evaluate_case(self, case, **options)]
+
+    monkeypatch.setattr(Predictor, "evaluate_case", scored)
+    # One slice, so that no case is measured for its slice's sake.
+    monkeypatch.setattr(evaluating, "OverlayCollector", lambda: OverlayCollector(1))
+    interrupt(tmp_path, tmp_path / "out", at="p4")
+    cut(tmp_path / "cases" / "p1" / "p1_t1.nii.gz")
+    with pytest.MonkeyPatch.context() as patch:
+        found = watch(patch)
+        assert run(*command(tmp_path, tmp_path / "out"))[0] == 2
+    assert [name for name in found if name != "p1"] == ["p3", "p4"]
+    page = content(tmp_path / "out")["report.html"].decode()
+    assert re.findall(r'alt="(p\d), axial: ', page) == ["p2", "p0", "p3"]
+    resumed = content(tmp_path / "out")
     assert run(*command(tmp_path, tmp_path / "out"))[0] == 2
     assert content(tmp_path / "out") == resumed
 

@@ -92,6 +92,23 @@ def weight_curves(history: Sequence[Mapping[str, Any]], modalities: Sequence[str
     return data_uri(figure, "svg", metadata={"Date": None})
 
 
+def cosine_curve(history: Sequence[Mapping[str, Any]]) -> str | None:
+    """Plot the cosine of the meta-gradient with the single-level gradient, ``cosine``, against the step.
+
+    Returns None if no row has one.
+    """
+    lines: _Lines = {}
+    for i, row in enumerate(_rows(history)):
+        _add_point(lines, "cosine", _place(row, "step", i), row.get("cosine"))
+    if not lines:
+        return None
+    figure = _panels({"": lines}, "outer step", ())
+    (axes,) = figure.axes
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.set_ylim(min(-0.05, axes.get_ylim()[0]), 1.05)
+    return data_uri(figure, "svg", metadata={"Date": None})
+
+
 def _validation(history: Sequence[Mapping[str, Any]]) -> _Lines:
     """The mean over subsets and the worst subset, for each kind of weights."""
     lines: _Lines = {}

@@ -29,11 +29,27 @@ def heat_map(summary: Summary, value: str) -> dict[str, Any]:
     colours = {}
     for key, x in numbers.items():
         if not math.isnan(x):
-            red, green, blue, _ = rgba = colormaps["cividis"]((x - low) / ((high - low) or 1.0))
-            dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-            colours[key] = (to_hex(rgba), "#ffffff" if dark else "#0f172a")
+            rgba = colormaps["cividis"]((x - low) / ((high - low) or 1.0))
+            colours[key] = (to_hex(rgba), text_colour(rgba[:3]))
     stops = [to_hex(colormaps["cividis"](x / 8)) for x in range(9)]
     return {"colours": colours, "low": low, "high": high, "stops": ", ".join(stops)}
+
+
+def text_colour(background: tuple[float, float, float]) -> str:
+    """Black or white, whichever has more contrast with ``background``; it is at least 4.58.
+
+    Args:
+        background: red, green and blue of sRGB, in [0, 1].
+
+    Example:
+        >>> text_colour((0.9, 0.9, 0.2)), text_colour((0.0, 0.1, 0.4))
+        ('#000000', '#ffffff')
+
+    Source: W3C, Web Content Accessibility Guidelines 2.2, definitions of luminance and contrast.
+    """
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in background]
+    luminance = float(np.dot((0.2126, 0.7152, 0.0722), linear))
+    return "#ffffff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000000"
 
 
 def dice_by_count(summary: Summary, shown: Mapping[str, tuple[bool, ...]]) -> str:
@@ -64,3 +80,29 @@ def dice_by_count(summary: Summary, shown: Mapping[str, tuple[bool, ...]]) -> st
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]), top=min(100.0, axes.get_ylim()[1] + 2))
     axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return data_uri(figure, "svg", metadata={"Date": None})
+
+
+def runs_by_count(summaries: Mapping[str, Summary], shown: Mapping[str, tuple[bool, ...]]) -> str:
+    """Plot the mean Dice of subsets against the number of shown modalities, a line per run."""
+    figure = new_figure(7.6, 3.4, "constrained")
+    axes = figure.add_subplot()
+    counts = sorted({sum(flags) for flags in shown.values()})
+    markers = "osD^vPX"
+    for i, (name, summary) in enumerate(summaries.items()):
+        line = []
+        for count in counts:
+            found = [
+                100 * cell.dice
+                for subset, cell in summary.by_subset.items()
+                if sum(shown[subset]) == count and not math.isnan(cell.dice)
+            ]
+            line.append(float(np.mean(found)) if found else math.nan)
+        axes.plot(
+            counts, line, color=class_colour(i + 1), linewidth=1.8, marker=markers[i % len(markers)],
+            markersize=6, markeredgecolor="white", label=figure_text(name[-40:]),
+        )  # fmt: skip
+    style_axes(axes, "", "number of shown modalities", "mean Dice, %")
+    axes.set_xticks(counts)
+    axes.set_xlim(counts[0] - 0.4, counts[-1] + 0.4)
+    axes.legend(fontsize=9, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return data_uri(figure, "svg")

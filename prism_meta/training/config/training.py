@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from prism_meta.errors import ConfigError, raise_faults
 from prism_meta.modalities import composed
+from prism_meta.training.alignment import COSINE_EVERY
 from prism_meta.training.config.types import (
     NotNegative,
     Positive,
@@ -16,10 +17,14 @@ from prism_meta.training.config.types import (
     Section,
     Steps,
     UserPath,
+    listed,
 )
 from prism_meta.training.outer import LR, WEIGHT_DECAY
 from prism_meta.training.schedules import Schedule
 from prism_meta.training.validation import Select
+
+#: Loggers of Lightning, see ``prism_meta.training.loggers``.
+LoggerName = Literal["tensorboard", "mlflow", "wandb"]
 
 
 class TrainingConfig(Section):
@@ -39,6 +44,11 @@ class TrainingConfig(Section):
     ema: Rate = 0.0
     augment: bool = True
     checkpoint_every: Steps = 100
+    #: Outer steps between measurements of the cosine of the meta-gradient with the single-level one; 0 for
+    #: none.
+    cosine_every: Annotated[int, Field(strict=True, ge=0, le=10**8)] = COSINE_EVERY
+    #: What gets the numbers of metrics.jsonl and pictures of validations, too; see docs/training.md.
+    loggers: Annotated[tuple[LoggerName, ...], BeforeValidator(listed)] = ()
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainingConfig:
@@ -46,6 +56,8 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"warmup: got {self.warmup} steps of {self.steps}, expected fewer than all; use fewer"
             )
+        if len(set(self.loggers)) < len(self.loggers):
+            raise ValueError("loggers: one of them occurs twice; give each name once")
         return self
 
 

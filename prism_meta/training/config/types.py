@@ -24,8 +24,8 @@ Size = Annotated[int, Field(strict=True, ge=1, le=4096)]
 Class = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
 
 
-def _listed(value: object) -> object:
-    """One pattern is a list of one."""
+def listed(value: object) -> object:
+    """One string is a list of one."""
     return (value,) if isinstance(value, str) else value
 
 
@@ -47,7 +47,7 @@ def _pattern(text: str) -> str:
 #: Patterns of file names, with * and ?.
 Patterns = Annotated[
     tuple[Annotated[str, AfterValidator(_pattern)], ...],
-    BeforeValidator(_listed),
+    BeforeValidator(listed),
     Field(min_length=1),
 ]
 UserPath = Annotated[Path, BeforeValidator(user_path)]
