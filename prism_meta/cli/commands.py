@@ -174,7 +174,8 @@ def run_predict(
     console.print(f"{len(written)} label volumes in {out}", soft_wrap=True)
 
 
-app.command("compare", epilog=compare_command.EXAMPLES)(compare_command.run_compare)
+app.command("compare", epilog=compare_command.COMPARE_EXAMPLES)(compare_command.run_compare)
+app.command("report", epilog=compare_command.REPORT_EXAMPLES)(compare_command.run_report)
 
 
 def main() -> None:

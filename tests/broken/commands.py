@@ -40,6 +40,10 @@ PLAIN: dict[str, tuple[str, ...]] = {
     "compare a b --seed x": ("--seed",),
     "compare a b --seed -1": ("--seed",),
     "compare a b --seed 99999999999999": ("--seed",),
+    "report": ("missing argument",),
+    "report a": ("missing argument 'B'",),
+    "report a b --seed -1": ("--seed",),
+    "report a b --out": ("--out",),
     "demo --seed 1.5": ("--seed",),
     "demo --seed 99999999999999": ("--seed",),
     "demo quick": ("unexpected extra argument",),
@@ -119,6 +123,7 @@ FOLDERS: dict[str, tuple[Command, tuple[str, ...]]] = {
     ),
     "compare with an empty folder": (_with_run("compare", "RUN", "EMPTY"), ("no records.csv",)),
     "compare a run without evaluation": (_with_run("compare", "RUN", "RUN"), ("evaluate",)),
+    "report of a run without evaluation": (_with_run("report", "RUN", "RUN"), ("evaluate",)),
     "compare a text": (_with_run("compare", "FILE", "FILE"), ("file", "line 1")),
 }
 
@@ -144,6 +149,7 @@ BROKEN = [
             ("evaluate", ()),
             ("predict", ("a", "b")),
             ("compare", ("a",)),
+            ("report", ("a",)),
         )
     ),
     *(Broken(name, command, says) for name, (command, says) in FOLDERS.items()),
