@@ -79,7 +79,7 @@ def _prediction(made: PredictionProfile) -> Iterator[RenderableType]:
         + (
             "measured."
             if made.measured
-            else "estimated from that of one call; --limit gives more time to measure it."
+            else "estimated from that of some windows; --limit gives more time to measure it."
         )
         + " Reading, resampling and writing are not in it."
     )

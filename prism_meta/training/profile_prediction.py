@@ -51,7 +51,8 @@ def profile_prediction(
         size: of a case.
         rounds: how often each call is timed.
         limit: seconds that timing whole cases may take. If it would take longer, the time of a case is
-            estimated: the time of one call of the model, times the number of calls.
+            estimated: that of one call of the model with several windows, or of one window if such calls
+            take too long as well, times their number.
         on_call: called after each timed call.
 
     Example:
@@ -72,7 +73,7 @@ def profile_prediction(
     rows = {subset_name(row.tolist(), modalities): row[None].to(device) for row in subsets}
     number = windows.count(size.shape)
     batch = min(number, windows.batch_size)
-    done, total = 0, len(rows) * (2 + rounds)
+    done, total = 0, len(rows) * (1 + rounds)
 
     def advance(note: str) -> None:
         nonlocal done
@@ -81,17 +82,19 @@ def profile_prediction(
 
     image = torch.randn(batch, len(modalities), *windows.patch, device=device)
     peaks = {name: PeakMemory(device) for name in rows}
-    calls = {name: partial(_segment, model, image, row) for name, row in rows.items()}
     alone = {name: partial(_segment, model, image[:1], row) for name, row in rows.items()}
     timed = partial(interleaved, device=device, on_call=advance)
     whole: dict[str, Seconds] = {}
     with torch.inference_mode(), evaluation_mode(model):
-        for name, call in calls.items():
-            with peaks[name]:
-                call()  # the first call is slow
-            advance(name)
-        batches, windows_alone = timed(calls, rounds=1), timed(alone, rounds=rounds)
-        estimates = {name: each.median * number / batch for name, each in batches.items()}
+        timed(alone, rounds=1)  # first calls are slow
+        one = timed(alone, rounds=rounds)
+        estimates = {name: each.median * number for name, each in one.items()}
+        if sum(estimates.values()) * batch <= limit * number:
+            total += len(rows)
+            for name, row in rows.items():
+                with peaks[name]:
+                    call = {name: partial(_segment, model, image, row)}
+                    estimates |= {name: timed(call, rounds=1)[name].median * number / batch}
         if sum(estimates.values()) * rounds <= limit:
             total += len(rows) * rounds
             volume = torch.randn(len(modalities), *size.shape, device=device)
@@ -107,7 +110,7 @@ def profile_prediction(
             SubsetProfile(
                 name,
                 modalities=int(row.sum()),
-                window=windows_alone[name],
+                window=one[name],
                 case=case,
                 case_seconds=estimates[name] if case is None else case.median,
                 window_flops=flops // batch,
