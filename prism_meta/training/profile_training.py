@@ -68,7 +68,12 @@ def profile_training(
             steps[name], allocated = _first_step(own, model, device)
             advance(name)
             works[name] = _step_work(own, model, allocated)
-        except (ValueError, TypeError, RuntimeError) as error:  # a model of any kind may refuse
+        except (
+            ValueError,
+            TypeError,
+            RuntimeError,
+            MemoryError,
+        ) as error:  # a model of any kind may refuse
             steps.pop(name, None)
             faults[name] = _reason(error)
         advance(name)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prism_meta.errors import PrismError
+from prism_meta.evaluation.faults import is_out_of_memory
 from prism_meta.training.facts import versions
 from prism_meta.training.profile_prediction import CaseSize, OnCall, profile_prediction
 from prism_meta.training.profile_result import Profile
@@ -44,7 +47,7 @@ def profile_run(
         on_train: called after each outer step.
 
     Raises:
-        PrismError: see ``Run.load_model``.
+        PrismError: see ``Run.load_model``, or memory ran out.
     """
     predictor = run.predictor(weights=weights)
     model = predictor.model
@@ -54,14 +57,11 @@ def profile_run(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         if subsets is not None:
-            prediction = profile_prediction(
-                predictor,
-                subsets,
-                size or typical_size(run),
-                rounds=rounds,
-                limit=limit,
-                on_call=on_predict,
-            )
+            size = size or typical_size(run)
+            with _memory_as_error(run):
+                prediction = profile_prediction(
+                    predictor, subsets, size, rounds=rounds, limit=limit, on_call=on_predict
+                )
         if strategies:
             training = profile_training(
                 run.config, model, strategies, device=device, rounds=rounds, on_call=on_train
@@ -77,6 +77,19 @@ def profile_run(
         prediction=prediction,
         training=training,
     )
+
+
+@contextmanager
+def _memory_as_error(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise PrismError(
+            f"{run.folder}: predictions need more memory than is free; profile it on a machine with more "
+            "memory, or give a smaller --shape or --limit"
+        ) from error
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

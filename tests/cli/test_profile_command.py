@@ -12,6 +12,7 @@ from commands import errors, run, settings
 from niftis import write_cases
 
 from prism_meta.bilevel.strategies import ALL_STRATEGIES
+from prism_meta.training import profiling
 from prism_meta.training.profile_size import typical_size
 from prism_meta.training.run import Run
 
@@ -150,6 +151,20 @@ def test_a_run_that_did_not_end(trained: Path, tmp_path: Path) -> None:
     assert code == 2 and errors(output) == [
         f"{folder}: the training has not ended (no weights/last.safetensors); continue it with prism-meta "
         f"train --resume {folder}"
+    ]
+
+
+def test_not_enough_memory_is_one_line(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        )
+
+    monkeypatch.setattr(profiling, "profile_prediction", fail)
+    code, output = run("profile", trained)
+    assert code == 2 and errors(output) == [
+        f"{trained}: predictions need more memory than is free; profile it on a machine with more memory, "
+        "or give a smaller --shape or --limit"
     ]
 
 
