@@ -73,7 +73,7 @@ def facts(arguments: argparse.Namespace, packages: Sequence[str]) -> dict[str, A
         "processor": platform.processor() or platform.machine(),
         "threads": arguments.threads,
         "seed": arguments.seed,
-        "rounds": arguments.rounds,
+        **({"rounds": arguments.rounds} if "rounds" in arguments else {}),
     }
 
 

@@ -235,7 +235,6 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--holdout", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--skip-steps", action="store_true", help="only whole trainings")
     parser.add_argument(
         "--json", type=Path, default=Path(__file__).parent / "results/planning.json"

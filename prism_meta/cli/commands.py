@@ -1,4 +1,4 @@
-"""The command line: prism-meta demo | cases | plan | train | evaluate | predict | compare."""
+"""The command line: prism-meta demo | cases | plan | train | profile | evaluate | predict | compare."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from prism_meta.cli import (
     compare_command,
     demo,
     plan_command,
+    profile_command,
     survey_command,
     train_command,
     workflow,
@@ -84,6 +85,7 @@ app.command("plan", epilog=plan_command.EXAMPLES)(plan_command.run_plan)
 
 
 app.command("train", epilog=train_command.EXAMPLES)(train_command.run_train)
+app.command("profile", epilog=profile_command.EXAMPLES)(profile_command.run_profile)
 
 
 @app.command(
@@ -194,7 +196,8 @@ def run_predict(
     console.print(f"{len(written)} label volumes in {out}", soft_wrap=True)
 
 
-app.command("compare", epilog=compare_command.EXAMPLES)(compare_command.run_compare)
+app.command("compare", epilog=compare_command.COMPARE_EXAMPLES)(compare_command.run_compare)
+app.command("report", epilog=compare_command.REPORT_EXAMPLES)(compare_command.run_report)
 
 
 def main() -> None:

@@ -106,6 +106,7 @@ def evaluate_run(
     # All files of the run are read first: a fault in one of them must not cost the predictions.
     history, facts = run.history(), _facts(run, weights or run.kinds[0])
     options = [*([] if weights is None else ["--weights", weights]), *["--flips"] * flips]
+    options += [] if cleanup == "run" else ["--clean-up", cleanup]
     commands = _commands(run, command, cases=root, options=options)
     cases, faults = (
         _held_out(run) if root is None else find_configured(run.config, root, label=True)

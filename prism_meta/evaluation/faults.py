@@ -31,14 +31,24 @@ def memory_as_case_error(case: Case) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # PyTorch has an exception of its own for GPUs; on the CPU only the text tells.
-        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        if not known and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise CaseError(
             f"case {case.id}: needs more memory than is free; predict it on a machine with more "
             "memory, or crop its files"
         ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was not enough memory, on any device.
+
+    Example:
+        >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shape"))
+        (True, False)
+    """
+    # PyTorch has an exception of its own for GPUs; on the CPU only the text tells.
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "can't allocate memory" in str(error)
 
 
 def check_finite(logits: Tensor, case: Case) -> None:

@@ -110,6 +110,20 @@ class Windows:
         each = (image[0].numel() + window) * num_classes * image.element_size()
         return max(1, LOGITS_BYTES // each)
 
+    def count(self, shape: Sequence[int]) -> int:
+        """How many windows an image of shape (d, h, w) is cut into.
+
+        Example:
+            >>> from prism_meta.networks.prism import PrismNet
+            >>> net = PrismNet(spatial_dims=2, width=1)
+            >>> Windows(net, patch=(32, 32), overlap=0.5, batch_size=4).count((48, 20, 10))
+            20
+        """
+        slices = math.prod(shape[len(self.patch) :])
+        steps = [max(1, int(size * (1 - self.overlap))) for size in self.patch]
+        along = zip(shape, self.patch, steps, strict=False)
+        return slices * math.prod(1 + math.ceil(max(0, n - size) / s) for n, size, s in along)
+
     def logits(self, image: Tensor, subsets: Tensor) -> Tensor:
         """Logits (S, K, d, h, w) of image (M, d, h, w) for subsets, bool (S, M)."""
         from monai.inferers.utils import sliding_window_inference

@@ -194,7 +194,9 @@ def test_a_run_tells_how_it_was_started(
     assert shlex.join(command_line()) == f"{told} train 'my cases'"
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "evaluate", "predict", "compare"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "train", "evaluate", "predict", "compare", "report"]
+)
 def test_help_has_examples(command: str) -> None:
     code, output = run(*([command] if command else []), "--help")
     plain = re.sub(r"\x1b\[[0-9;]*m", "", output)

@@ -63,6 +63,7 @@ def test_every_command_writes_in_every_encoding(
     commands: list[tuple[int, list[object]]] = [
         (0, ["cases", cases, *options]),
         (0, ["train", cases, "--out", out, *options, "-s", "training.steps=1"]),
+        (0, ["profile", out, "--only", "predict", "--subsets", "t1", "--repeats", "2"]),
         (0, ["evaluate", out]),
         (0, ["predict", out, cases, tmp_path / "labels-≥"]),
         (0, ["compare", out, out]),
