@@ -27,7 +27,7 @@ from prism_meta.files import atomic
 #: Candidate centres of patches stored per class. More would only make the cache larger.
 _CENTRES_PER_CLASS = 10_000
 #: Increase it when preprocessing changes, so that old caches are not used.
-_VERSION = 5
+_VERSION = 6
 #: Cached files that one process keeps mapped into memory.
 _OPEN_CASES = 1024
 #: Entry of a cached file's metadata.
@@ -101,8 +101,8 @@ class CachedCase:
         stored = self._stored()
         for m, is_shown in enumerate(shown.tolist()):
             if is_shown:
-                image[m] = stored[f"image_{m}"][box]
-        return image, stored["target"][box].long()
+                image[m] = stored.volume(f"image_{m}")[box]
+        return image, stored.volume("target")[box].long().contiguous()
 
     def _stored(self) -> _Mapped:
         try:
@@ -134,6 +134,10 @@ class _Mapped:
         if name not in self._tensors:
             self._tensors[name] = self._stored.get_tensor(name)
         return self._tensors[name]
+
+    def volume(self, name: str) -> Tensor:
+        """A tensor that ``_by_slice`` arranged, with its axes in order."""
+        return self[name].movedim(0, -1)
 
 
 def _mapped(path: Path) -> _Mapped:
@@ -207,10 +211,10 @@ def _store(path: Path, case: Case, ready: Prepared, *, num_classes: int) -> tupl
         raise CaseError(no_brain(case))
     # One tensor per modality, so that hidden ones are not read. Half precision halves the reading time.
     tensors = {
-        f"image_{case.modalities.index(name)}": image.half().contiguous()
+        f"image_{case.modalities.index(name)}": _by_slice(image.half())
         for name, image in zip(ready.names, ready.image, strict=True)
     }
-    tensors["target"] = ready.target.contiguous()
+    tensors["target"] = _by_slice(ready.target)
     inside = [ready.brain, *(ready.target == k for k in range(1, num_classes))]
     for k, voxels in enumerate(inside):
         flat = voxels.flatten().nonzero().flatten()
@@ -226,6 +230,11 @@ def _store(path: Path, case: Case, ready: Prepared, *, num_classes: int) -> tupl
     _tag(path.parent)
     d, h, w = ready.target.shape
     return d, h, w
+
+
+def _by_slice(volume: Tensor) -> Tensor:
+    """The slices one after the other, so that a patch of one slice is not spread over the whole file."""
+    return volume.movedim(-1, 0).contiguous()
 
 
 def _tag(folder: Path) -> None:
@@ -245,7 +254,7 @@ def _verified_shape(path: Path) -> tuple[int, int, int] | None:
         with safe_open(path, framework="pt") as stored:
             if stored.metadata()[_CHECKSUM] != _checksum(content):
                 raise ValueError("its checksum differs")
-            d, h, w = stored.get_slice("target").get_shape()
+            w, d, h = stored.get_slice("target").get_shape()
     # KeyError and TypeError: another program's metadata, or none.
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         reason = one_line(" ".join(str(error).split())[:120])

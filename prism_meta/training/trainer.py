@@ -157,6 +157,7 @@ class Trainer:
             indices,
             workers=self.feedback.most_workers(workers),
             pin=self.fabric.device.type == "cuda",
+            give_way=self.fabric.device.type == "cpu",
             state_of=self.feedback.state_of,
         )
         with closing(loaded) as episodes:

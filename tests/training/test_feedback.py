@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -350,3 +352,19 @@ def test_workers_by_default(
         device=torch.device(device), world_size=processes, strategy=SimpleNamespace(num_nodes=1)
     )
     assert default_workers(fabric, episodes) == expected
+
+
+class Priorities:
+    """Items that say how nice the process is that loads them."""
+
+    def __getitem__(self, index: int) -> int:
+        return os.nice(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "nice"), reason="there is no niceness on Windows")
+@pytest.mark.parametrize("give_way", [False, True])
+def test_processes_give_way_to_the_training(give_way: bool) -> None:
+    own = os.nice(0)
+    with closing(load_episodes(Priorities(), range(1), workers=1, give_way=give_way)) as loaded:
+        assert list(loaded) == [19 if give_way else own]
+    assert os.nice(0) == own
