@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import errors, run, settings
@@ -46,10 +47,10 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, signal.Signal
     signals: dict[int, signal.Signals] = {}
     take = trainer.Trainer._step
 
-    def taking(self: trainer.Trainer, step: int, episodes: object) -> object:
+    def taking(self: trainer.Trainer, step: int, *arguments: Any) -> object:
         if step in signals:
             os.kill(os.getpid(), signals.pop(step))
-        return take(self, step, episodes)  # type: ignore[arg-type]
+        return take(self, step, *arguments)
 
     monkeypatch.setattr(trainer.Trainer, "_step", taking)
     return signals
