@@ -31,8 +31,8 @@ def nodes(size: int) -> set[str]:
     return {node.name() for node in graph_nodes(value.loss)}
 
 
-#: A slice whose eight feature maps are as large as fast group normalisation asks for.
-SIDE = int((fast_derivatives.SMALLEST[F.group_norm] / 8) ** 0.5) + 1
+#: A slice with as many values as a net with group normalisation needs.
+SIDE = int((fast_derivatives.SMALLEST[F.group_norm] / 2) ** 0.5) + 1
 
 
 def test_fast_derivatives_have_a_switch_and_leave_small_images_to_torch() -> None:
@@ -43,6 +43,13 @@ def test_fast_derivatives_have_a_switch_and_leave_small_images_to_torch() -> Non
         assert "_GroupNormBackward" not in nodes(side)
         with pm.use_fast_derivatives(True):
             assert "_GroupNormBackward" in nodes(side)
+
+
+def test_instance_normalisation_gains_from_smaller_images() -> None:
+    least = fast_derivatives.least_arguments
+    assert least(normalised().modules()) == fast_derivatives.SMALLEST[F.group_norm] // 2
+    net = nn.Sequential(normalised(), nn.InstanceNorm3d(2))
+    assert least(net.modules()) == fast_derivatives.SMALLEST[F.instance_norm]
 
 
 @pytest.mark.parametrize(

@@ -131,9 +131,10 @@ def graph_nodes(tensor: Tensor) -> Iterator[Any]:
     while nodes:
         node = nodes.pop()
         yield node
-        parents = {parent for parent, _ in node.next_functions if parent is not None} - seen
-        seen |= parents
-        nodes += parents
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                nodes.append(parent)
 
 
 def graph_leaves(tensor: Tensor) -> Iterator[Tensor]:
@@ -141,6 +142,9 @@ def graph_leaves(tensor: Tensor) -> Iterator[Tensor]:
     if tensor.grad_fn is None and tensor.requires_grad:
         yield tensor
     for node in graph_nodes(tensor):
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Tensor):
-            yield leaf
+        if (
+            not node.next_functions
+        ):  # the nodes that accumulate gradients are ends, and few others are
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, Tensor):
+                yield leaf

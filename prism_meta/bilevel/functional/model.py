@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from prism_meta.bilevel.functional import kernels, trees
 from prism_meta.bilevel.functional.checks import check_model, refuse_hidden_parameters
 from prism_meta.bilevel.functional.errors import translated
-from prism_meta.bilevel.functional.fast_derivatives import fast_derivatives
+from prism_meta.bilevel.functional.fast_derivatives import fast_derivatives, least_arguments
 from prism_meta.bilevel.functional.protocols import LearnedObjective, Objective
 from prism_meta.bilevel.functional.recompute import RandomState, Substitution, placeholders
 from prism_meta.bilevel.functional.trees import Params, Tree
@@ -81,6 +81,7 @@ class FunctionalModel:
         self.own_buffers: Params = dict(model.named_buffers())
         self.device = next(iter(self.trainable.values())).device
         self.compiled = any(map(_is_compiled, modules))
+        self.least = least_arguments(modules)
         self.substitution = Substitution(model)
         self._searched = False
 
@@ -130,7 +131,7 @@ class FunctionalModel:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = self.cast(args), self.cast(kwargs)
-            fast = nullcontext() if self.compiled else fast_derivatives((args, kwargs))
+            fast = nullcontext() if self.compiled else fast_derivatives((args, kwargs), self.least)
             with fast, _quiet() if self.compiled else nullcontext():
                 return self.substitution.run(state, lambda: self.model(*args, **kwargs))
 

@@ -19,8 +19,9 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -42,10 +43,26 @@ _INTERCEPTED = {*normalization.REPLACEMENTS, F.leaky_relu, *_CONVOLUTIONS}
 _enabled: ContextVar[bool] = ContextVar("fast_derivatives", default=True)
 
 
-def fast_derivatives(arguments: Any) -> AbstractContextManager[Any]:
-    """The context in which a model is called with ``arguments``, a tree; the one entry point."""
+def least_arguments(modules: Iterable[nn.Module]) -> int:
+    """How many values the arguments of a model with these modules need, for it to gain anything.
+
+    Interception takes time in every operation. Features of a net have more values than its image, so that
+    group normalisation gains from half of its own threshold on; instance normalisation gains everywhere.
+    """
+    if any(isinstance(module, _InstanceNorm) for module in modules):
+        return SMALLEST[F.instance_norm]
+    return SMALLEST[F.group_norm] // 2
+
+
+def fast_derivatives(arguments: Any, least: int = 0) -> AbstractContextManager[Any]:
+    """The context in which a model is called; the one entry point.
+
+    Args:
+        arguments: of the call, a tree.
+        least: see ``least_arguments``. Defaults to none.
+    """
     size = max((t.numel() for t in tree_leaves(arguments) if isinstance(t, Tensor)), default=0)
-    if size < min(SMALLEST.values()) or not _enabled.get() or not _agrees_with_torch():
+    if size < least or not _enabled.get() or not _agrees_with_torch():
         return nullcontext()
     return Interception(SMALLEST)
 
