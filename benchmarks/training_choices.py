@@ -1,14 +1,16 @@
-"""What do validation, averaged weights, a start from another run, and averaged folds change?
+"""What do validation, averaged weights, folds, clean-ups and a start from another run change?
 
     python benchmarks/training_choices.py DATA             # about 30 minutes on one thread
     python benchmarks/training_choices.py DATA --steps 60  # a short look; little is learned in so few steps
 
 DATA is a folder of cases with the modalities and labels of BraTS. Some cases are kept for the test, and the
-others are divided into two folds. Each fold trains a model and is the validation of the other one. A further
-model starts from a run on phantoms and trains on both folds, and one with as many steps starts from random
-weights. All subsets of the test cases are predicted. Dice and HD95 are means over all subsets and regions,
-with 95 % bootstrap intervals over cases, and differences are paired. There is one seed, and there are few
-cases: an interval says how much cases differ, not how much another draw of weights and folds would.
+others are divided into two folds. Each fold trains a model and is the validation of the other one, which
+chooses the best weights and the clean-up. Both models together do only what both chose. A further model
+starts from a run on phantoms and trains on both folds, and one with as many steps starts from random weights.
+
+All subsets of the test cases are predicted. Dice and HD95 are means over all subsets and regions, with 95 %
+bootstrap intervals over cases, and differences are paired. There is one seed, and there are few cases: an
+interval says how much cases differ, not how much another draw of weights and folds would.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ from rich.table import Table
 
 import prism_meta as pm
 from prism_meta.data.phantom import write_phantoms
+from prism_meta.evaluation.cleaned import CleanedRecords
 from prism_meta.records import Record
 from prism_meta.report import compare, summarize
-from prism_meta.training.ensembles import ensemble_predictor
+from prism_meta.training.cleanup_file import CLEANUP
+from prism_meta.training.ensembles import cleanup_of, ensemble_predictor
 from prism_meta.training.run import Run
 
 SETTINGS = ("data.spacing=[2, 2, 2]", "data.patch=[48, 48]", "data.batch_size=8")
@@ -77,9 +81,16 @@ class Comparisons:
         self.rows: list[dict[str, Any]] = []
 
     def add(self, name: str, predictor: pm.Predictor, *, to: str | None = None) -> None:
-        """Measure ``predictor`` under a name, and compare it with an earlier one, ``to``."""
-        self.records[name] = predictor.evaluate(self.test)
+        """Measure ``predictor`` under a name, and compare it with an earlier one, ``to``.
+
+        If it has a clean-up, a second row compares the labels after it with those before.
+        """
+        cleaned = CleanedRecords(predictor)
+        self.records[name] = predictor.evaluate(self.test, on_prediction=cleaned)
         self.compare(name, to=to)
+        if predictor.cleanup.is_on:
+            self.records[f"{name}, cleaned"] = cleaned.records(self.records[name])
+            self.compare(f"{name}, cleaned", to=name)
 
     def compare(self, name: str, *, to: str | None = None) -> None:
         """Add a row for records that were measured."""
@@ -108,11 +119,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         out = folder / f"fold{number}"
         trainings.append(train(rest, out, arguments, f"validation.cases={names}", *watched))
     runs = [Run.open(folder / f"fold{number}") for number in range(len(folds))]
-    for kind in ("last", "ema", "best"):
-        predictor = ensemble_predictor(runs[:1], weights=kind)
-        scores.add(f"fold 0, {kind}", predictor, to=None if kind == "last" else "fold 0, last")
-    scores.add("fold 1, best", ensemble_predictor(runs[1:], weights="best"))
-    scores.add("both folds, best", ensemble_predictor(runs, weights="best"), to="fold 0, best")
+    scores.add("fold 0, last", ensemble_predictor(runs[:1], weights="last"))
+    scores.add("fold 0, ema", ensemble_predictor(runs[:1], weights="ema"), to="fold 0, last")
+    against = {"fold 0": "fold 0, last", "both folds": "fold 0, best"}
+    for name, chosen in {"fold 0": runs[:1], "fold 1": runs[1:], "both folds": runs}.items():
+        predictor = ensemble_predictor(chosen, weights="best", cleanup=cleanup_of(chosen, "run"))
+        scores.add(f"{name}, best", predictor, to=against.get(name))
 
     complete = torch.ones(arguments.phantoms, len(pm.BRATS), dtype=torch.bool)
     write_phantoms(folder / "phantoms", complete, seed=arguments.seed)
@@ -129,6 +141,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "test": [case.id for case in test],
         "folds": [[case.id for case in fold] for fold in folds],
         "trainings": trainings,
+        "cleanups": [json.loads((run.folder / CLEANUP).read_text()) for run in runs],
         "scores": scores.rows,
     }
 
