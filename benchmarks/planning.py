@@ -19,13 +19,16 @@ the process takes 1.12 to 1.53 times the prediction, and more in long trainings.
 on a CPU. Setting MALLOC_MMAP_THRESHOLD_=262144 avoids it and doubles the time of a step.
 
 Whole trainings on 10 glioma cases (3 held out, one thread, 150 s each, one seed, a machine that did other
-work): the default configuration (2 mm, 96 x 96) takes 86 steps in first order and 40 in second, and Dice is
-0.22 and 0.18. The plans for 1.6, 2.5 and 4 GB have the same sizes, because the time is what limits them (2
-mm, 32 x 32). They take 540 to 595 and 256 to 267 steps, and Dice is 0.43, 0.50, 0.44 and 0.36, 0.39, 0.36.
+work): the default configuration (2 mm, 96 x 96) takes 84 steps in first order and 39 in second, and Dice is
+0.22 and 0.20. The plans for 1.6, 2.5 and 4 GB have the same sizes, because the time is what limits them (2
+mm, 32 x 32). They take 463 to 548 and 227 to 247 steps, and Dice is 0.48, 0.35, 0.45 and 0.34, 0.33, 0.36. So
+the same plan differs by 0.13 between three runs in first order, and by 0.03 in second; an earlier series had
+0.43, 0.50, 0.44 and 0.36, 0.39, 0.36. All intervals of the difference to the default lie above 0.09.
+
 Before plans knew of the time, patches were as large as the memory allowed: in 200 s the default reached
 0.35 in first order, the plan for 1.6 GB (1 mm, 96 x 96, 123 steps) 0.30, and that for 2.5 GB (1 mm, 144 x
-144, 50 steps) 0.19. The anonymous memory was 1.24 (first order) and 1.02 (second) times the prediction for
-the default configuration. For the plans it was 0.56 and 0.70 times, because their prediction is that of
+144, 50 steps) 0.19. The anonymous memory was 1.09 (first order) and 1.02 (second) times the prediction for
+the default configuration. For the plans it was 0.51 and 0.64 times, because their prediction is that of
 preparing a case, and the cases had been prepared before.
 """
 
