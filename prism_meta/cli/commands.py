@@ -1,4 +1,4 @@
-"""The command line: prism-meta demo | cases | plan | train | profile | evaluate | predict | compare."""
+"""The command line: prism-meta demo, cases, plan, train, profile, evaluate, predict, compare, report."""
 
 from __future__ import annotations
 

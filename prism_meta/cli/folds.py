@@ -16,7 +16,7 @@ from prism_meta.training.run import Run
 
 #: Number of folds if neither ``--folds`` nor the configuration says it, as in nnU-Net.
 FOLDS = 5
-#: What a configuration says that has one of the two keys.
+#: Part of the message for a configuration that sets only one of data.fold and data.folds.
 _ALONE = "got one without the other"
 #: Trains one fold in its folder: its configuration, and whether it goes on.
 TrainOne = Callable[[Config, Path, bool], None]

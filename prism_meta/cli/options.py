@@ -55,7 +55,7 @@ CleanUp = Annotated[
     CleanupChoice,
     typer.Option(
         "--clean-up",
-        help="Rules that remove small components from labels: those that the run chose on its validation "
-        "cases, if any; that of BraTS tables, an ET under 0.5 ml (500 voxels of 1 mm) is none; or no rule.",
+        help="How labels are cleaned up. run: by the rules that the run chose on its validation cases, if "
+        "any; brats: an ET under 0.5 ml (500 voxels of 1 mm) is removed; none: labels stay as predicted.",
     ),
 ]

@@ -17,7 +17,7 @@ from prism_meta.training.profile_result import (
 )
 from prism_meta.training.timing import Seconds
 
-#: Of numbers of operations, each 1000 times the one before.
+#: Prefixes for numbers of operations, each 1000 times the one before.
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
@@ -75,7 +75,7 @@ def _prediction(made: PredictionProfile) -> Iterator[RenderableType]:
     yield table
     yield (
         f"A case has {made.windows} windows ({made.shape_source}), {made.batch} in each call of the network; "
-        f"memory is that of a call. the ratio compares cases with {largest.subset}. The time of a case is "
+        f"memory is that of a call. The ratio compares cases with {largest.subset}. The time of a case is "
         + (
             "measured."
             if made.measured

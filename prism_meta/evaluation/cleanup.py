@@ -1,4 +1,4 @@
-"""Clean-up of predicted labels, region by region: small or far components that are not believed."""
+"""Clean-up of predicted labels: small or isolated components are removed, region by region."""
 
 from __future__ import annotations
 
@@ -77,12 +77,11 @@ class RegionRule:
 class Cleanup:
     """Rules by region, which change predicted class indices.
 
-    Regions are cleaned from the one with the most classes to that with the fewest, e.g. WT, TC, ET. The
-    voxels of a removed component are in the region no more, and in no region within it. They become a class
-    of the smallest region around it that is not in the region itself: a removed ET becomes the necrotic
-    class of TC, a removed TC becomes oedema, and a removed WT background. If there are several such classes,
-    it is that of the fewest regions, and of these the first of the surrounding region. Regions that only
-    overlap do not surround each other.
+    Regions are cleaned in order of their number of classes, e.g. WT, then TC, then ET. The voxels of a
+    removed component leave the region and all regions inside it. They get a class of the smallest region
+    around it: a removed ET becomes the necrotic class of TC, a removed TC becomes oedema, and a removed WT
+    becomes background. If the surrounding region has several such classes, the one that belongs to the
+    fewest regions is taken, and then the first. Regions that only overlap do not surround each other.
 
     Args:
         rules: region -> rule. Regions without one stay as predicted.
@@ -133,7 +132,7 @@ class Cleanup:
 
     @staticmethod
     def common(cleanups: Sequence[Cleanup]) -> Cleanup:
-        """What all of several clean-ups do: in each region the least of what they remove.
+        """What several clean-ups have in common: in each region the weakest of their rules.
 
         Example:
             >>> first = Cleanup({"WT": RegionRule(largest=True, total_ml=2.0)})
@@ -161,7 +160,7 @@ BRATS_CLEANUP = Cleanup({"ET": RegionRule(total_ml=0.5)})
 
 @dataclass(frozen=True)
 class Components:
-    """The connected components of a mask, by their voxels alone.
+    """The connected components of a mask. Only their voxels are stored.
 
     Args:
         flat: (n,) long, flat indices of the n voxels of the mask.
@@ -229,5 +228,5 @@ def replacement(labels: LabelSet, region: str) -> int:
 
 
 def _least(ml: float) -> float:
-    """The volume in mm^3 that is not smaller than ``ml``."""
+    """A volume in ml as mm^3, less the tolerance for rounding."""
     return ml * 1000 * (1 - _ROUNDED)

@@ -42,7 +42,7 @@ OnPrediction = Callable[[Case, Volume, str, Tensor, Tensor], None]
 
 
 class PredictedMaps(NamedTuple):
-    """A prediction with what it was decided by, on the case's own grid.
+    """Predicted labels with the probabilities behind them, on the case's own grid.
 
     Args:
         labels: (D, H, W), see ``Predictor.predict``.
@@ -167,7 +167,7 @@ class Predictor:
             subset: see ``predict``.
 
         Returns:
-            The labels that ``predict`` returns, and the probabilities, which know no clean-up.
+            The labels that ``predict`` returns, and the probabilities, to which no clean-up applies.
 
         Raises:
             CaseError: see ``predict``.
@@ -292,7 +292,7 @@ class Predictor:
     def _logits(
         self, case: Case, volume: Volume, subsets: Tensor
     ) -> Iterator[tuple[int, Tensor, tuple[slice, ...], Prepared]]:
-        """Of each subset its row, its logits (K, d, h, w), and the box of the model's grid where they lie."""
+        """Yield each subset's row, its logits (K, d, h, w), and their box on the model's grid."""
         prepared = self.preprocessing(volume)
         image = torch.zeros(subsets.shape[1], *prepared.brain.shape)
         for name, channel in zip(prepared.names, prepared.image, strict=True):

@@ -61,5 +61,5 @@ def mutual_information(members: Iterable[Tensor]) -> Tensor:
         count += 1
     if mean is None or entropy is None:
         raise ValueError("members: got no model, expected at least one")
-    # By convexity it is not negative, but for rounding.
+    # It is never negative, by convexity; rounding can make it so.
     return (normalized_entropy(mean / count) - entropy / count).clamp_(0, 1)

@@ -52,7 +52,8 @@ def choose_cleanup(
         voxel: volume of a voxel of the model's grid in mm^3.
         processes: all of them return the same.
 
-    Source: Isensee et al., nnU-Net, Nature Methods 2021, which decides on the largest component so.
+    Source: nnU-Net (Isensee et al., Nature Methods 2021) decides in this way whether to keep only the
+    largest component.
     """
     labels, cases = validation.labels, validation.cases
     rank, world = processes.fabric.global_rank, processes.fabric.world_size

@@ -44,7 +44,7 @@ class Kind(ABC):
     @abstractmethod
     def __init__(self, folder: Path, *, run: str, id: str | None) -> None:
         self.logger: Any
-        #: Of the logger's run.
+        #: Identifies the run in the logger.
         self.id = ""
 
     def log_settings(self, settings: Mapping[str, bool | int | float | str]) -> None:
@@ -93,7 +93,7 @@ class MLflow(Kind):
     packages = ("mlflow", "pytorch_lightning", "sqlalchemy", "alembic")
 
     def __init__(self, folder: Path, *, run: str, id: str | None) -> None:
-        # It would tell its makers what is used, and seven retries would hold up the training for minutes
+        # By default it reports usage to its makers, and its seven retries hold up the training for minutes
         # when the server is down.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
@@ -101,7 +101,7 @@ class MLflow(Kind):
         from mlflow.tracking import MlflowClient
         from pytorch_lightning.loggers import MLFlowLogger
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table it makes
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it logs every table that it creates
         server = os.environ.get("MLFLOW_TRACKING_URI")
         place = folder.resolve()
         uri = server or f"sqlite:///{place / 'mlflow.db'}"
