@@ -106,7 +106,7 @@ def test_the_tables_name_every_subset_and_strategy(trained: Path) -> None:
     code, output = run("profile", trained, "--only", "predict", "--repeats", 2)
     assert code == 0, output
     assert sum(line.split()[:1] == ["flair+t1ce+t1+t2"] for line in output.splitlines()) == 1
-    assert "the ratio compares cases with flair+t1ce+t1+t2" in " ".join(output.split())
+    assert "The ratio compares cases with flair+t1ce+t1+t2" in " ".join(output.split())
     assert "Training" not in output and "median of 1 held-out case" in output
     code, output = run(
         "profile", trained, "--only", "train", "--repeats", 2, "--strategies", "single_level"
