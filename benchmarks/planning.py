@@ -13,9 +13,9 @@ the anonymous memory of ``prism-meta train`` and its workers against the whole p
 cases against that of the default configuration with the same strategy (mean of all subsets and regions, and
 the paired difference with its 95 % interval over cases).
 
-Result: the bytes that a step allocates are 0.997 to 1.012 times the prediction, on all three networks and in
+Result: the bytes that a step allocates are 0.997 to 1.014 times the prediction, on all three networks and in
 both orders. What glibc keeps on top of them is not predicted that well: in ten steps with changing masks,
-the process takes 1.12 to 1.53 times the prediction, and more in long trainings. ``plan`` reckons with 1.5
+the process takes 1.15 to 1.62 times the prediction, and more in long trainings. ``plan`` reckons with 1.5
 on a CPU. Setting MALLOC_MMAP_THRESHOLD_=262144 avoids it and doubles the time of a step.
 
 Whole trainings on 10 glioma cases (3 held out, one thread, 150 s each, one seed, a machine that did other
