@@ -1,4 +1,4 @@
-"""Pages with every section that they can have, from records and arrays alone."""
+"""Pages with every section that they can have, made only of records and arrays."""
 
 from __future__ import annotations
 

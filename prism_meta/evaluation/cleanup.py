@@ -93,8 +93,8 @@ class Cleanup:
         >>> cleanup(classes, BRATS_LABELS, voxel=1.0).flatten().tolist()
         [1, 1, 1, 0, 0, 0, 0]
 
-    Source: Isensee et al., nnU-Net, Nature Methods 2021, for the largest component; Ding et al., RFNet,
-    ICCV 2021, for a region that counts as none below a volume.
+    Source: nnU-Net (Isensee et al., Nature Methods 2021) keeps the largest component. RFNet (Ding et al.,
+    ICCV 2021) removes a region below a volume.
     """
 
     rules: Mapping[str, RegionRule] = field(default_factory=dict)

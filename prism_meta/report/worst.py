@@ -33,7 +33,7 @@ class WorstCases:
     """Keeps the cases with the lowest Dice from all modalities that they have.
 
     Pass it to ``evaluate_case`` as ``on_prediction``, and each case's records to ``add``. It keeps slices of
-    the worst cases so far and of the last case alone, so that many cases need little memory.
+    only the worst cases so far and of the last case, so that many cases need little memory.
 
     Args:
         cases: number of cases to keep. Defaults to 3.

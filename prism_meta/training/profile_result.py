@@ -31,7 +31,7 @@ class SubsetProfile:
     Args:
         subset: its name.
         modalities: the number of modalities in it.
-        window: seconds of one window alone.
+        window: seconds of one window in a call of its own.
         case: seconds of all windows of a case; None if they are not measured.
         case_seconds: the median of ``case``, or the estimate that replaces it.
         window_flops: FLOPs of one window.

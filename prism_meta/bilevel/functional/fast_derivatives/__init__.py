@@ -44,7 +44,7 @@ _enabled: ContextVar[bool] = ContextVar("fast_derivatives", default=True)
 
 
 def least_arguments(modules: Iterable[nn.Module]) -> int:
-    """How many values the arguments of a model with these modules need, for it to gain anything.
+    """The number of values from which a model with these modules gains, in the largest of its arguments.
 
     Interception takes time in every operation. Features of a net have more values than its image, so that
     group normalisation gains from half of its own threshold on; instance normalisation gains everywhere.
