@@ -152,6 +152,14 @@ class MetaStrategy(ABC):
         """Estimated bytes beyond the model at K = ``steps``, for each way to use this class."""
         return {}
 
+    @property
+    def evaluations(self) -> int:
+        """Gradients of the objective per episode.
+
+        A product with second derivatives counts as two, and an evaluation without a gradient as none.
+        """
+        return 1
+
     def outer_optimizer(
         self, params: Sequence[nn.Parameter], total_steps: int
     ) -> tuple[Optimizer, LRScheduler] | None:

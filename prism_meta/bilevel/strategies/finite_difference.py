@@ -87,6 +87,10 @@ class FiniteDifference(AdjointStrategy):
     units = "4, in float64"
     equation = "E4"
 
+    @property
+    def evaluations(self) -> int:
+        return 3 * self.steps + 1
+
     @classmethod
     def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
         narrow = sizes.forward + (2 * steps + 4) * sizes.params

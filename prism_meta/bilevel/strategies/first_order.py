@@ -162,6 +162,10 @@ class Reptile(AdaptingStrategy):
     has_meta_gradient = False
     learns_hyper_parameters = False
 
+    @property
+    def evaluations(self) -> int:
+        return self.steps
+
     @classmethod
     def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
         return {cls.__name__: sizes.forward + 2 * sizes.params}

@@ -66,6 +66,11 @@ class ImplicitMAML(AdaptingStrategy):
     options = ("proximal", "cg_steps")
     learns_hyper_parameters = False
 
+    @property
+    def evaluations(self) -> int:
+        # L_train is the mean over the batches of all steps, and each product takes all of them.
+        return self.steps + 1 + self.steps * (1 + 2 * (self.cg_steps + 1))
+
     @classmethod
     def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
         return {cls.__name__: sizes.forward + sizes.backward + 6 * sizes.params}

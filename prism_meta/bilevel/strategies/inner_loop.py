@@ -72,6 +72,10 @@ class AdaptingStrategy(FunctionalStrategy):
             )
         self.inner, self.steps, self.adapt = inner, steps, adapt
 
+    @property
+    def evaluations(self) -> int:
+        return self.steps + 1
+
     def split(self, phi: Params) -> tuple[Params, Params]:
         """The adapted and the fixed parameters."""
         chosen = {n: p for n, p in phi.items() if self.adapt is None or self.adapt(n)}

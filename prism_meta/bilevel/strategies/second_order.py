@@ -56,6 +56,10 @@ class SecondOrder(AdjointStrategy):
     units = "4"
     equation = "E4"
 
+    @property
+    def evaluations(self) -> int:
+        return 3 * self.steps + 1
+
     @classmethod
     def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
         both = sizes.forward + sizes.backward

@@ -68,6 +68,9 @@ def messages(error: ValidationError, schema: type[BaseModel]) -> list[str]:
 
 def _explain(key: str, faults: Sequence[Any], fields: Mapping[str, FieldInfo]) -> Iterator[str]:
     first = faults[0]
+    if first["type"] == "missing" and isinstance(first["loc"][-1], str):
+        yield f"{key}: lacks {first['loc'][-1]}; give it"
+        return
     if first["type"] == "extra_forbidden":
         sections = dict.fromkeys(name.rpartition(".")[0] for name in fields if "." in name)
         kind, known = ("section", sections) if isinstance(first["input"], dict) else ("key", fields)

@@ -1,0 +1,165 @@
+"""Runs a study: what is due is trained in several processes, until nothing is due any more."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from filelock import FileLock, Timeout
+
+from prism_meta.data.phantom import write_phantoms
+from prism_meta.errors import PrismError
+from prism_meta.files import write_whole, writable_folder
+from prism_meta.training.stopping import StopRequest, TrainingStopped
+from prism_meta.training.study.jobs import Job, Plan
+from prism_meta.training.study.results import Result, Results
+from prism_meta.training.study.schema import PhantomsConfig, Study
+from prism_meta.training.study.work import run_job
+
+
+class OnRun(Protocol):
+    """Told after each run."""
+
+    def __call__(self, done: int, total: int, note: str) -> None:
+        """``done`` of the ``total`` runs that are known by now are made; ``note`` names the last one."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a call of ``run_study`` did.
+
+    Args:
+        made: number of runs that it made.
+        left: number of known runs that are still to be made.
+        faults: a line for each run that failed.
+    """
+
+    made: int
+    left: int
+    faults: tuple[str, ...]
+
+
+def run_study(
+    study: Study,
+    folder: Path | str,
+    *,
+    jobs: int | None = None,
+    limit: float | None = None,
+    keep: bool = False,
+    on_run: OnRun = lambda done, total, note: None,
+) -> Made:
+    """Make the runs of a study that are not made yet.
+
+    Each run has one process and one thread on a CPU, and a GPU of its own where there are GPUs. Several calls,
+    e.g. the tasks of a SLURM array, can share a folder: a run that another one works on is left to it.
+
+    Args:
+        study: see ``read_study``.
+        folder: gets ``runs.jsonl``, and holds prepared cases and unfinished runs. A study that was
+            interrupted goes on with the same folder.
+        jobs: number of processes. Defaults to one per GPU, otherwise one per core.
+        limit: seconds after which unfinished runs are saved, and no other is started.
+        keep: keep the folders of the runs, with their weights.
+        on_run: called after each run.
+
+    Raises:
+        PrismError: the folder cannot be written, or the cases cannot be read.
+    """
+    from joblib import Parallel, delayed
+
+    folder = writable_folder(folder)
+    cases = _cases(study, folder)
+    gpus = torch.cuda.device_count()
+    jobs = jobs or gpus or _cores()
+    deadline = None if limit is None else time.time() + limit
+    results, failed, made = Results(folder), dict[str, str](), 0
+    plan = Plan(study, results)
+    while due := [job for job in plan.due() if job.key not in failed]:
+        settings = [(job, cases, folder, deadline, keep, number % max(1, gpus)) for number, job in enumerate(due)]  # fmt: skip
+        parallel = Parallel(
+            n_jobs=min(jobs, len(due)),
+            return_as="generator_unordered",
+            pre_dispatch="n_jobs",
+            batch_size=1,
+        )
+        progressed = False
+        for job, found in parallel(delayed(_one)(*each) for each in settings):
+            if isinstance(found, str):
+                failed[job.key] = f"{job.title}: {found}"
+            elif found is not None:
+                made, progressed = made + 1, True
+            results.read()
+            known = plan.jobs()
+            on_run(sum(each.key in results for each in known), len(known), job.title)
+        results.read()
+        if not progressed and (deadline is None or time.time() >= deadline):
+            break
+        if deadline is not None and time.time() >= deadline:
+            break
+    left = [job for job in plan.due() if job.key not in failed]
+    return Made(made, len(left), tuple(failed.values()))
+
+
+def _one(
+    job: Job, cases: Path, folder: Path, deadline: float | None, keep: bool, gpu: int
+) -> tuple[Job, Result | str | None]:
+    """The job with its result, with what went wrong, or with nothing if it is left to others or for later."""
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(gpu)
+    lock = FileLock(writable_folder(folder / "work") / f"{job.key}.lock")
+    try:
+        with lock.acquire(timeout=0):
+            results = Results(folder)
+            if job.key in results:
+                return job, None
+            limit = None if deadline is None else deadline - time.time()
+            if limit is not None and limit <= 0:
+                return job, None
+            stop = StopRequest(limit)
+            result = run_job(job, cases, folder, keep=keep, should_stop=stop)
+            results.append(result)
+            with suppress(OSError):
+                Path(lock.lock_file).unlink()
+            return job, result
+    except (Timeout, TrainingStopped):
+        return job, None
+    except PrismError as error:
+        return job, "; ".join(error.faults)
+
+
+def _cores() -> int:
+    """The number of cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+def _cases(study: Study, folder: Path) -> Path:
+    """The folder of the cases; phantoms are written if they are not there."""
+    if study.data is not None:
+        return study.data
+    assert study.phantoms is not None  # the study was validated
+    phantoms, root = study.phantoms, folder / "phantoms"
+    stamp = folder / "phantoms.json"
+    said = phantoms.model_dump_json()
+    with FileLock(folder / "phantoms.lock"):
+        if stamp.exists() and stamp.read_text(encoding="utf-8") == said + "\n":
+            return root
+        _write(phantoms, root)
+        write_whole(stamp, said + "\n")
+    return root
+
+
+def _write(phantoms: PhantomsConfig, root: Path) -> None:
+    complete = torch.ones(phantoms.train + phantoms.test, 4, dtype=torch.bool)
+    write_phantoms(
+        root, complete, seed=phantoms.seed, shape=phantoms.shape, spacing=phantoms.spacing
+    )
