@@ -48,6 +48,7 @@ def train(
     config = pm.load_config(
         overrides=[
             *SETTINGS,
+            *arguments.set,
             f"data.cache='{out.parent / 'cache'}'",
             f"seed={arguments.seed}",
             f"training.steps={arguments.steps}",
@@ -178,6 +179,9 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=60, help="steps between validations")
     parser.add_argument("--test", type=int, default=4, help="number of test cases (default 4)")
     parser.add_argument("--phantoms", type=int, default=12, help="phantoms to start from")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="as of prism-meta train"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

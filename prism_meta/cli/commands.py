@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from prism_meta.cli import (
+    ablate_command,
     compare_command,
     demo,
     plan_command,
@@ -196,6 +197,7 @@ def run_predict(
     console.print(f"{len(written)} label volumes in {out}", soft_wrap=True)
 
 
+app.command("ablate", epilog=ablate_command.EXAMPLES)(ablate_command.run_ablate)
 app.command("compare", epilog=compare_command.COMPARE_EXAMPLES)(compare_command.run_compare)
 app.command("report", epilog=compare_command.REPORT_EXAMPLES)(compare_command.run_report)
 

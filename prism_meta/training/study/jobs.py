@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import Any, Literal
 
 import torch
@@ -95,15 +95,22 @@ class Plan:
         """The runs that are known by now and not made."""
         return [job for job in self.jobs() if job.key not in self.results]
 
+    def compared(self) -> list[Job]:
+        """The runs whose scores are compared, as far as they are known, seed by seed.
+
+        A study that ends early then has all methods for the seeds that it has. One run may stand for both
+        budgets.
+        """
+        found = [job for pair in self._pairs() for job in self._compared(*pair)]
+        return sorted(found, key=lambda job: (job.stage, job.seed))
+
     def _jobs(self) -> Iterator[Job]:
-        pairs = [(m, c) for c in self.study.conditions for m in self.study.methods]
-        for method, condition in pairs:
-            yield from self._search(method, condition)
-        # Seed by seed, so that a study that ends early has all methods for the seeds that it has.
-        every = [list(self._compared(method, condition)) for method, condition in pairs]
-        yield from sorted(
-            (job for jobs in every for job in jobs), key=lambda job: (job.stage, job.seed)
-        )
+        for pair in self._pairs():
+            yield from self._search(*pair)
+        yield from self.compared()
+
+    def _pairs(self) -> list[tuple[MethodConfig, ConditionConfig]]:
+        return [(m, c) for c in self.study.conditions for m in self.study.methods]
 
     def _search(self, method: MethodConfig, condition: ConditionConfig) -> Iterator[Job]:
         search = self.study.search
@@ -111,19 +118,23 @@ class Plan:
             for seed in range(_SEARCH_SEEDS, _SEARCH_SEEDS + search.seeds):
                 yield self._job(method, condition, "search", point, seed=seed)
 
+    def score(
+        self, method: MethodConfig, condition: ConditionConfig, point: Mapping[str, Any]
+    ) -> float | None:
+        """The mean validation Dice of a point of the search; None while a run of it is missing."""
+        jobs = [job for job in self._search(method, condition) if job.point == point]
+        if any(job.key not in self.results for job in jobs):
+            return None
+        return fmean(self.results[job.key].validation for job in jobs)
+
     def chosen(self, method: MethodConfig, condition: ConditionConfig) -> dict[str, Any] | None:
         """The point of the search with the highest validation Dice; None while runs of it are missing."""
         grid = self.study.grid(method)
         if not grid:
             return {}
-        jobs = list(self._search(method, condition))
-        if any(job.key not in self.results for job in jobs):
-            return None
-        scores = [
-            sum(self.results[job.key].validation for job in jobs if job.point == point)
-            for point in grid
-        ]
-        return grid[max(range(len(grid)), key=scores.__getitem__)]
+        scores = [self.score(method, condition, point) for point in grid]
+        known = [score for score in scores if score is not None]
+        return None if len(known) < len(grid) else grid[known.index(max(known))]
 
     def _compared(self, method: MethodConfig, condition: ConditionConfig) -> Iterator[Job]:
         equal = self._equal(method, condition, range(self.study.seeds))

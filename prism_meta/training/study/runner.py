@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from filelock import FileLock, Timeout
 
 from prism_meta.data.phantom import write_phantoms
 from prism_meta.errors import PrismError
-from prism_meta.files import write_whole, writable_folder
+from prism_meta.files import writable_folder, write_whole
 from prism_meta.training.stopping import StopRequest, TrainingStopped
 from prism_meta.training.study.jobs import Job, Plan
-from prism_meta.training.study.results import Result, Results
+from prism_meta.training.study.results import Results
 from prism_meta.training.study.schema import PhantomsConfig, Study
 from prism_meta.training.study.work import run_job
 
@@ -56,8 +55,8 @@ def run_study(
 ) -> Made:
     """Make the runs of a study that are not made yet.
 
-    Each run has one process and one thread on a CPU, and a GPU of its own where there are GPUs. Several calls,
-    e.g. the tasks of a SLURM array, can share a folder: a run that another one works on is left to it.
+    Each run has one process and one thread on a CPU, and a GPU of its own where there are GPUs. Several
+    calls, e.g. the tasks of a SLURM array, can share a folder: a run that one works on is left to it.
 
     Args:
         study: see ``read_study``.
@@ -76,31 +75,29 @@ def run_study(
     folder = writable_folder(folder)
     cases = _cases(study, folder)
     gpus = torch.cuda.device_count()
-    jobs = jobs or gpus or _cores()
     deadline = None if limit is None else time.time() + limit
     results, failed, made = Results(folder), dict[str, str](), 0
     plan = Plan(study, results)
     while due := [job for job in plan.due() if job.key not in failed]:
-        settings = [(job, cases, folder, deadline, keep, number % max(1, gpus)) for number, job in enumerate(due)]  # fmt: skip
         parallel = Parallel(
-            n_jobs=min(jobs, len(due)),
+            n_jobs=min(jobs or gpus or _cores(), len(due)),
             return_as="generator_unordered",
             pre_dispatch="n_jobs",
             batch_size=1,
         )
-        progressed = False
-        for job, found in parallel(delayed(_one)(*each) for each in settings):
-            if isinstance(found, str):
-                failed[job.key] = f"{job.title}: {found}"
-            elif found is not None:
-                made, progressed = made + 1, True
+        before = made
+        tasks = (
+            delayed(_one)(job, cases, folder, deadline, keep, number % max(1, gpus))
+            for number, job in enumerate(due)
+        )
+        for job, outcome in parallel(tasks):
+            if isinstance(outcome, str):
+                failed[job.key] = f"{job.title}: {outcome}"
+            made += outcome is True
             results.read()
             known = plan.jobs()
             on_run(sum(each.key in results for each in known), len(known), job.title)
-        results.read()
-        if not progressed and (deadline is None or time.time() >= deadline):
-            break
-        if deadline is not None and time.time() >= deadline:
+        if made == before:  # all others are left to other processes, or the time is over
             break
     left = [job for job in plan.due() if job.key not in failed]
     return Made(made, len(left), tuple(failed.values()))
@@ -108,8 +105,8 @@ def run_study(
 
 def _one(
     job: Job, cases: Path, folder: Path, deadline: float | None, keep: bool, gpu: int
-) -> tuple[Job, Result | str | None]:
-    """The job with its result, with what went wrong, or with nothing if it is left to others or for later."""
+) -> tuple[Job, bool | str]:
+    """The job, and whether it was made here; or what went wrong. Others may work on it, or time be over."""
     torch.set_num_threads(1)
     if torch.cuda.is_available():
         torch.cuda.set_device(gpu)
@@ -117,19 +114,16 @@ def _one(
     try:
         with lock.acquire(timeout=0):
             results = Results(folder)
-            if job.key in results:
-                return job, None
-            limit = None if deadline is None else deadline - time.time()
-            if limit is not None and limit <= 0:
-                return job, None
-            stop = StopRequest(limit)
-            result = run_job(job, cases, folder, keep=keep, should_stop=stop)
-            results.append(result)
+            left = None if deadline is None else deadline - time.time()
+            if job.key in results or (left is not None and left <= 0):
+                return job, False
+            stop = StopRequest(left)
+            results.append(run_job(job, cases, folder, keep=keep, should_stop=stop))
             with suppress(OSError):
                 Path(lock.lock_file).unlink()
-            return job, result
+            return job, True
     except (Timeout, TrainingStopped):
-        return job, None
+        return job, False
     except PrismError as error:
         return job, "; ".join(error.faults)
 

@@ -129,7 +129,7 @@ class Study(Section):
     def _consistent(self) -> Study:
         faults = []
         for kind, named in (("methods", self.methods), ("conditions", self.conditions)):
-            names = [each.name for each in named]  # type: ignore[attr-defined]
+            names = [each.name for each in named]
             twice = sorted({name for name in names if names.count(name) > 1})
             faults += [f"{kind}: {name!r} occurs twice; give each its own name" for name in twice]
         known = [method.name for method in self.methods]
