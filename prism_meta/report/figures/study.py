@@ -33,7 +33,8 @@ def differences(found: Comparisons) -> str:
         parts = (row.against.averages.mean, row.against.averages.worst)
         for part, (interval, shift) in enumerate(zip(parts, (-0.13, 0.13), strict=True)):
             point = 100 * interval.mean
-            ends = [[point - 100 * interval.low], [100 * interval.high - point]]
+            # Rounding can put a point just outside of an interval without width.
+            ends = [[max(0.0, point - 100 * interval.low)], [max(0.0, 100 * interval.high - point)]]
             axes.errorbar(
                 [point], [i + shift], xerr=None if interval.low != interval.low else ends,
                 fmt="os"[part], color=class_colour((5, 6)[part]), markersize=5, linewidth=1.6, capsize=2,

@@ -1,4 +1,4 @@
-"""Statistics of a study: intervals over patients and seeds, effect sizes, and the seeds that an effect needs."""
+"""Statistics of a study: intervals over patients and seeds, effect sizes, and how many seeds are needed."""
 
 from __future__ import annotations
 

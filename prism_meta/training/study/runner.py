@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +14,7 @@ from typing import Protocol
 import torch
 from filelock import FileLock, Timeout
 
+from prism_meta import training
 from prism_meta.data.phantom import write_phantoms
 from prism_meta.errors import PrismError
 from prism_meta.files import writable_folder, write_whole
@@ -112,7 +115,7 @@ def _one(
         torch.cuda.set_device(gpu)
     lock = FileLock(writable_folder(folder / "work") / f"{job.key}.lock")
     try:
-        with lock.acquire(timeout=0):
+        with lock.acquire(timeout=0), _quiet():
             results = Results(folder)
             left = None if deadline is None else deadline - time.time()
             if job.key in results or (left is not None and left <= 0):
@@ -126,6 +129,18 @@ def _one(
         return job, False
     except PrismError as error:
         return job, "; ".join(error.faults)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Each run would tell the same of its cases."""
+    said = logging.getLogger(training.__name__)
+    before = said.level
+    said.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        said.setLevel(before)
 
 
 def _cores() -> int:
