@@ -34,7 +34,9 @@ def _scores(dice: np.ndarray, seeds: tuple[int, ...] | None = None) -> MethodSco
 
 def _run(method: str, seed: int, value: float, *, budget: str = "gradients") -> ScoredRun:
     scores = {f"p{i}": {"t1": value, "t2": value / 2} for i in range(3)}
-    return ScoredRun(method, "all", budget, seed, scores, steps=5, evaluations=10, seconds=2.0 + value)
+    return ScoredRun(
+        method, "all", budget, seed, scores, steps=5, evaluations=10, seconds=2.0 + value
+    )
 
 
 def test_bootstrap_of_one_seed_is_that_of_its_cases() -> None:
@@ -100,7 +102,11 @@ def test_one_seed_has_neither_interval_nor_p() -> None:
 
 
 def test_holm_leaves_nan_out_and_is_monotone() -> None:
-    assert holm([0.02, float("nan"), 0.01]) == [0.02, pytest.approx(float("nan"), nan_ok=True), 0.02]
+    assert holm([0.02, float("nan"), 0.01]) == [
+        0.02,
+        pytest.approx(float("nan"), nan_ok=True),
+        0.02,
+    ]
     assert holm([0.9, 0.8]) == [1.0, 1.0]
 
 
@@ -124,9 +130,7 @@ def test_folds_of_a_seed_are_one_and_half_a_seed_is_left_out() -> None:
 
 def test_cases_from_other_subsets_are_refused() -> None:
     runs = [ScoredRun("a", "all", "gradients", 0, {"p1": {"t1": 0.5}, "p2": {"t2": 0.5}})]
-    message = (
-        "a, seed 0: case p2 was tested from other subsets than case p1; use cases with the same modalities"
-    )
+    message = "a, seed 0: case p2 was tested from other subsets than case p1; use cases with the same modalities"
     with pytest.raises(PrismError) as error:
         MethodScores.of(runs)
     assert str(error.value) == message
@@ -144,7 +148,9 @@ def test_a_budget_is_compared_with_the_reference_at_equal_gradients() -> None:
 
 
 def test_page_markdown_and_csv_have_the_same_rows(tmp_path: Path) -> None:
-    runs = [_run(name, s, 0.4 + 0.1 * (name == "t<o")) for name in ("one", "t<o") for s in (0, 1, 2)]
+    runs = [
+        _run(name, s, 0.4 + 0.1 * (name == "t<o")) for name in ("one", "t<o") for s in (0, 1, 2)
+    ]
     page = write_study_report(tmp_path, runs, title="A & B", reference="one", base="gradients")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FILES)
     html = page.read_text()

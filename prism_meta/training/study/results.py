@@ -76,17 +76,14 @@ class Results(Mapping[str, Result]):
         """Read the file again."""
         if not self.path.exists():
             return
-        text = self.path.read_text(encoding="utf-8")
-        # A process that is killed while it appends leaves half a line; the next one begins a new line.
-        lines = text.split("\n")
-        for number, line in enumerate(lines, start=1):
+        # Half a line is what a process left that was killed while it wrote.
+        whole = self.path.read_bytes().rpartition(b"\n")[0]
+        for number, line in enumerate(whole.decode("utf-8", "replace").split("\n"), start=1):
             if not line:
                 continue
             try:
                 found = Result(**json.loads(line))
             except (ValueError, TypeError) as error:
-                if number == len(lines):
-                    continue
                 raise PrismError(
                     f"{self.path}, line {number}: is no result of a run; remove the line, and the run "
                     "is made again"
@@ -103,12 +100,9 @@ class Results(Mapping[str, Result]):
         line = json.dumps(_rounded(asdict(result)), allow_nan=True)
         try:
             with FileLock(f"{self.path}.lock"), self.path.open("a+b") as file:
-                file.seek(0, 2)
-                start = b""
-                if file.tell():
-                    file.seek(-1, 2)
-                    start = b"" if file.read(1) == b"\n" else b"\n"
-                file.write(start + line.encode() + b"\n")
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+                file.write(line.encode() + b"\n")
                 file.flush()
             sync(self.path)
         except OSError as error:
