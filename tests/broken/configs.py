@@ -41,6 +41,7 @@ FLOATS = {
     "meta.inner_lr": ("-1e-9", "1e9"),
     "meta.inner_momentum": ("-1", "2"),
     "meta.alpha": ("-1", "1.5"),
+    "meta.epsilon": ("0", "1.1", "[0.1]", "[0, 1]", "[0.1, 0.5, 1]"),
     "meta.proximal": ("0", "1e9"),
     "training.lr": ("0", "1e9"),
     "training.weight_decay": ("-1", "1e9"),
@@ -51,6 +52,7 @@ FLOATS = {
 CHOICES = (
     "masks.train", "masks.meta", "episodes.kind", "model.fusion", "objective.weighting",
     "objective.direction", "objective.prototype", "meta.strategy", "meta.inner", "meta.inner_state",
+    "meta.step_weights",
     "fabric.accelerator", "fabric.precision", "evaluation.empty", "data.layout", "data.split", "data.align",
     "training.schedule", "validation.select",
 )  # fmt: skip
@@ -139,6 +141,10 @@ TOGETHER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "shared state without inner steps": (
         ("meta.inner_state=shared", "meta.inner=adamw", "meta.strategy=single_level"),
         ("inner_state: shared does not go with single_level",),
+    ),
+    "epsilon without Reptile": (
+        ("meta.epsilon=0.5",),
+        ("meta: epsilon: first_order has none; leave it out, or use reptile",),
     ),
     "hard masks without all subsets": (
         ("masks.train=hard", "masks.meta=full"),

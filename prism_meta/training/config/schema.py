@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from prism_meta.bilevel.strategies import FirstOrder, MetaStrategy
 from prism_meta.bilevel.strategies.registry import ALL_STRATEGIES, strategy_named
+from prism_meta.bilevel.strategies.reptile import EPSILON, StepWeights
 from prism_meta.errors import ConfigError, raise_faults
 from prism_meta.evaluation.windows import OVERLAP
 from prism_meta.objective import losses
@@ -34,6 +35,7 @@ from prism_meta.training.config.types import (
 )
 from prism_meta.training.outer import ALPHA, HYPER_LR
 
+Epsilon = Annotated[float, Field(strict=True, gt=0, le=1)]
 Mask = Literal["dynamic", "static", "full", "single", "balanced", "hard", "one_subset"]
 #: Policies that seldom or never show some of the subsets.
 _FEW_SUBSETS = ("static", "full", "single")
@@ -135,7 +137,7 @@ class MetaConfig(Section):
     inner: Literal["sgd", "adamw"] = "sgd"
     inner_lr: NotNegative = 0.05
     inner_momentum: Share = 0.0
-    #: Let the inner rate decay with the outer one.
+    #: Let the inner rate follow training.schedule, as the outer one does.
     inner_decay: bool = True
     inner_steps: Repeats = 1
     #: State of the inner optimizer between outer steps: fresh, carried, or shared with the outer AdamW.
@@ -144,6 +146,11 @@ class MetaConfig(Section):
     alpha: Share = ALPHA
     #: Episodes that an outer step averages over.
     episodes: Repeats = 1
+    #: Step size of ``reptile``: constant, or the first and the last of a linear schedule. A constant 1 is
+    #: plain training with the inner optimizer, a smaller one Lookahead.
+    epsilon: Epsilon | tuple[Epsilon, Epsilon] = EPSILON
+    #: Weights of the inner gradients of ``reptile``: equal, or falling as 2 (n - i + 1) / (n + 1).
+    step_weights: StepWeights = "equal"
     #: Lambda and the number of conjugate-gradient steps of ``implicit``.
     proximal: Positive = 1.0
     cg_steps: Repeats = 5
@@ -180,6 +187,13 @@ class MetaConfig(Section):
             raise ValueError(
                 f"inner_state: shared does not go with {self.strategy}; use fresh or carried"
             )
+        useless = [
+            f"{name}: {self.strategy} has none; leave it out, or use reptile"
+            for name in ("epsilon", "step_weights")
+            if getattr(self, name) != type(self).model_fields[name].default
+            and name not in self.kind.options
+        ]
+        raise_faults(ConfigError, useless)
         unknown = [name for name in self.kind.options if name not in type(self).model_fields]
         if unknown:
             raise ValueError(
