@@ -292,7 +292,8 @@ def test_hard_refuses_another_number_of_modalities() -> None:
 def walks(available: Tensor, count: int, seed: int) -> list[tuple[bool, ...]]:
     """The subset of each batch; the batches are checked."""
     found = []
-    for chosen, mask in OneSubsetMask().batches(available, 5, count, seeded(seed)):
+    shown = OneSubsetMask().walk(available, 0, count, seed=(seed,))
+    for chosen, mask in OneSubsetMask().batches(available, 5, shown, seeded(seed)):
         assert chosen.shape == (5,) and mask.shape == (5, available.shape[1])
         assert (mask == mask[0]).all() and mask[0].any()
         assert not bool((mask & ~available[chosen]).any())
@@ -309,8 +310,11 @@ def test_batches_walk_through_all_subsets_in_a_new_order() -> None:
     assert len({tuple(order) for order in orders}) == 6
     assert walks(available, 15, 0) == orders[0], "the generator decides"
     twice = walks(available, 30, 1)
-    assert twice[:15] == twice[15:] == orders[1]
+    assert twice[:15] == orders[1] != twice[15:] and set(twice[15:]) == every
     assert walks(available, 4, 2) == orders[2][:4]
+    for start in (0, 3, 14, 15, 22):  # any part of it is found without what came before
+        part = OneSubsetMask().walk(available, start, 8, seed=(1,)).tolist()
+        assert [tuple(row) for row in part] == twice[start : start + 8]
 
 
 def test_only_subsets_that_a_case_has_are_walked_through() -> None:
@@ -322,9 +326,16 @@ def test_only_subsets_that_a_case_has_are_walked_through() -> None:
 
 def test_a_batch_has_every_case_of_its_subset_before_one_comes_again() -> None:
     available = rows("11", "11", "11", "10", "01")
-    for chosen, mask in OneSubsetMask().batches(available, 4, 3, seeded(4)):
+    for chosen, mask in OneSubsetMask().batches(available, 4, subsets(2), seeded(4)):
         holders = int((~(mask[0] & ~available).any(1)).sum())
         assert len(set(chosen.tolist())) == min(4, holders)
+
+
+def test_a_subset_that_nobody_has_is_replaced_by_one_that_somebody_has() -> None:
+    available, wanted = rows("110", "010"), rows("001").expand(300, -1)
+    masks = [mask[0] for _, mask in OneSubsetMask().batches(available, 2, wanted, seeded(5))]
+    there = [(True, False, False), (False, True, False), (True, True, False)]
+    assert_drawn_with(torch.stack(masks), dict.fromkeys(there, 1 / 3))
 
 
 def test_one_subset_of_given_cases_is_one_that_all_have() -> None:
