@@ -25,6 +25,7 @@ from prism_meta.bilevel.strategies import (
 from prism_meta.data.availability import draw_availability
 from prism_meta.data.cases import Case
 from prism_meta.data.episodes import Episodes
+from prism_meta.data.following_masks import GroupDROMask, HardMask
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.masking import (
@@ -35,7 +36,7 @@ from prism_meta.data.masking import (
     StaticMask,
 )
 from prism_meta.data.preprocessing import Preprocessing
-from prism_meta.data.subset_masks import HardMask, OneSubsetMask
+from prism_meta.data.subset_masks import OneSubsetMask
 from prism_meta.data.tasks import TaskEpisodes
 from prism_meta.errors import CaseError, ConfigError, PrismError
 from prism_meta.evaluation.cleanup import Cleanup, RegionRule
@@ -85,6 +86,7 @@ __all__ = [
     "FullMask",
     "FunctionalStrategy",
     "Fusion",
+    "GroupDROMask",
     "HardMask",
     "HiddenParameterError",
     "ImplicitMAML",

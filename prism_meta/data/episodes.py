@@ -10,8 +10,9 @@ from torch import Generator, Tensor
 from prism_meta.data.augmentation import Augmentation
 from prism_meta.data.cache import CachedCase
 from prism_meta.data.drawing import DEFAULT_FOREGROUND, Drawn, DrawnEpisodes
+from prism_meta.data.following_masks import FollowsLosses
 from prism_meta.data.masking import DynamicMask, MaskPolicy
-from prism_meta.data.subset_masks import ChoosesCases, FollowsLosses, held
+from prism_meta.data.subset_masks import ChoosesCases, held
 from prism_meta.errors import ConfigError, Fault
 
 

@@ -18,6 +18,7 @@ from prism_meta.data.augmentation import Augmentation
 from prism_meta.data.cache import CachedCase
 from prism_meta.data.drawing import DrawnEpisodes
 from prism_meta.data.episodes import Episodes
+from prism_meta.data.following_masks import GroupDROMask, HardMask
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.masking import (
     BalancedMask,
@@ -28,7 +29,7 @@ from prism_meta.data.masking import (
     StaticMask,
 )
 from prism_meta.data.preprocessing import Preprocessing
-from prism_meta.data.subset_masks import HardMask, OneSubsetMask
+from prism_meta.data.subset_masks import OneSubsetMask
 from prism_meta.data.tasks import TaskEpisodes
 from prism_meta.empty_masks import EMPTY_POLICIES, EmptyPolicy
 from prism_meta.errors import PrismError
@@ -84,7 +85,9 @@ def build_masks(
         rates: missing rates of the training cases, one per modality.
         meta_rates: those in meta batches. Defaults to ``rates``.
     """
-    hard = HardMask(len(rates), power=masks.power)  # one for both, which sees the losses once
+    # One for both batches, which sees the losses once.
+    hard = HardMask(len(rates), power=masks.power)
+    dro = GroupDROMask(len(rates), step=masks.step)
     policies: Mapping[str, Callable[[Sequence[float]], MaskPolicy]] = {
         "dynamic": lambda _: DynamicMask(),
         "static": lambda _: StaticMask(),
@@ -92,6 +95,7 @@ def build_masks(
         "single": lambda _: SingleModalityMask(),
         "balanced": BalancedMask,
         "hard": lambda _: hard,
+        "dro": lambda _: dro,
         "one_subset": lambda _: OneSubsetMask(),
     }
     return policies[masks.train](rates), policies[masks.meta](meta_rates or rates)

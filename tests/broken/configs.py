@@ -33,6 +33,7 @@ INTEGERS = {
 FLOATS = {
     "data.foreground": ("-0.1", "1.1"),
     "masks.power": ("-1", "101"),
+    "masks.step": ("-1", "101"),
     "objective.beta": ("-1", "1e9"),
     "objective.delta": ("-1", "1e9"),
     "objective.preference_rate": ("-1", "1e9"),
@@ -201,6 +202,14 @@ TOGETHER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("validation: cases: a case occurs twice",),
     ),
     "a power of no hard masks": (("masks.power=2",), ("power: only hard masks have one",)),
+    "a step of no group DRO": (
+        ("masks.step=2", "masks.train=hard"),
+        ("step: only dro masks have one; leave it out, or use dro for train",),
+    ),
+    "group DRO without all subsets": (
+        ("masks.train=dro", "masks.meta=single"),
+        ("masks: meta: dro masks follow the losses", "use dynamic"),
+    ),
     "support without tasks": (
         ("episodes.support=2",),
         ("support: 2 support cases need kind = task",),

@@ -36,7 +36,9 @@ from prism_meta.training.config.types import (
 from prism_meta.training.outer import ALPHA, HYPER_LR
 
 Epsilon = Annotated[float, Field(strict=True, gt=0, le=1)]
-Mask = Literal["dynamic", "static", "full", "single", "balanced", "hard", "one_subset"]
+Mask = Literal["dynamic", "static", "full", "single", "balanced", "hard", "dro", "one_subset"]
+#: Policies that follow the losses, and the option that only one of them has.
+_FOLLOWING = {"hard": "power", "dro": "step"}
 #: Policies that seldom or never show some of the subsets.
 _FEW_SUBSETS = ("static", "full", "single")
 
@@ -48,22 +50,28 @@ class MaskConfig(Section):
     meta: Mask = "dynamic"
     #: Hard masks show a subset in proportion to this power of its running loss in meta batches.
     power: Annotated[float, Field(strict=True, ge=0, le=100)] = 4.0
+    #: Step size of group DRO (dro), which raises the chance of subsets with a large running loss.
+    step: Annotated[float, Field(strict=True, ge=0, le=100)] = 0.01
 
     @property
     def follow_losses(self) -> bool:
         """Whether a policy needs the losses of the samples."""
-        return "hard" in (self.train, self.meta)
+        return bool(_FOLLOWING.keys() & {self.train, self.meta})
 
     @model_validator(mode="after")
     def _consistent(self) -> MaskConfig:
         faults = []
         if self.follow_losses and self.meta in _FEW_SUBSETS:
             faults.append(
-                f"meta: hard masks follow the losses of the meta batches, and {self.meta} ones show few "
-                "subsets there; use dynamic, balanced, one_subset or hard"
+                f"meta: {self.train} masks follow the losses of the meta batches, and {self.meta} ones show "
+                f"few subsets there; use dynamic, balanced, one_subset or {self.train}"
             )
-        if self.power != MaskConfig.model_fields["power"].default and not self.follow_losses:
-            faults.append("power: only hard masks have one; leave it out, or use hard for train")
+        faults += [
+            f"{option}: only {name} masks have one; leave it out, or use {name} for train"
+            for name, option in _FOLLOWING.items()
+            if getattr(self, option) != MaskConfig.model_fields[option].default
+            and name not in (self.train, self.meta)
+        ]
         raise_faults(ConfigError, faults)
         return self
 
