@@ -49,8 +49,13 @@ from prism_meta.networks.prediction import Prediction, SegmentationModel
 from prism_meta.networks.prism import PrismNet
 from prism_meta.networks.wrapped import WrappedNet, wrap
 from prism_meta.objective import losses
+from prism_meta.objective.meta_losses import Ranking, SoftWorst
 from prism_meta.objective.prism import PrismObjective
-from prism_meta.objective.weighting import LearnedWeights, RelativePreference
+from prism_meta.objective.weighting import (
+    LearnedSubsetWeights,
+    LearnedWeights,
+    RelativePreference,
+)
 from prism_meta.records import Record, read_records, write_records
 from prism_meta.report import compare, summarize
 from prism_meta.training.config import Config, load_config
@@ -93,6 +98,7 @@ __all__ = [
     "InnerOptimizer",
     "Joint",
     "LabelSet",
+    "LearnedSubsetWeights",
     "LearnedWeights",
     "MeanFusion",
     "MetaGradient",
@@ -108,6 +114,7 @@ __all__ = [
     "PrismError",
     "PrismNet",
     "PrismObjective",
+    "Ranking",
     "Record",
     "RegionAwareFusion",
     "RegionRule",
@@ -118,6 +125,7 @@ __all__ = [
     "SegmentationModel",
     "SingleLevel",
     "SingleModalityMask",
+    "SoftWorst",
     "StaticMask",
     "StepBatches",
     "TaskEpisodes",

@@ -36,8 +36,14 @@ from prism_meta.errors import PrismError
 from prism_meta.evaluation.cleanup import Cleanup
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.objective import losses
+from prism_meta.objective.meta_losses import MetaLoss, Ranking, SoftWorst
 from prism_meta.objective.prism import PrismObjective
-from prism_meta.objective.weighting import LearnedWeights, RelativePreference, Weighting
+from prism_meta.objective.weighting import (
+    LearnedSubsetWeights,
+    LearnedWeights,
+    RelativePreference,
+    Weighting,
+)
 from prism_meta.training.config import Config
 from prism_meta.training.config.data import DataConfig
 from prism_meta.training.config.keys import ARGUMENT_KEYS
@@ -117,6 +123,11 @@ def build_objective(
         "preference": lambda: RelativePreference(rates, gamma=objective.preference_rate),
         "learned": lambda: LearnedWeights(len(rates), beta=objective.beta, delta=objective.delta),
     }
+    meta_losses: Mapping[str, Callable[[], MetaLoss | None]] = {
+        "same": lambda: None,
+        "soft_worst": lambda: SoftWorst(objective.meta_temperature),
+        "ranking": lambda: Ranking(objective.ranking_weight),
+    }
     return PrismObjective(
         beta=objective.beta,
         delta=objective.delta,
@@ -127,6 +138,10 @@ def build_objective(
         weighted=objective.weighted,
         unimodal=objective.unimodal,
         weighting=weightings[objective.weighting](),
+        subset_weights=(
+            LearnedSubsetWeights(len(rates)) if objective.subset_weights == "learned" else None
+        ),
+        meta_loss=meta_losses[objective.meta_loss](),
         sample_losses=sample_losses,
     )
 

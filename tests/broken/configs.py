@@ -39,6 +39,8 @@ FLOATS = {
     "objective.preference_rate": ("-1", "1e9"),
     "objective.weights_lr": ("0", "1e9"),
     "objective.temperature": ("0", "1e9"),
+    "objective.meta_temperature": ("0", "1e9"),
+    "objective.ranking_weight": ("0", "1e9"),
     "meta.inner_lr": ("-1e-9", "1e9"),
     "meta.inner_momentum": ("-1", "2"),
     "meta.alpha": ("-1", "1.5"),
@@ -53,7 +55,7 @@ FLOATS = {
 CHOICES = (
     "masks.train", "masks.meta", "episodes.kind", "model.fusion", "objective.weighting",
     "objective.direction", "objective.prototype", "meta.strategy", "meta.inner", "meta.inner_state",
-    "meta.step_weights",
+    "meta.step_weights", "objective.subset_weights", "objective.meta_loss",
     "fabric.accelerator", "fabric.precision", "evaluation.empty", "data.layout", "data.split", "data.align",
     "training.schedule", "validation.select",
 )  # fmt: skip
@@ -134,6 +136,18 @@ TOGETHER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "learned weights without a meta-gradient": (
         ("objective.weighting=learned", "meta.strategy=reptile"),
         ("objective.weighting: learned weights follow the gradient",),
+    ),
+    "learned subsets without a meta-gradient": (
+        ("objective.subset_weights=learned", "meta.strategy=joint"),
+        ("objective.subset_weights: learned weights follow the gradient",),
+    ),
+    "a meta loss that is only measured": (
+        ("objective.meta_loss=ranking", "meta.strategy=single_level"),
+        ("objective.meta_loss: meta.strategy single_level only measures the meta loss",),
+    ),
+    "a temperature of no soft worst": (
+        ("objective.meta_temperature=1", "objective.meta_loss=ranking"),
+        ("meta_temperature: only meta_loss = soft_worst has one",),
     ),
     "shared state of SGD": (
         ("meta.inner_state=shared",),

@@ -49,6 +49,7 @@ class SingleLevel(FunctionalStrategy):
     equation = "grad L_train"
     adapts = False
     has_meta_gradient = False
+    learns_from_meta = False
 
     @classmethod
     def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:

@@ -82,6 +82,7 @@ class Reptile(AdaptingStrategy):
     units = "1 1/3"
     equation = "phi - phi~"
     has_meta_gradient = False
+    learns_from_meta = False
     learns_hyper_parameters = False
     options = ("epsilon", "step_weights")
 

@@ -106,6 +106,13 @@ class ObjectiveConfig(Section):
     preference_rate: NotNegative = 0.01
     #: Initial outer learning rate of learned weights; it decays like training.lr.
     weights_lr: Positive = HYPER_LR
+    #: Weights of the samples' losses by subset: equal, or learned by the gradient of L_meta (E12).
+    subset_weights: Literal["equal", "learned"] = "equal"
+    #: What the outer level minimises: the same objective as the inner one; the soft worst over subsets of
+    #: L_fuse, with its temperature; or a penalty where more modalities are worse than fewer, with its weight.
+    meta_loss: Literal["same", "soft_worst", "ranking"] = "same"
+    meta_temperature: Positive = 0.1
+    ranking_weight: Positive = 1.0
     temperature: Positive = 4.0
     direction: losses.Direction = "student_teacher"
     #: Weight prm maps (coarse-scale outputs of the fused decoder) by 2^-s in E8, as in the published code.
@@ -120,6 +127,11 @@ class ObjectiveConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> ObjectiveConfig:
         faults = []
+        faults += [
+            f"{key}: only meta_loss = {name} has one; set it, or leave {key} out"
+            for key, name in (("meta_temperature", "soft_worst"), ("ranking_weight", "ranking"))
+            if getattr(self, key) != type(self).model_fields[key].default and self.meta_loss != name
+        ]
         if not self.unimodal and self.weighting != "fixed":
             faults.append(
                 f"weighting: {self.weighting} has nothing to weigh without unimodal; use fixed"
@@ -267,6 +279,17 @@ class Config(Section):
                 f"objective.weighting: learned weights follow the gradient of the meta loss through "
                 f"the inner steps, and meta.strategy {self.meta.strategy} has none; use first_order or "
                 "second_order, or weighting fixed or preference"
+            )
+        if self.objective.subset_weights == "learned" and not self.meta.kind.has_meta_gradient:
+            faults.append(
+                f"objective.subset_weights: learned weights follow the gradient of the meta loss through "
+                f"the inner steps, and meta.strategy {self.meta.strategy} has none; use first_order or "
+                "second_order, or subset_weights equal"
+            )
+        if self.objective.meta_loss != "same" and not self.meta.kind.learns_from_meta:
+            faults.append(
+                f"objective.meta_loss: meta.strategy {self.meta.strategy} only measures the meta loss; use "
+                "first_order, second_order or joint, or meta_loss same"
             )
         if self.episodes.kind == "task" and self.masks != MaskConfig():
             faults.append(
