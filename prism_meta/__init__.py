@@ -13,6 +13,7 @@ from prism_meta.bilevel.strategies import (
     FunctionalStrategy,
     HiddenParameterError,
     ImplicitMAML,
+    Joint,
     MetaGradient,
     MetaStrategy,
     Reptile,
@@ -24,6 +25,7 @@ from prism_meta.bilevel.strategies import (
 from prism_meta.data.availability import draw_availability
 from prism_meta.data.cases import Case
 from prism_meta.data.episodes import Episodes
+from prism_meta.data.following_masks import GroupDROMask, HardMask
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.layouts.folders import load_cases
 from prism_meta.data.masking import (
@@ -34,7 +36,7 @@ from prism_meta.data.masking import (
     StaticMask,
 )
 from prism_meta.data.preprocessing import Preprocessing
-from prism_meta.data.subset_masks import HardMask, OneSubsetMask
+from prism_meta.data.subset_masks import OneSubsetMask
 from prism_meta.data.tasks import TaskEpisodes
 from prism_meta.errors import CaseError, ConfigError, PrismError
 from prism_meta.evaluation.cleanup import Cleanup, RegionRule
@@ -47,8 +49,13 @@ from prism_meta.networks.prediction import Prediction, SegmentationModel
 from prism_meta.networks.prism import PrismNet
 from prism_meta.networks.wrapped import WrappedNet, wrap
 from prism_meta.objective import losses
+from prism_meta.objective.meta_losses import Ranking, SoftWorst
 from prism_meta.objective.prism import PrismObjective
-from prism_meta.objective.weighting import LearnedWeights, RelativePreference
+from prism_meta.objective.weighting import (
+    LearnedSubsetWeights,
+    LearnedWeights,
+    RelativePreference,
+)
 from prism_meta.records import Record, read_records, write_records
 from prism_meta.report import compare, summarize
 from prism_meta.training.config import Config, load_config
@@ -84,11 +91,14 @@ __all__ = [
     "FullMask",
     "FunctionalStrategy",
     "Fusion",
+    "GroupDROMask",
     "HardMask",
     "HiddenParameterError",
     "ImplicitMAML",
     "InnerOptimizer",
+    "Joint",
     "LabelSet",
+    "LearnedSubsetWeights",
     "LearnedWeights",
     "MeanFusion",
     "MetaGradient",
@@ -104,6 +114,7 @@ __all__ = [
     "PrismError",
     "PrismNet",
     "PrismObjective",
+    "Ranking",
     "Record",
     "RegionAwareFusion",
     "RegionRule",
@@ -114,6 +125,7 @@ __all__ = [
     "SegmentationModel",
     "SingleLevel",
     "SingleModalityMask",
+    "SoftWorst",
     "StaticMask",
     "StepBatches",
     "TaskEpisodes",

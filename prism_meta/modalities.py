@@ -103,6 +103,23 @@ def subsets(num_modalities: int) -> Tensor:
     return torch.tensor(rows)
 
 
+def subset_index(mask: Tensor) -> Tensor:
+    """The place of each row of a mask among ``subsets``.
+
+    Args:
+        mask: bool (N, M); each row has at least one True.
+
+    Returns:
+        (N,) long, on the device of ``mask``.
+
+    Example:
+        >>> subset_index(torch.tensor([[True, True], [True, False]]))
+        tensor([2, 0])
+    """
+    every = subsets(mask.shape[1]).to(mask.device)
+    return (mask[:, None] == every).all(2).long().argmax(1)
+
+
 def subset_name(subset: Tensor | Sequence[bool], modalities: Sequence[str]) -> str:
     """The name of one subset in tables and files.
 

@@ -28,6 +28,14 @@ ORACLES: dict[str, Callable[[Problem, Any, MetaGradient], oracles.Values]] = {
     "grad L_train": lambda problem, strategy, result: oracles.gradient(
         problem, trainable(problem.model), problem.train
     ),
+    "grad (L_train + L_meta) / 2": lambda problem, strategy, result: {
+        n: (g + by_meta) / 2
+        for (n, g), by_meta in zip(
+            oracles.gradient(problem, trainable(problem.model), problem.train).items(),
+            oracles.gradient(problem, trainable(problem.model), problem.meta).values(),
+            strict=True,
+        )
+    },
     "E3": lambda problem, strategy, result: oracles.first_order(problem, LR, strategy.steps),
     "E4": lambda problem, strategy, result: oracles.second_order(problem, LR, strategy.steps),
     "phi - phi~": lambda problem, strategy, result: {

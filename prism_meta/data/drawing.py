@@ -104,8 +104,12 @@ class DrawnEpisodes(Dataset[tuple[Any, Batch]], ABC):
         return [Fault(message, "holdout")]
 
     @abstractmethod
-    def draw(self, generator: Generator) -> tuple[list[Drawn], Drawn]:
+    def draw(self, generator: Generator, step: int) -> tuple[list[Drawn], Drawn]:
         """Choose the K train batches and the meta batch of one episode.
+
+        Args:
+            generator: source of the random numbers, which depend on the episode.
+            step: index t of the episode.
 
         Raises:
             ConfigError: there is no such episode.
@@ -118,7 +122,7 @@ class DrawnEpisodes(Dataset[tuple[Any, Batch]], ABC):
         entropy = self._entropy(step)
         random = np.random.RandomState(entropy.generate_state(2)[1])
         changes = np.random.RandomState(random.randint(2**31)) if self.augmentation else None
-        train, meta = self._drawn(entropy)
+        train, meta = self._drawn(entropy, step)
         batches = [self._batch(drawn, random, changes) for drawn in (*train, meta)]
         last = batches.pop()
         return (batches[0] if len(batches) == 1 else StepBatches(batches)), last
@@ -128,14 +132,14 @@ class DrawnEpisodes(Dataset[tuple[Any, Batch]], ABC):
 
         No patch is read.
         """
-        train, meta = self._drawn(self._entropy(step))
+        train, meta = self._drawn(self._entropy(step), step)
         return [drawn.mask for drawn in (*train, meta)]
 
     def _entropy(self, step: int) -> np.random.SeedSequence:
         return np.random.SeedSequence((self.seed, self.rank, step))
 
-    def _drawn(self, entropy: np.random.SeedSequence) -> tuple[list[Drawn], Drawn]:
-        return self.draw(Generator().manual_seed(int(entropy.generate_state(1)[0])))
+    def _drawn(self, entropy: np.random.SeedSequence, step: int) -> tuple[list[Drawn], Drawn]:
+        return self.draw(Generator().manual_seed(int(entropy.generate_state(1)[0])), step)
 
     def _batch(
         self,

@@ -10,8 +10,9 @@ from torch import Generator, Tensor
 from prism_meta.data.augmentation import Augmentation
 from prism_meta.data.cache import CachedCase
 from prism_meta.data.drawing import DEFAULT_FOREGROUND, Drawn, DrawnEpisodes
+from prism_meta.data.following_masks import FollowsLosses
 from prism_meta.data.masking import DynamicMask, MaskPolicy
-from prism_meta.data.subset_masks import ChoosesCases, FollowsLosses
+from prism_meta.data.subset_masks import ChoosesCases, held
 from prism_meta.errors import ConfigError, Fault
 
 
@@ -71,7 +72,7 @@ class Episodes(DrawnEpisodes):
             rank=rank,
         )
         self.train_mask, self.meta_mask = train_mask or DynamicMask(), meta_mask or DynamicMask()
-        self._split_cases(Generator().manual_seed(0))  # raises if no episode can be drawn
+        self.draw(Generator().manual_seed(0), 0)  # raises if no episode can be drawn
 
     @property
     def follows_losses(self) -> bool:
@@ -105,12 +106,26 @@ class Episodes(DrawnEpisodes):
             del found["meta"]
         return {name: p for name, p in found.items() if isinstance(p, FollowsLosses)}
 
-    def draw(self, generator: Generator) -> tuple[list[Drawn], Drawn]:
-        train, meta = self._split_cases(generator)
-        return (
-            self._masked(train, self.availability, self.train_mask, self.inner_steps, generator),
-            self._masked(meta, self.meta_availability, self.meta_mask, 1, generator)[0],
+    def draw(self, generator: Generator, step: int) -> tuple[list[Drawn], Drawn]:
+        count = self.inner_steps
+        to_train = self._walk(self.train_mask, self.availability, step * count, count, walk=0)
+        to_meta = self._walk(self.meta_mask, self.meta_availability, step, 1, walk=1)
+        train, meta = self._split_cases(generator, to_train, to_meta)
+        train_batches = self._masked(
+            train, self.availability, self.train_mask, count, to_train, generator
         )
+        meta_batches = self._masked(
+            meta, self.meta_availability, self.meta_mask, 1, to_meta, generator
+        )
+        return train_batches, meta_batches[0]
+
+    def _walk(
+        self, policy: MaskPolicy, availability: Tensor, start: int, count: int, *, walk: int
+    ) -> Tensor:
+        """The subsets (count, M) that a policy wants its next batches to show; none for most policies."""
+        if not isinstance(policy, ChoosesCases):
+            return availability[:0]
+        return policy.walk(availability, start, count, seed=(self.seed, self.rank, walk))
 
     def _masked(
         self,
@@ -118,20 +133,35 @@ class Episodes(DrawnEpisodes):
         availability: Tensor,
         policy: MaskPolicy,
         count: int,
+        shown: Tensor,
         generator: Generator,
     ) -> list[Drawn]:
-        """``count`` batches of the cases in ``pool``."""
+        """``count`` batches of the cases in ``pool``; ``shown`` has the subsets of a walk."""
         if isinstance(policy, ChoosesCases):
-            chosen = policy.batches(availability[pool], self.batch_size, count, generator)
+            chosen = policy.batches(availability[pool], self.batch_size, shown, generator)
             return [Drawn(pool[rows], mask) for rows, mask in chosen]
         # Every case is drawn before one is drawn again.
         rounds = -(-self.batch_size * count // len(pool))
         rows = pool.repeat(rounds)[: self.batch_size * count].view(count, self.batch_size)
         return [Drawn(one, policy(availability[one], generator)) for one in rows]
 
-    def _split_cases(self, generator: Generator) -> tuple[Tensor, Tensor]:
-        """Indices of the cases of disjoint patients, eligible for each mask policy, in random order."""
+    def _split_cases(
+        self, generator: Generator, to_train: Tensor, to_meta: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Indices of the cases of disjoint patients, eligible for each mask policy, in random order.
+
+        Args:
+            generator: source of the random numbers.
+            to_train: subsets (S, M) that some case of D_train should have, as far as possible.
+            to_meta: the same of D_meta.
+        """
         order = torch.randperm(len(self.cases), generator=generator)
+        last = torch.isin(self.patients[order], self._holders(order, self.availability, to_train))
+        first = ~last & torch.isin(
+            self.patients[order], self._holders(order, self.meta_availability, to_meta)
+        )
+        # D_meta takes the first half of the patients.
+        order = torch.cat([order[first], order[~first & ~last], order[last]])
         fit_meta = order[self.meta_mask.eligible(self.meta_availability[order])]
         meta = self._half(fit_meta)
         rest = self._without(order, meta)
@@ -149,6 +179,15 @@ class Episodes(DrawnEpisodes):
             )
             raise ConfigError([Fault(message, "train_mask", "meta_mask")])
         return train, meta
+
+    def _holders(self, order: Tensor, availability: Tensor, wanted: Tensor) -> Tensor:
+        """Few patients, early ones in ``order``, who together have all ``wanted`` subsets (S, M)."""
+        found: list[int] = []
+        for subset in sorted(wanted, key=lambda row: -int(row.sum())):
+            having = self.patients[order[held(subset[None], availability[order])[0]]].tolist()
+            if not set(having) & set(found):
+                found += having[:1]
+        return torch.tensor(found, dtype=torch.long)
 
     def _half(self, pool: Tensor) -> Tensor:
         """The cases in ``pool`` of at most half of all patients, the first ones there."""

@@ -16,8 +16,8 @@ from torch import Generator, Tensor
 class MaskPolicy(Protocol):
     """Chooses which of the available modalities the model is shown.
 
-    ``StaticMask``, ``FullMask``, ``DynamicMask``, ``SingleModalityMask``, ``BalancedMask``, ``HardMask``
-    and ``OneSubsetMask`` are policies. A class with these two methods is one, too.
+    ``StaticMask``, ``FullMask``, ``DynamicMask``, ``SingleModalityMask``, ``BalancedMask``, ``HardMask``,
+    ``GroupDROMask`` and ``OneSubsetMask`` are policies. A class with these two methods is one, too.
     """
 
     def __call__(self, availability: Tensor, generator: Generator | None = None) -> Tensor:

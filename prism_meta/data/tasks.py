@@ -72,7 +72,7 @@ class TaskEpisodes(DrawnEpisodes):
         self.subsets = subsets(self.availability.shape[1])
         self._tasks = self._find_tasks()
 
-    def draw(self, generator: Generator) -> tuple[list[Drawn], Drawn]:
+    def draw(self, generator: Generator, step: int) -> tuple[list[Drawn], Drawn]:
         (site,) = torch.randint(len(self._tasks), (1,), generator=generator).tolist()
         tasks = list(self._tasks.values())[site]
         (task,) = torch.randint(len(tasks), (1,), generator=generator).tolist()

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812, torch's own convention
 
 from prism_meta.modalities import Batch
 from prism_meta.networks.prediction import Prediction, ShownPairs
 from prism_meta.objective import losses
+from prism_meta.objective.meta_losses import MetaLoss
 from prism_meta.objective.weighting import (
     BETA,
     DELTA,
+    LearnedSubsetWeights,
     PairWeights,
     Weight,
     Weighting,
@@ -47,10 +50,18 @@ class Loss:
         terms: its components before weighting, detached. ``fuse`` and ``prm`` are scalars. ``uni``,
             ``pixel`` and ``proto`` are (M,), means over the samples that show the modality. A weighting
             adds its current weights ``beta`` and ``delta`` (M,), and terms of its own.
+        samples: L_fuse of each sample, (B,), with its graph.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
+    samples: Tensor
+
+    def changed(self, loss: Tensor, **terms: Tensor) -> Loss:
+        """This one with another ``loss`` and more terms."""
+        return replace(
+            self, loss=loss, terms=self.terms | {n: term.detach() for n, term in terms.items()}
+        )
 
 
 class PrismObjective:
@@ -74,6 +85,8 @@ class PrismObjective:
         unimodal: False computes only L_fuse + L_prm, for nets with one branch. ``forward`` is then called
             with ``unimodal=False`` and computes no single modalities.
         weighting: ``RelativePreference`` (E11) or ``LearnedWeights`` (E12). Defaults to fixed weights.
+        subset_weights: multiply the loss of each sample in L_train by the learned weight of its subset.
+        meta_loss: what L_meta is instead of L, e.g. ``SoftWorst()`` or ``Ranking()``. Defaults to L.
         sample_losses: add the term ``samples``, L_fuse of each sample, (B,); ``HardMask`` needs it.
 
     Raises:
@@ -102,6 +115,8 @@ class PrismObjective:
         weighted: bool = False,
         unimodal: bool = True,
         weighting: Weighting | None = None,
+        subset_weights: LearnedSubsetWeights | None = None,
+        meta_loss: MetaLoss | None = None,
         sample_losses: bool = False,
     ) -> None:
         if weighting is not None and not unimodal:
@@ -118,6 +133,7 @@ class PrismObjective:
         self.scale_decay = scale_decay
         self.prototype, self.weighted = prototype, weighted
         self.unimodal, self.weighting = unimodal, weighting
+        self.subset_weights, self.meta_loss = subset_weights, meta_loss
         self.sample_losses = sample_losses
 
     def __call__(self, forward: Callable[..., Any], batch: Batch) -> Loss:
@@ -129,27 +145,46 @@ class PrismObjective:
         with torch.autocast(batch.image.device.type, enabled=False):
             return self._loss(prediction, batch)
 
+    def fused_losses(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
+        """L_fuse of each sample, (B,), without anything else."""
+        prediction: Prediction = forward(batch.image, batch.mask, unimodal=False)
+        with torch.autocast(batch.image.device.type, enabled=False):
+            return self._segmentation(prediction.fused, batch.target, batch.valid)
+
     def weights(self) -> dict[str, Tensor]:
-        """The current ``beta`` and ``delta`` of the weighting, (M,) and detached; {} without one."""
-        if self.weighting is None:
-            return {}
-        # A tensor of its state, whose device needs no synchronisation.
-        like = next(iter(self.weighting.state_dict().values()))
-        beta, delta = self.weighting.weights(*self._fixed(self.weighting.num_modalities, like))
-        return {"beta": beta.detach(), "delta": delta.detach()}
+        """What changes over training, detached; {} without anything.
+
+        ``beta`` and ``delta`` (M,) of the weighting, and ``subset_weights`` (2^M - 1,).
+        """
+        found: dict[str, Tensor] = {}
+        if self.weighting is not None:
+            # A tensor of its state, whose device needs no synchronisation.
+            like = next(iter(self.weighting.state_dict().values()))
+            beta, delta = self.weighting.weights(*self._fixed(self.weighting.num_modalities, like))
+            found |= {"beta": beta.detach(), "delta": delta.detach()}
+        if self.subset_weights is not None:
+            found["subset_weights"] = self.subset_weights.weights().detach()
+        return found
 
     def hyper_parameters(self) -> dict[str, Tensor]:
         """The free parameters of E12 by name; {} if nothing is learned."""
-        return {} if self.weighting is None else self.weighting.hyper_parameters()
+        return {
+            name: p
+            for part in self._parts()
+            for name, p in part.named_parameters()
+            if p.requires_grad
+        }
 
     @property
-    def meta_objective(self) -> PrismObjective:
-        """The objective of L_meta: this one, with fixed instead of learned weights."""
-        if not self.hyper_parameters():
-            return self
-        outer = copy(self)
-        outer.weighting = None
-        return outer
+    def meta_objective(self) -> Callable[..., Loss]:
+        """The objective of L_meta: this one, with fixed instead of learned weights, or its ``meta_loss``."""
+        outer = self
+        if self.hyper_parameters():
+            outer = copy(self)
+            outer.subset_weights = None
+            if self.weighting is not None and self.weighting.hyper_parameters():
+                outer.weighting = None
+        return outer if self.meta_loss is None else partial(self.meta_loss, outer)
 
     def observe(self, terms: Mapping[str, Tensor]) -> None:
         """Record the terms of one step, for E11."""
@@ -163,18 +198,22 @@ class PrismObjective:
 
     def to(self, device: torch.device | str) -> PrismObjective:
         """Move the weighting's state to ``device``, in place."""
-        if self.weighting is not None:
-            self.weighting.to(device)
+        for part in self._parts():
+            part.to(device)
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint needs: the weighting's state."""
-        return {} if self.weighting is None else self.weighting.state_dict()
+        """What a checkpoint needs: the states of the weighting and of the weights of subsets."""
+        return {name: value for part in self._parts() for name, value in part.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from ``state_dict``."""
-        if self.weighting is not None:
-            self.weighting.load_state_dict(state)
+        for part in self._parts():
+            part.load_state_dict({name: state[name] for name in part.state_dict()})
+
+    def _parts(self) -> list[nn.Module]:
+        """What has a state; no two have a name in common."""
+        return [part for part in (self.weighting, self.subset_weights) if part is not None]
 
     def _loss(self, prediction: Prediction, batch: Batch) -> Loss:
         fuse = self._segmentation(prediction.fused, batch.target, batch.valid)
@@ -182,15 +221,18 @@ class PrismObjective:
         for scale, coarse in enumerate(prediction.prm, start=1):
             upsampled = _upsample(coarse, batch.target)
             prm = prm + 2.0**-scale * self._segmentation(upsampled, batch.target, batch.valid)
-        loss = (fuse + prm).mean()
+        weight = None if self.subset_weights is None else self.subset_weights.of(batch.mask)
+        loss = (fuse + prm if weight is None else weight * (fuse + prm)).mean()
         terms = {"fuse": fuse.detach().mean(), "prm": prm.detach().mean()}
         if self.sample_losses:
             terms["samples"] = fuse.detach()
         if self.unimodal:
             per_pair, more = self._per_pair(prediction, batch.target, batch.valid)
+            if weight is not None:
+                per_pair = weight[prediction.pairs.sample] * per_pair
             loss = loss + per_pair.sum() / len(fuse)
             terms |= more
-        return Loss(loss, terms)
+        return Loss(loss, terms, fuse)
 
     def _per_pair(
         self, prediction: Prediction, target: Tensor, valid: Tensor | None

@@ -18,6 +18,7 @@ from prism_meta.data.augmentation import Augmentation
 from prism_meta.data.cache import CachedCase
 from prism_meta.data.drawing import DrawnEpisodes
 from prism_meta.data.episodes import Episodes
+from prism_meta.data.following_masks import GroupDROMask, HardMask
 from prism_meta.data.labels import BRATS_LABELS, LabelSet
 from prism_meta.data.masking import (
     BalancedMask,
@@ -28,15 +29,21 @@ from prism_meta.data.masking import (
     StaticMask,
 )
 from prism_meta.data.preprocessing import Preprocessing
-from prism_meta.data.subset_masks import HardMask, OneSubsetMask
+from prism_meta.data.subset_masks import OneSubsetMask
 from prism_meta.data.tasks import TaskEpisodes
 from prism_meta.empty_masks import EMPTY_POLICIES, EmptyPolicy
 from prism_meta.errors import PrismError
 from prism_meta.evaluation.cleanup import Cleanup
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.objective import losses
+from prism_meta.objective.meta_losses import MetaLoss, Ranking, SoftWorst
 from prism_meta.objective.prism import PrismObjective
-from prism_meta.objective.weighting import LearnedWeights, RelativePreference, Weighting
+from prism_meta.objective.weighting import (
+    LearnedSubsetWeights,
+    LearnedWeights,
+    RelativePreference,
+    Weighting,
+)
 from prism_meta.training.config import Config
 from prism_meta.training.config.data import DataConfig
 from prism_meta.training.config.keys import ARGUMENT_KEYS
@@ -84,7 +91,9 @@ def build_masks(
         rates: missing rates of the training cases, one per modality.
         meta_rates: those in meta batches. Defaults to ``rates``.
     """
-    hard = HardMask(len(rates), power=masks.power)  # one for both, which sees the losses once
+    # One for both batches, which sees the losses once.
+    hard = HardMask(len(rates), power=masks.power)
+    dro = GroupDROMask(len(rates), step=masks.step)
     policies: Mapping[str, Callable[[Sequence[float]], MaskPolicy]] = {
         "dynamic": lambda _: DynamicMask(),
         "static": lambda _: StaticMask(),
@@ -92,6 +101,7 @@ def build_masks(
         "single": lambda _: SingleModalityMask(),
         "balanced": BalancedMask,
         "hard": lambda _: hard,
+        "dro": lambda _: dro,
         "one_subset": lambda _: OneSubsetMask(),
     }
     return policies[masks.train](rates), policies[masks.meta](meta_rates or rates)
@@ -113,6 +123,11 @@ def build_objective(
         "preference": lambda: RelativePreference(rates, gamma=objective.preference_rate),
         "learned": lambda: LearnedWeights(len(rates), beta=objective.beta, delta=objective.delta),
     }
+    meta_losses: Mapping[str, Callable[[], MetaLoss | None]] = {
+        "same": lambda: None,
+        "soft_worst": lambda: SoftWorst(objective.meta_temperature),
+        "ranking": lambda: Ranking(objective.ranking_weight),
+    }
     return PrismObjective(
         beta=objective.beta,
         delta=objective.delta,
@@ -123,6 +138,10 @@ def build_objective(
         weighted=objective.weighted,
         unimodal=objective.unimodal,
         weighting=weightings[objective.weighting](),
+        subset_weights=(
+            LearnedSubsetWeights(len(rates)) if objective.subset_weights == "learned" else None
+        ),
+        meta_loss=meta_losses[objective.meta_loss](),
         sample_losses=sample_losses,
     )
 

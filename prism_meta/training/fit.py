@@ -50,6 +50,7 @@ def fit(
     scheduler: LRScheduler | None = None,
     alpha: float | None = None,
     inner_lr: Tensor | None = None,
+    inner_schedule: Callable[[int], float] | None = None,
     inner_state: InnerState = "fresh",
     buffers: Buffers = "outer",
     clip_norm: float | None = 5.0,
@@ -89,10 +90,13 @@ def fit(
             for the default optimizer, and to a constant rate for an optimizer of yours.
         alpha: weight of phi~ - phi in E2. Defaults to 0.5, or to 0 if the strategy prescribes its own
             outer step.
-        inner_lr: the tensor that is the inner optimizer's rate, if it is to decay with the outer rate.
+        inner_lr: the tensor that is the inner optimizer's rate, if it is to follow a schedule.
+        inner_schedule: factor of ``inner_lr`` in each outer step, counted from 0. Defaults to that of the
+            outer rate.
         inner_state: see ``MetaLearner``.
         buffers: see ``MetaLearner``.
-        clip_norm: largest norm of the meta-gradient; None for no limit.
+        clip_norm: largest norm of the meta-gradient; None for no limit. There is none for the optimizer that
+            a strategy prescribes, because G is then a way and not a gradient.
         episodes_per_step: number of episodes that an outer step averages over.
         epoch: outer steps per epoch, for objectives that change once per epoch. Defaults to one pass
             over the cases.
@@ -162,6 +166,7 @@ def fit(
         outer = outer_step(model, objective, strategy, steps=steps, alpha=_given(alpha))
         optimizer, alpha = outer.optimizer, outer.alpha if alpha is None else alpha
         scheduler = scheduler or outer.scheduler
+        clip_norm = None if outer.prescribed else clip_norm
     folder = None if folder is None else writable_folder(folder)
     averaged = AveragedWeights(model, ema) if ema else None
     trainer = Trainer(
@@ -181,6 +186,7 @@ def fit(
         scheduler=scheduler,
         folder=folder,
         inner_lr=inner_lr,
+        inner_schedule=inner_schedule,
         episodes_per_step=episodes_per_step,
         epoch=epoch or _epoch(episodes, episodes_per_step * fabric.world_size),
         checkpoint_every=checkpoint_every,

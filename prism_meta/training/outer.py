@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from prism_meta.bilevel.strategies import LearnedObjective, MetaStrategy, Objective
-from prism_meta.training.schedules import Schedule, scheduled
+from prism_meta.training.schedules import Schedule, factor, scheduled
 
 #: Default weight of phi~ - phi in E2.
 ALPHA = 0.5
@@ -32,12 +34,15 @@ class Outer:
         scheduler: its schedule, one step per outer step.
         alpha: weight of phi~ - phi.
         prescribed: whether the strategy chose all of them.
+        inner_schedule: factor of the inner rate in an outer step, counted from 0, if it follows the
+            schedule: that of the outer rate, or what it would be if the strategy had not chosen its own.
     """
 
     optimizer: Optimizer
     scheduler: LRScheduler
     alpha: float
     prescribed: bool
+    inner_schedule: Callable[[int], float]
 
 
 def outer_step(
@@ -79,9 +84,10 @@ def outer_step(
         ('AdamW', 0.5)
     """
     params = list(model.parameters())
+    inner_schedule = partial(factor, total=steps, schedule=schedule, warmup=warmup)
     prescribed = strategy.outer_optimizer(params, steps)
     if prescribed is not None:
-        return Outer(*prescribed, alpha=0.0, prescribed=True)
+        return Outer(*prescribed, alpha=0.0, prescribed=True, inner_schedule=inner_schedule)
     groups: list[dict[str, Any]] = [{"params": params}]
     learned = _learned(objective, strategy)
     if learned:
@@ -89,7 +95,7 @@ def outer_step(
         groups.append({"params": learned, "lr": hyper_lr, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
     scheduler = scheduled(optimizer, steps, schedule=schedule, warmup=warmup)
-    return Outer(optimizer, scheduler, alpha, prescribed=False)
+    return Outer(optimizer, scheduler, alpha, prescribed=False, inner_schedule=inner_schedule)
 
 
 def _learned(objective: Objective, strategy: MetaStrategy) -> list[Tensor]:

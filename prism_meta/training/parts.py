@@ -82,8 +82,9 @@ class Parts:
             scheduler=self.outer.scheduler,
             alpha=self.outer.alpha,
             inner_lr=self.inner_lr,
+            inner_schedule=self.outer.inner_schedule,
             inner_state=config.meta.inner_state,
-            clip_norm=config.training.clip_norm,
+            clip_norm=None if self.outer.prescribed else config.training.clip_norm,
             episodes_per_step=config.meta.episodes,
             fabric=fabric,
             folder=folder,
@@ -124,7 +125,7 @@ def build_parts(config: Config, source: Any, own: Own, *, fabric: Fabric) -> Par
         objective.to(fabric.device)
     steps = len(episodes) // meta.episodes
     outer = build_outer(config, model, objective, strategy, steps=steps)
-    decays = meta.inner_decay and own.strategy is None and not outer.prescribed
+    decays = meta.inner_decay and own.strategy is None
     return Parts(model, objective, strategy, episodes, outer, inner_lr if decays else None)
 
 

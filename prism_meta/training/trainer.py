@@ -60,8 +60,9 @@ class Trainer:
         scheduler: schedule of the learner's optimizer, one step per outer step. Defaults to a
             constant rate.
         folder: folder for ``checkpoint.pt``, ``metrics.jsonl`` and the best weights. Defaults to no files.
-        inner_lr: the tensor that is the inner optimizer's rate, if it is to decay with the outer
-            rate. Defaults to a constant inner rate.
+        inner_lr: the tensor that is the inner optimizer's rate, if it is to follow a schedule. Defaults
+            to a constant inner rate.
+        inner_schedule: see ``fit``.
         episodes_per_step: number of episodes that an outer step averages over.
         epoch: length of an epoch in outer steps. Defaults to no epochs.
         checkpoint_every: number of outer steps between checkpoints.
@@ -82,6 +83,7 @@ class Trainer:
         scheduler: LRScheduler | None = None,
         folder: Path | None = None,
         inner_lr: Tensor | None = None,
+        inner_schedule: Callable[[int], float] | None = None,
         episodes_per_step: int = 1,
         epoch: int | None = None,
         checkpoint_every: int = 100,
@@ -98,7 +100,7 @@ class Trainer:
         self.journal = Journal(None if folder is None else folder / "metrics.jsonl", loggers)
         self.epoch, self.checkpoint_every = epoch, checkpoint_every
         self.objective = learner.objective if isinstance(learner.objective, Adaptive) else None
-        self.inner_lr = inner_lr
+        self.inner_lr, self.inner_schedule = inner_lr, inner_schedule or self._of_outer_rate
         self._first_inner_lr = None if inner_lr is None else inner_lr.clone()
         self.episodes_per_step = episodes_per_step
         self.workers, self.seed = workers, seed
@@ -203,8 +205,7 @@ class Trainer:
     def _step(self, step: int, lr: float, episodes: Sequence[tuple[Any, Batch]]) -> log.Taken:
         torch.manual_seed(self.seed * 1_000_003 + step)
         if self.inner_lr is not None and self._first_inner_lr is not None:
-            first, now = self.scheduler.base_lrs[0], self.scheduler.get_last_lr()[0]
-            self.inner_lr.copy_(self._first_inner_lr * (now / first))
+            self.inner_lr.copy_(self._first_inner_lr * self.inner_schedule(step))
         with self.fabric.autocast():
             results = [
                 self.learner.meta_gradient(
@@ -235,6 +236,10 @@ class Trainer:
         self.feedback.collect(results, episodes)
         self.scheduler.step()
         return taken
+
+    def _of_outer_rate(self, step: int) -> float:
+        """The outer rate of the current step relative to the first one."""
+        return float(self.scheduler.get_last_lr()[0] / self.scheduler.base_lrs[0])
 
     def _gather(self, objective: Adaptive) -> None:
         """Give all processes the same state of the objective.

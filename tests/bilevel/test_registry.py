@@ -78,7 +78,7 @@ def test_a_class_without_a_name_is_refused() -> None:
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
     message = (
-        r"^strategy: got 'maml', expected one of single_level, first_order, second_order, reptile, "
+        r"^strategy: got 'maml', expected one of single_level, joint, first_order, second_order, reptile, "
         r"finite_difference, implicit$"
     )
     with pytest.raises(ValueError, match=message):

@@ -33,14 +33,18 @@ INTEGERS = {
 FLOATS = {
     "data.foreground": ("-0.1", "1.1"),
     "masks.power": ("-1", "101"),
+    "masks.step": ("-1", "101"),
     "objective.beta": ("-1", "1e9"),
     "objective.delta": ("-1", "1e9"),
     "objective.preference_rate": ("-1", "1e9"),
     "objective.weights_lr": ("0", "1e9"),
     "objective.temperature": ("0", "1e9"),
+    "objective.meta_temperature": ("0", "1e9"),
+    "objective.ranking_weight": ("0", "1e9"),
     "meta.inner_lr": ("-1e-9", "1e9"),
     "meta.inner_momentum": ("-1", "2"),
     "meta.alpha": ("-1", "1.5"),
+    "meta.epsilon": ("0", "1.1", "[0.1]", "[0, 1]", "[0.1, 0.5, 1]"),
     "meta.proximal": ("0", "1e9"),
     "training.lr": ("0", "1e9"),
     "training.weight_decay": ("-1", "1e9"),
@@ -51,6 +55,7 @@ FLOATS = {
 CHOICES = (
     "masks.train", "masks.meta", "episodes.kind", "model.fusion", "objective.weighting",
     "objective.direction", "objective.prototype", "meta.strategy", "meta.inner", "meta.inner_state",
+    "meta.step_weights", "objective.subset_weights", "objective.meta_loss",
     "fabric.accelerator", "fabric.precision", "evaluation.empty", "data.layout", "data.split", "data.align",
     "training.schedule", "validation.select",
 )  # fmt: skip
@@ -132,6 +137,18 @@ TOGETHER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("objective.weighting=learned", "meta.strategy=reptile"),
         ("objective.weighting: learned weights follow the gradient",),
     ),
+    "learned subsets without a meta-gradient": (
+        ("objective.subset_weights=learned", "meta.strategy=joint"),
+        ("objective.subset_weights: learned weights follow the gradient",),
+    ),
+    "a meta loss that is only measured": (
+        ("objective.meta_loss=ranking", "meta.strategy=single_level"),
+        ("objective.meta_loss: meta.strategy single_level only measures the meta loss",),
+    ),
+    "a temperature of no soft worst": (
+        ("objective.meta_temperature=1", "objective.meta_loss=ranking"),
+        ("meta_temperature: only meta_loss = soft_worst has one",),
+    ),
     "shared state of SGD": (
         ("meta.inner_state=shared",),
         ("inner_state: shared needs inner = adamw",),
@@ -139,6 +156,10 @@ TOGETHER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "shared state without inner steps": (
         ("meta.inner_state=shared", "meta.inner=adamw", "meta.strategy=single_level"),
         ("inner_state: shared does not go with single_level",),
+    ),
+    "epsilon without Reptile": (
+        ("meta.epsilon=0.5",),
+        ("meta: epsilon: first_order has none; leave it out, or use reptile",),
     ),
     "hard masks without all subsets": (
         ("masks.train=hard", "masks.meta=full"),
@@ -195,6 +216,14 @@ TOGETHER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("validation: cases: a case occurs twice",),
     ),
     "a power of no hard masks": (("masks.power=2",), ("power: only hard masks have one",)),
+    "a step of no group DRO": (
+        ("masks.step=2", "masks.train=hard"),
+        ("step: only dro masks have one; leave it out, or use dro for train",),
+    ),
+    "group DRO without all subsets": (
+        ("masks.train=dro", "masks.meta=single"),
+        ("masks: meta: dro masks follow the losses", "use dynamic"),
+    ),
     "support without tasks": (
         ("episodes.support=2",),
         ("support: 2 support cases need kind = task",),

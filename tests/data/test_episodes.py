@@ -102,19 +102,39 @@ def test_one_subset_per_inner_step(pool: list[CachedCase]) -> None:
     """As Reptile over all subsets needs it: each of K batches shows one subset, and all differ."""
     data = episodes(pool, inner_steps=4, train_mask=OneSubsetMask(), steps=20)
     available = {case.id: case.availability for case in pool}
-    orders = set()
+    walk = []
     for t in range(20):
         train, meta = data[t]
-        shown = [tuple(batch.mask[0].tolist()) for batch in train]
-        orders.add(tuple(shown))
-        assert shown == (list(dict.fromkeys(shown)) * 4)[:4], (
-            "none comes again before all have come"
-        )
+        walk += [tuple(batch.mask[0].tolist()) for batch in train]
         for batch in train:
             assert (batch.mask == batch.mask[0]).all()
             assert all(not (batch.mask[0] & ~available[case]).any() for case in batch.case_ids)
             assert not set(batch.case_ids) & set(meta.case_ids)
-    assert len(orders) > 15, "the order is drawn anew for each episode"
+    orders = [tuple(walk[k : k + 15]) for k in range(0, 75, 15)]
+    assert all(len(set(order)) == 15 for order in orders), "none comes again before all have come"
+    assert len(set(orders)) == 5, "each time in a new order"
+
+
+@pytest.mark.parametrize("role", ["train_mask", "meta_mask"])
+def test_one_subset_per_batch_walks_on_from_episode_to_episode(
+    pool: list[CachedCase], role: str
+) -> None:
+    """Also through subsets that only one case has: it is then in the half that needs it."""
+    few = [pool[1], *pool[3:]]
+    options: dict[str, Any] = {"steps": 45, "batch_size": 2, role: OneSubsetMask()}
+    data, again = episodes(few, **options), episodes(few, **options)
+    part = 0 if role == "train_mask" else -1
+    walk = [tuple(data.masks(t)[part][0].tolist()) for t in range(45)]
+    assert [len(set(walk[k : k + 15])) for k in (0, 15, 30)] == [15] * 3
+    assert len({tuple(walk[k : k + 15]) for k in (0, 15, 30)}) == 3
+    for t in (31, 7, 7, 44):  # a resumed run, in any order
+        assert tuple(again.masks(t)[part][0].tolist()) == walk[t]
+    for other in ({"rank": 1}, {"seed": 1}):
+        apart = episodes(few, **options, **other)
+        assert [tuple(apart.masks(t)[part][0].tolist()) for t in range(15)] != walk[:15]
+    for t in range(15):
+        train, meta = data[t]
+        assert not set(train.case_ids) & set(meta.case_ids)
 
 
 @pytest.mark.parametrize("per_patient", [2, 3])

@@ -7,9 +7,11 @@ from math import sqrt
 
 import pytest
 import torch
-from torch import Generator, Tensor
+from masks import assert_drawn_with, rows, seeded
+from torch import Tensor
 
 from prism_meta.data.availability import draw_availability
+from prism_meta.data.following_masks import GroupDROMask, HardMask
 from prism_meta.data.masking import (
     BalancedMask,
     DynamicMask,
@@ -18,7 +20,7 @@ from prism_meta.data.masking import (
     SingleModalityMask,
     StaticMask,
 )
-from prism_meta.data.subset_masks import HardMask, OneSubsetMask
+from prism_meta.data.subset_masks import OneSubsetMask
 from prism_meta.modalities import subsets
 
 PUBLISHED = ((0.2, 0.4, 0.6, 0.8), (0.1, 0.3, 0.7, 0.9))
@@ -29,32 +31,9 @@ POLICIES: dict[str, MaskPolicy] = {
     "single": SingleModalityMask(),
     "balanced": BalancedMask(PUBLISHED[0]),
     "hard": HardMask(4),
+    "dro": GroupDROMask(4),
 }
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-
-
-def seeded(seed: int) -> Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def rows(*text: str) -> Tensor:
-    """rows("1010") is one case with the first and the third modality."""
-    return torch.tensor([[c == "1" for c in row] for row in text])
-
-
-def counts(masks: Tensor) -> dict[tuple[bool, ...], int]:
-    found: dict[tuple[bool, ...], int] = {}
-    for row in masks.tolist():
-        found[tuple(row)] = found.get(tuple(row), 0) + 1
-    return found
-
-
-def assert_drawn_with(masks: Tensor, probabilities: dict[tuple[bool, ...], float]) -> None:
-    """Each pattern as often as its probability says, to 4 standard deviations."""
-    found, n = counts(masks), len(masks)
-    assert set(found) <= {row for row, p in probabilities.items() if p > 0}
-    for row, p in probabilities.items():
-        assert abs(found.get(row, 0) - n * p) <= 4 * sqrt(n * p * (1 - p)) + 1e-9, row
 
 
 # ---------------------------------------------------------------- one suite for all policies
@@ -95,7 +74,7 @@ def test_a_generator_is_not_needed_and_the_argument_is_not_changed(policy: MaskP
 
 @every_policy
 def test_no_case_is_no_mask(policy: MaskPolicy) -> None:
-    if isinstance(policy, StaticMask | DynamicMask | HardMask):
+    if isinstance(policy, StaticMask | DynamicMask | HardMask | GroupDROMask):
         assert policy(torch.zeros(0, 4).bool(), seeded(0)).shape == (0, 4)
 
 
@@ -199,100 +178,14 @@ def test_balanced_refuses_another_number_of_modalities() -> None:
         BalancedMask(PUBLISHED[0])(torch.ones(2, 3).bool())
 
 
-# ---------------------------------------------------------------- hard subsets
-
-
-@pytest.mark.parametrize("case", ["1111", "1011", "0010"])
-def test_hard_without_a_loss_is_uniform(case: str) -> None:
-    available = rows(case)
-    held = ~(subsets(4) & ~available).any(1)
-    expected = held.double() / held.sum()
-    assert torch.equal(HardMask(4).probabilities(available)[0], expected)
-
-
-@pytest.mark.parametrize("power", [0.0, 1.0, 4.0])
-@pytest.mark.parametrize("case", ["1111", "1011", "0101"])
-def test_hard_is_in_proportion_to_a_power_of_the_running_loss(case: str, power: float) -> None:
-    policy = HardMask(4, power=power)
-    losses = torch.linspace(0.4, 1.2, 15, dtype=torch.float64)
-    policy.observe(subsets(4), losses)
-    held = [
-        not (s and c == "0") for row in subsets(4).tolist() for s, c in zip(row, case, strict=True)
-    ]
-    within = torch.tensor(held).view(15, 4).all(1)
-    weights = losses**power * within
-    chances = zip(subsets(4).tolist(), (weights / weights.sum()).tolist(), strict=True)
-    mask = policy(rows(case).expand(20_000, -1), seeded(10))
-    assert_drawn_with(mask, {tuple(row): p for row, p in chances})
-
-
-def test_hard_keeps_a_moving_average_of_each_subset() -> None:
-    policy = HardMask(2, decay=0.75)
-    first, second = rows("10"), rows("01")
-    for mask, loss in ((first, 2.0), (second, 1.0), (first, 4.0), (first, 0.0)):
-        policy.observe(mask, torch.tensor([loss]))
-    assert policy.losses[:2].tolist() == [0.75 * (0.75 * 2 + 0.25 * 4), 1.0]
-    assert policy.losses[2].isnan()
-    # A subset that was never seen counts like the mean of the others.
-    powers = [value**4 for value in (1.875, 1.0, (1.875 + 1.0) / 2)]
-    expected = [p / sum(powers) for p in powers]
-    assert policy.probabilities(rows("11"))[0].tolist() == pytest.approx(expected)
-    # One batch or three: the order of the samples decides.
-    again = HardMask(2, decay=0.75)
-    again.observe(torch.cat([first, second, first, first]), torch.tensor([2.0, 1.0, 4.0, 0.0]))
-    assert torch.equal(again.losses[:2], policy.losses[:2])
-
-
-def test_hard_continues_from_its_state() -> None:
-    policy, again = HardMask(4), HardMask(4)
-    policy.observe(subsets(4)[:9], torch.rand(9, generator=seeded(1)))
-    again.load_state_dict(policy.state_dict())
-    available = draw_availability(200, PUBLISHED[0])
-    assert torch.equal(policy(available, seeded(2)), again(available, seeded(2)))
-    kept = again.state_dict()
-    policy.observe(subsets(4), torch.rand(15, generator=seeded(3)))
-    for name, value in again.state_dict().items():
-        assert torch.equal(value.nan_to_num(-1), kept[name].nan_to_num(-1)), "a copy"
-    with pytest.raises(ValueError, match="losses: got those of 15 subsets, expected 7"):
-        HardMask(3).load_state_dict(kept)
-
-
-@pytest.mark.parametrize("losses", [[0.0, 0.0, 0.0], [1e9, 1e-9, 0.0]])
-def test_hard_draws_from_any_losses(losses: list[float]) -> None:
-    policy = HardMask(2, power=100.0)
-    policy.observe(subsets(2), torch.tensor(losses))
-    chances = policy.probabilities(rows("11", "01"))
-    assert chances.isfinite().all() and torch.allclose(chances.sum(1), torch.ones(2).double())
-    assert policy(rows("11", "01"), seeded(0)).any(1).all()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"power": -1.0}, "power: got -1.0, expected a number >= 0"),
-        ({"decay": 1.0}, "decay: got 1.0, expected a number in"),
-        ({"decay": -0.1}, "decay: got -0.1, expected a number in"),
-    ],
-)
-def test_hard_refuses_bad_numbers(options: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        HardMask(4, **options)
-
-
-def test_hard_refuses_another_number_of_modalities() -> None:
-    with pytest.raises(ValueError, match=r"availability: got shape \(2, 3\), expected \(N, 4\)"):
-        HardMask(4)(torch.ones(2, 3).bool())
-    with pytest.raises(ValueError, match=r"mask: got shape \(1, 3\), expected \(N, 4\)"):
-        HardMask(4).observe(torch.ones(1, 3).bool(), torch.ones(1))
-
-
 # ---------------------------------------------------------------- one subset per batch
 
 
 def walks(available: Tensor, count: int, seed: int) -> list[tuple[bool, ...]]:
     """The subset of each batch; the batches are checked."""
     found = []
-    for chosen, mask in OneSubsetMask().batches(available, 5, count, seeded(seed)):
+    shown = OneSubsetMask().walk(available, 0, count, seed=(seed,))
+    for chosen, mask in OneSubsetMask().batches(available, 5, shown, seeded(seed)):
         assert chosen.shape == (5,) and mask.shape == (5, available.shape[1])
         assert (mask == mask[0]).all() and mask[0].any()
         assert not bool((mask & ~available[chosen]).any())
@@ -309,8 +202,11 @@ def test_batches_walk_through_all_subsets_in_a_new_order() -> None:
     assert len({tuple(order) for order in orders}) == 6
     assert walks(available, 15, 0) == orders[0], "the generator decides"
     twice = walks(available, 30, 1)
-    assert twice[:15] == twice[15:] == orders[1]
+    assert twice[:15] == orders[1] != twice[15:] and set(twice[15:]) == every
     assert walks(available, 4, 2) == orders[2][:4]
+    for start in (0, 3, 14, 15, 22):  # any part of it is found without what came before
+        part = OneSubsetMask().walk(available, start, 8, seed=(1,)).tolist()
+        assert [tuple(row) for row in part] == twice[start : start + 8]
 
 
 def test_only_subsets_that_a_case_has_are_walked_through() -> None:
@@ -322,9 +218,16 @@ def test_only_subsets_that_a_case_has_are_walked_through() -> None:
 
 def test_a_batch_has_every_case_of_its_subset_before_one_comes_again() -> None:
     available = rows("11", "11", "11", "10", "01")
-    for chosen, mask in OneSubsetMask().batches(available, 4, 3, seeded(4)):
+    for chosen, mask in OneSubsetMask().batches(available, 4, subsets(2), seeded(4)):
         holders = int((~(mask[0] & ~available).any(1)).sum())
         assert len(set(chosen.tolist())) == min(4, holders)
+
+
+def test_a_subset_that_nobody_has_is_replaced_by_one_that_somebody_has() -> None:
+    available, wanted = rows("110", "010"), rows("001").expand(300, -1)
+    masks = [mask[0] for _, mask in OneSubsetMask().batches(available, 2, wanted, seeded(5))]
+    there = [(True, False, False), (False, True, False), (True, True, False)]
+    assert_drawn_with(torch.stack(masks), dict.fromkeys(there, 1 / 3))
 
 
 def test_one_subset_of_given_cases_is_one_that_all_have() -> None:

@@ -130,7 +130,10 @@ def test_folds_of_a_seed_are_one_and_half_a_seed_is_left_out() -> None:
 
 def test_cases_from_other_subsets_are_refused() -> None:
     runs = [ScoredRun("a", "all", "gradients", 0, {"p1": {"t1": 0.5}, "p2": {"t2": 0.5}})]
-    message = "a, seed 0: case p2 was tested from other subsets than case p1; use cases with the same modalities"
+    message = (
+        "a, seed 0: case p2 was tested from other subsets than case p1; use cases with the same "
+        "modalities"
+    )
     with pytest.raises(PrismError) as error:
         MethodScores.of(runs)
     assert str(error.value) == message

@@ -194,6 +194,23 @@ def test_an_objective_without_the_losses_of_samples_is_refused(pool: list[Cached
         pm.fit(model, pm.PrismObjective(), pm.FirstOrder(pm.SGD(0.1)), hard_episodes(pool))
 
 
+@pytest.mark.parametrize("strategy", ["reptile", "joint", "second_order"])
+def test_group_dro_from_the_configuration(cases: Path, tmp_path: Path, strategy: str) -> None:
+    """It is fed the losses of meta batches with masks of their own, and resumes with them."""
+    config = pm.load_config(
+        overrides=[
+            "data.spacing=[1,1,1]", "data.patch=[16,16]", "data.batch_size=2", "model.width=2",
+            "model.depth=2", "training.steps=3", "masks.train=dro", "masks.step=0.5",
+            f"meta.strategy={strategy}",
+        ]
+    )  # fmt: skip
+    pm.train(cases, config, out=tmp_path / "run", progress=False)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt")["episodes"]["running"]
+    assert list(state) == ["train.losses", "train.log_q"]
+    assert state["train.log_q"].exp().sum().item() == pytest.approx(1)
+    assert len(state["train.log_q"].unique()) > 1
+
+
 @pytest.mark.parametrize("strategy", ["reptile", "single_level", "second_order"])
 def test_hard_masks_from_the_configuration(cases: Path, tmp_path: Path, strategy: str) -> None:
     config = pm.load_config(

@@ -25,13 +25,15 @@ from prism_meta.bilevel.strategies.base import (
     StepBatches,
 )
 from prism_meta.bilevel.strategies.finite_difference import FiniteDifference
-from prism_meta.bilevel.strategies.first_order import FirstOrder, Reptile, SingleLevel
+from prism_meta.bilevel.strategies.first_order import FirstOrder, SingleLevel
 from prism_meta.bilevel.strategies.implicit import ImplicitMAML
+from prism_meta.bilevel.strategies.joint import Joint
 from prism_meta.bilevel.strategies.registry import (
     ALL_STRATEGIES,
     register_strategy,
     strategy_named,
 )
+from prism_meta.bilevel.strategies.reptile import Reptile
 from prism_meta.bilevel.strategies.second_order import SecondOrder
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "GraphSizes",
     "HiddenParameterError",
     "ImplicitMAML",
+    "Joint",
     "LearnedObjective",
     "MetaGradient",
     "MetaStrategy",

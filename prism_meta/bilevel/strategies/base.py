@@ -142,8 +142,10 @@ class MetaStrategy(ABC):
     equation: ClassVar[str]
     #: Whether it takes inner steps: its constructor then takes an inner optimizer and their number.
     adapts: ClassVar[bool] = True
-    #: Whether L_meta is differentiated, so that the objective's learned weights get a gradient.
+    #: Whether the objective's learned weights get a gradient, that of L_meta through the inner steps.
     has_meta_gradient: ClassVar[bool] = True
+    #: Whether L_meta is differentiated at all, and not only measured.
+    learns_from_meta: ClassVar[bool] = True
     #: Further keyword arguments of the constructor that a configuration may set.
     options: ClassVar[tuple[str, ...]] = ()
 

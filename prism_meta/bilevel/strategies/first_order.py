@@ -1,14 +1,10 @@
-"""Strategies that need only first derivatives: one level, E3, and Reptile."""
+"""Strategies that need only first derivatives: one level, and E3."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LinearLR, LRScheduler
 
 from prism_meta.bilevel.functional.forward_mode import mixed_derivative
 from prism_meta.bilevel.functional.model import FunctionalModel
@@ -28,7 +24,7 @@ from prism_meta.bilevel.strategies.base import (
     StepBatches,
     pack,
 )
-from prism_meta.bilevel.strategies.inner_loop import AdaptingStrategy, InnerStep
+from prism_meta.bilevel.strategies.inner_loop import InnerStep
 
 
 class SingleLevel(FunctionalStrategy):
@@ -53,6 +49,7 @@ class SingleLevel(FunctionalStrategy):
     equation = "grad L_train"
     adapts = False
     has_meta_gradient = False
+    learns_from_meta = False
 
     @classmethod
     def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
@@ -125,71 +122,3 @@ class FirstOrder(AdjointStrategy):
             return Curvature(zeros(step.params), zeros(fixed), by_weights)
 
         return Linearization(step.gradient, curvature, {})
-
-
-class Reptile(AdaptingStrategy):
-    """G = phi - phi~: the outer step moves phi towards the adapted parameters.
-
-    With ``torch.optim.SGD(lr=1)`` outside and alpha = 0 the outer rate is Reptile's epsilon, and
-    ``schedule`` lets it grow from 0.1 to 1 over training. The meta batch is only measured. (With any
-    strategy, eta_out = 0 in E2 is Reptile too, with alpha as its epsilon.)
-
-    Args:
-        inner: the inner optimizer, e.g. ``SGD(0.05)``.
-        steps: K, the number of inner steps; with K = 1 this is plain training.
-        adapt: predicate on parameter names: which parameters the inner steps move. The others get no
-            gradient. Defaults to all.
-
-    Raises:
-        ValueError: ``inner`` has learned hyper-parameters, for which Reptile has no gradient.
-
-    Source: Nichol et al., 2018.
-
-    Example:
-        >>> from prism_meta.bilevel.inner import SGD
-        >>> from torch import nn
-        >>> model = nn.Linear(1, 1, bias=False)
-        >>> mse = lambda forward, batch: (forward(batch[0]) - batch[1]).square().mean()
-        >>> batch = (torch.ones(1, 1), torch.zeros(1, 1))
-        >>> result = Reptile(SGD(0.25), steps=1).meta_gradient(model, mse, batch, batch)
-        >>> bool(torch.allclose(result.gradient["weight"], model.weight / 2))
-        True
-    """
-
-    name = "reptile"
-    units = "1 1/3"
-    equation = "phi - phi~"
-    has_meta_gradient = False
-    learns_hyper_parameters = False
-
-    @property
-    def evaluations(self) -> int:
-        return self.steps
-
-    @classmethod
-    def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
-        return {cls.__name__: sizes.forward + 2 * sizes.params}
-
-    def solve(
-        self, model: FunctionalModel, train: StepBatches, meta: Any, state: State | None
-    ) -> MetaGradient:
-        inner = self.adapt_detached(model, train, state)
-        with torch.no_grad():
-            measured = model.evaluate_meta(inner.everything, meta)
-        moved = {n: model.trainable[n] - inner.params[n] for n in inner.used}
-        return pack(model, inner, measured, moved)
-
-    def outer_optimizer(
-        self, params: Sequence[nn.Parameter], total_steps: int
-    ) -> tuple[Optimizer, LRScheduler]:
-        optimizer = torch.optim.SGD(params, lr=1.0)
-        return optimizer, self.schedule(optimizer, total_steps)
-
-    @staticmethod
-    def schedule(
-        optimizer: Optimizer, total_steps: int, *, start: float = 0.1, end: float = 1.0
-    ) -> LinearLR:
-        """Epsilon: the outer rate times a factor that grows linearly from ``start`` to ``end``."""
-        return LinearLR(
-            optimizer, start_factor=start, end_factor=end, total_iters=max(1, total_steps - 1)
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -109,6 +109,7 @@ class AdaptingStrategy(FunctionalStrategy):
         *,
         on_step: Callable[[InnerStep], None] | None = None,
         penalty: Callable[[Params], Params] | None = None,
+        weights: Sequence[float] | None = None,
     ) -> Adaptation:
         """Inner steps without a graph: each starts at constants.
 
@@ -118,6 +119,7 @@ class AdaptingStrategy(FunctionalStrategy):
             state: of the inner optimizer. Defaults to a fresh one.
             on_step: called with each step, to record what is needed of it.
             penalty: a gradient at phi_k that is added to that of L_train.
+            weights: factor of the gradient of each step. Defaults to 1.
         """
         params, fixed = self.split(detached(model.trainable))
         state = self.inner.init(params) if state is None else state
@@ -133,6 +135,8 @@ class AdaptingStrategy(FunctionalStrategy):
             if penalty is not None:
                 extra = penalty(params)
                 gradient = {n: g + extra[n] for n, g in gradient.items()}
+            if weights is not None:
+                gradient = {n: weights[k] * g for n, g in gradient.items()}
             with torch.no_grad():
                 params, state = self.update(gradient, state, params)
             buffers, used = value.buffers, used | gradient.keys()

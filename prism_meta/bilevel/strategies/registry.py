@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from prism_meta.bilevel.strategies.base import MetaStrategy
 from prism_meta.bilevel.strategies.finite_difference import FiniteDifference
-from prism_meta.bilevel.strategies.first_order import FirstOrder, Reptile, SingleLevel
+from prism_meta.bilevel.strategies.first_order import FirstOrder, SingleLevel
 from prism_meta.bilevel.strategies.implicit import ImplicitMAML
+from prism_meta.bilevel.strategies.joint import Joint
+from prism_meta.bilevel.strategies.reptile import Reptile
 from prism_meta.bilevel.strategies.second_order import SecondOrder
 
 #: Every strategy. Add a new one here, or from outside with ``register_strategy``.
 ALL_STRATEGIES: list[type[MetaStrategy]] = [
     SingleLevel,
+    Joint,
     FirstOrder,
     SecondOrder,
     Reptile,

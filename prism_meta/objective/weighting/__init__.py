@@ -20,11 +20,13 @@ from prism_meta.objective.weighting.preference import (
     project_to_sphere,
     relative_preference,
 )
+from prism_meta.objective.weighting.subsets import LearnedSubsetWeights
 
 __all__ = [
     "BETA",
     "DELTA",
     "LOWEST",
+    "LearnedSubsetWeights",
     "LearnedWeights",
     "PairWeights",
     "RelativePreference",

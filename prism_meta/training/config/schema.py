@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from prism_meta.bilevel.strategies import FirstOrder, MetaStrategy
 from prism_meta.bilevel.strategies.registry import ALL_STRATEGIES, strategy_named
+from prism_meta.bilevel.strategies.reptile import EPSILON, StepWeights
 from prism_meta.errors import ConfigError, raise_faults
 from prism_meta.evaluation.windows import OVERLAP
 from prism_meta.objective import losses
@@ -34,7 +35,10 @@ from prism_meta.training.config.types import (
 )
 from prism_meta.training.outer import ALPHA, HYPER_LR
 
-Mask = Literal["dynamic", "static", "full", "single", "balanced", "hard", "one_subset"]
+Epsilon = Annotated[float, Field(strict=True, gt=0, le=1)]
+Mask = Literal["dynamic", "static", "full", "single", "balanced", "hard", "dro", "one_subset"]
+#: Policies that follow the losses, and the option that only one of them has.
+_FOLLOWING = {"hard": "power", "dro": "step"}
 #: Policies that seldom or never show some of the subsets.
 _FEW_SUBSETS = ("static", "full", "single")
 
@@ -46,22 +50,28 @@ class MaskConfig(Section):
     meta: Mask = "dynamic"
     #: Hard masks show a subset in proportion to this power of its running loss in meta batches.
     power: Annotated[float, Field(strict=True, ge=0, le=100)] = 4.0
+    #: Step size of group DRO (dro), which raises the chance of subsets with a large running loss.
+    step: Annotated[float, Field(strict=True, ge=0, le=100)] = 0.01
 
     @property
     def follow_losses(self) -> bool:
         """Whether a policy needs the losses of the samples."""
-        return "hard" in (self.train, self.meta)
+        return bool(_FOLLOWING.keys() & {self.train, self.meta})
 
     @model_validator(mode="after")
     def _consistent(self) -> MaskConfig:
         faults = []
         if self.follow_losses and self.meta in _FEW_SUBSETS:
             faults.append(
-                f"meta: hard masks follow the losses of the meta batches, and {self.meta} ones show few "
-                "subsets there; use dynamic, balanced, one_subset or hard"
+                f"meta: {self.train} masks follow the losses of the meta batches, and {self.meta} ones show "
+                f"few subsets there; use dynamic, balanced, one_subset or {self.train}"
             )
-        if self.power != MaskConfig.model_fields["power"].default and not self.follow_losses:
-            faults.append("power: only hard masks have one; leave it out, or use hard for train")
+        faults += [
+            f"{option}: only {name} masks have one; leave it out, or use {name} for train"
+            for name, option in _FOLLOWING.items()
+            if getattr(self, option) != MaskConfig.model_fields[option].default
+            and name not in (self.train, self.meta)
+        ]
         raise_faults(ConfigError, faults)
         return self
 
@@ -96,6 +106,13 @@ class ObjectiveConfig(Section):
     preference_rate: NotNegative = 0.01
     #: Initial outer learning rate of learned weights; it decays like training.lr.
     weights_lr: Positive = HYPER_LR
+    #: Weights of the samples' losses by subset: equal, or learned by the gradient of L_meta (E12).
+    subset_weights: Literal["equal", "learned"] = "equal"
+    #: What the outer level minimises: the same objective as the inner one; the soft worst over subsets of
+    #: L_fuse, with its temperature; or a penalty where more modalities are worse than fewer, with its weight.
+    meta_loss: Literal["same", "soft_worst", "ranking"] = "same"
+    meta_temperature: Positive = 0.1
+    ranking_weight: Positive = 1.0
     temperature: Positive = 4.0
     direction: losses.Direction = "student_teacher"
     #: Weight prm maps (coarse-scale outputs of the fused decoder) by 2^-s in E8, as in the published code.
@@ -110,6 +127,11 @@ class ObjectiveConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> ObjectiveConfig:
         faults = []
+        faults += [
+            f"{key}: only meta_loss = {name} has one; set it, or leave {key} out"
+            for key, name in (("meta_temperature", "soft_worst"), ("ranking_weight", "ranking"))
+            if getattr(self, key) != type(self).model_fields[key].default and self.meta_loss != name
+        ]
         if not self.unimodal and self.weighting != "fixed":
             faults.append(
                 f"weighting: {self.weighting} has nothing to weigh without unimodal; use fixed"
@@ -135,7 +157,7 @@ class MetaConfig(Section):
     inner: Literal["sgd", "adamw"] = "sgd"
     inner_lr: NotNegative = 0.05
     inner_momentum: Share = 0.0
-    #: Let the inner rate decay with the outer one.
+    #: Let the inner rate follow training.schedule, as the outer one does.
     inner_decay: bool = True
     inner_steps: Repeats = 1
     #: State of the inner optimizer between outer steps: fresh, carried, or shared with the outer AdamW.
@@ -144,6 +166,11 @@ class MetaConfig(Section):
     alpha: Share = ALPHA
     #: Episodes that an outer step averages over.
     episodes: Repeats = 1
+    #: Step size of ``reptile``: constant, or the first and the last of a linear schedule. A constant 1 is
+    #: plain training with the inner optimizer, a smaller one Lookahead.
+    epsilon: Epsilon | tuple[Epsilon, Epsilon] = EPSILON
+    #: Weights of the inner gradients of ``reptile``: equal, or falling as 2 (n - i + 1) / (n + 1).
+    step_weights: StepWeights = "equal"
     #: Lambda and the number of conjugate-gradient steps of ``implicit``.
     proximal: Positive = 1.0
     cg_steps: Repeats = 5
@@ -180,6 +207,13 @@ class MetaConfig(Section):
             raise ValueError(
                 f"inner_state: shared does not go with {self.strategy}; use fresh or carried"
             )
+        useless = [
+            f"{name}: {self.strategy} has none; leave it out, or use reptile"
+            for name in ("epsilon", "step_weights")
+            if getattr(self, name) != type(self).model_fields[name].default
+            and name not in self.kind.options
+        ]
+        raise_faults(ConfigError, useless)
         unknown = [name for name in self.kind.options if name not in type(self).model_fields]
         if unknown:
             raise ValueError(
@@ -245,6 +279,17 @@ class Config(Section):
                 f"objective.weighting: learned weights follow the gradient of the meta loss through "
                 f"the inner steps, and meta.strategy {self.meta.strategy} has none; use first_order or "
                 "second_order, or weighting fixed or preference"
+            )
+        if self.objective.subset_weights == "learned" and not self.meta.kind.has_meta_gradient:
+            faults.append(
+                f"objective.subset_weights: learned weights follow the gradient of the meta loss through "
+                f"the inner steps, and meta.strategy {self.meta.strategy} has none; use first_order or "
+                "second_order, or subset_weights equal"
+            )
+        if self.objective.meta_loss != "same" and not self.meta.kind.learns_from_meta:
+            faults.append(
+                f"objective.meta_loss: meta.strategy {self.meta.strategy} only measures the meta loss; use "
+                "first_order, second_order or joint, or meta_loss same"
             )
         if self.episodes.kind == "task" and self.masks != MaskConfig():
             faults.append(

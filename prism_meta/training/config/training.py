@@ -36,7 +36,8 @@ class TrainingConfig(Section):
     schedule: Schedule = "polynomial"
     warmup: Annotated[int, Field(strict=True, ge=0, le=10**8)] = 0
     weight_decay: NotNegative = WEIGHT_DECAY
-    #: Largest norm of the meta-gradient; a longer one is scaled down.
+    #: Largest norm of the meta-gradient; a longer one is scaled down. The way of ``reptile`` is no gradient
+    #: and never scaled.
     clip_norm: Positive = 5.0
     #: Run folder with the weights to start from; modalities are matched by name. Defaults to random weights.
     init: UserPath | None = None

@@ -124,6 +124,7 @@ def test_a_key_at_its_default_changes_no_result(tmp_path: Path) -> None:
     ("strategy", "options", "count"),
     [
         ("single_level", {}, 1),
+        ("joint", {}, 2),
         ("first_order", {"inner_steps": 3}, 4),
         ("second_order", {"inner_steps": 3}, 10),
         ("finite_difference", {"inner_steps": 3}, 10),
