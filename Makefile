@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo quick-demo test slow-test lint clean
+.PHONY: demo quick-demo quick-study test slow-test lint clean
 
 # The stamp is written last, so an interrupted installation is repeated.
 .venv/installed: pyproject.toml
@@ -29,6 +29,11 @@ demo: .venv/installed
 quick-demo: .venv/installed
 	rm -rf demo-quick
 	$(BIN)/prism-meta demo --quick --out demo-quick
+
+# A whole study in its smallest form.
+quick-study: .venv/installed
+	rm -rf quick-study
+	$(BIN)/prism-meta ablate benchmarks/ablation/quick.toml --out quick-study
 
 test: .venv/learn2learn
 	$(BIN)/pytest -n auto -m "not slow"
