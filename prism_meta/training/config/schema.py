@@ -18,7 +18,7 @@ from prism_meta.objective import losses
 from prism_meta.objective.weighting import BETA, DELTA
 from prism_meta.training.config.baselines import read_baseline
 from prism_meta.training.config.data import DataConfig
-from prism_meta.training.config.file import read_config
+from prism_meta.training.config.file import is_set, read_config
 from prism_meta.training.config.meta import MetaConfig
 from prism_meta.training.config.model import ModelConfig
 from prism_meta.training.config.training import TrainingConfig, ValidationConfig
@@ -248,4 +248,6 @@ def load_config(
         ConfigError: all faults together, each with its key.
     """
     start = {} if baseline is None else read_baseline(baseline)
+    if is_set("data.availability", path, overrides):
+        start.get("data", {}).pop("missing_rates", None)  # a table of one's own replaces its rates
     return read_config(Config, path, overrides, start=start)
