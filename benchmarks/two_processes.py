@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 import prism_meta as pm
 from prism_meta.training.build import build_strategy
-from prism_meta.training.config.schema import MetaConfig
+from prism_meta.training.config.meta import MetaConfig
 from prism_meta.training.trainer import Trainer
 
 #: What an outer step averages over processes, and the alpha with which it does.

@@ -23,6 +23,7 @@ from prism_meta.bilevel.functional.trees import Params, State
 from prism_meta.bilevel.inner import InnerOptimizer
 from prism_meta.bilevel.shared_state import check_shared, share, shared_state
 from prism_meta.bilevel.strategies.base import MetaGradient, MetaStrategy, StepBatches, gradients_on
+from prism_meta.bilevel.strategies.inner_loop import ParameterFilter
 
 InnerState = Literal["fresh", "carried", "shared"]
 Buffers = Literal["isolated", "inner", "outer"]
@@ -49,6 +50,8 @@ class MetaLearner:
             phi <- phi_0 + alpha (phi~ - phi_0) + (p - phi~), where p is the optimizer's result.
         buffers: which BatchNorm statistics the model keeps: ``outer``, those of the meta batch;
             ``inner``, those of the inner steps; ``isolated``, none.
+        outer_parameters: predicate on parameter names: which parameters the optimizer moves. The others only
+            get the pull, so that the inner level owns them. Defaults to all.
         clip_norm: the meta-gradient is scaled down to this norm before the outer step.
         scaler: for half precision. Losses are scaled by it before they are differentiated, and a step
             whose gradient is not finite is skipped.
@@ -83,15 +86,15 @@ class MetaLearner:
         alpha: float = 0.5,
         inner_state: InnerState = "fresh",
         buffers: Buffers = "outer",
+        outer_parameters: ParameterFilter | None = None,
         clip_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: got {alpha}, expected a number in [0, 1]")
         if inner_state not in ("fresh", "carried", "shared"):
-            raise ValueError(
-                f"inner_state: got {inner_state!r}, expected 'fresh', 'carried' or 'shared'"
-            )
+            expected = "'fresh', 'carried' or 'shared'"
+            raise ValueError(f"inner_state: got {inner_state!r}, expected {expected}")
         if buffers not in ("isolated", "inner", "outer"):
             raise ValueError(f"buffers: got {buffers!r}, expected 'isolated', 'inner' or 'outer'")
         if clip_norm is not None and not clip_norm > 0:
@@ -107,6 +110,12 @@ class MetaLearner:
             raise ValueError(
                 "optimizer: holds no parameter of the model; make it from model.parameters() "
                 "after the model is on its device"
+            )
+        self._owned = {n for n in self._held if outer_parameters is None or outer_parameters(n)}
+        if not self._owned or (alpha == 0 and self._owned != self._held):
+            raise ValueError(
+                f"outer_parameters: is True for {len(self._owned)} of {len(self._held)} parameters, with "
+                f"alpha {alpha}; it must be True for some, and the others need alpha > 0 to change at all"
             )
         inner: InnerOptimizer | None = getattr(strategy, "inner", None)
         if inner_state == "shared":
@@ -214,8 +223,9 @@ class MetaLearner:
             for name, param in self.model.named_parameters()
             if name in self._held and name in result.gradient
         }
-        targets = [*params.values(), *self._hyper.values(), *self._weights.values()]
-        gradients = [result.gradient[n] for n in params]
+        owned = {name: param for name, param in params.items() if name in self._owned}
+        targets = [*owned.values(), *self._hyper.values(), *self._weights.values()]
+        gradients = [result.gradient[n] for n in owned]
         gradients += [result.hyper_gradient[n] for n in self._hyper]
         gradients += [result.weight_gradient[n] for n in self._weights]
         norm = torch.nn.utils.get_total_norm(gradients)
@@ -242,8 +252,8 @@ class MetaLearner:
                 param.copy_(result.adapted[name])
         for target, gradient in zip(targets, gradients, strict=True):
             target.grad = gradient if factor is None else gradient * factor
-        for name in result.unused & params.keys():
-            params[name].grad = None
+        for name in result.unused & owned.keys():
+            owned[name].grad = None
         self._optimize([target for target in targets if target.grad is not None])
         for name, pull in pulls.items():
             params[name].add_(pull)

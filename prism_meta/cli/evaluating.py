@@ -26,7 +26,7 @@ from prism_meta.report.html import REPORT_FILES, write_report
 from prism_meta.report.overlays import OverlayCollector
 from prism_meta.report.worst import WorstCases
 from prism_meta.training.cases import find_configured
-from prism_meta.training.config.schema import MetaConfig
+from prism_meta.training.config.meta import MetaConfig
 from prism_meta.training.ensembles import CleanupChoice, cleanup_of, ensemble_predictor
 from prism_meta.training.run import Run
 from prism_meta.training.weights import Kind

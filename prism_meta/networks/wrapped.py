@@ -99,7 +99,7 @@ class WrappedNet(nn.Module):
 
     def _encode(self, image: Tensor, mask: Tensor) -> Any:
         """The input of ``_decode``; without several encoders it is the masked image itself."""
-        image = _hide(image, mask)
+        image = hidden(image, mask)
         return self.net.encode(image, mask) if isinstance(self.net, MultiEncoderNet) else image
 
     def _fused(self, encoded: Any, mask: Tensor, *, size: torch.Size) -> Tensor:
@@ -114,7 +114,7 @@ class WrappedNet(nn.Module):
         if isinstance(self.net, MultiEncoderNet):
             output = self.net.decode_fused(encoded, sample, mask)
         else:
-            output = self.net(_hide(encoded[sample], mask))
+            output = self.net(hidden(encoded[sample], mask))
         return logit_maps(output, len(sample), size)
 
     @contextmanager
@@ -268,8 +268,8 @@ def _spatial_dims(net: nn.Module) -> int | None:
     return next(found, None)
 
 
-def _hide(image: Tensor, mask: Tensor) -> Tensor:
-    """Set hidden channels to 0; with ``where``, because NaN * 0 is NaN."""
+def hidden(image: Tensor, mask: Tensor) -> Tensor:
+    """The image with zeros in hidden channels; by ``where``, because NaN * 0 is NaN."""
     shown = mask.view(*mask.shape, *[1] * (image.ndim - 2))
     return torch.where(shown, image, image.new_zeros(()))
 

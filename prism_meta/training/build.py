@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from prism_meta.bilevel.inner import SGD, AdamW, InnerOptimizer
 from prism_meta.bilevel.strategies import MetaStrategy, Objective
+from prism_meta.bilevel.strategies.inner_loop import ParameterFilter
 from prism_meta.data.augmentation import Augmentation
 from prism_meta.data.cache import CachedCase
 from prism_meta.data.drawing import DrawnEpisodes
@@ -32,7 +34,7 @@ from prism_meta.data.preprocessing import Preprocessing
 from prism_meta.data.subset_masks import OneSubsetMask
 from prism_meta.data.tasks import TaskEpisodes
 from prism_meta.empty_masks import EMPTY_POLICIES, EmptyPolicy
-from prism_meta.errors import PrismError
+from prism_meta.errors import ConfigError, PrismError
 from prism_meta.evaluation.cleanup import Cleanup
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.objective import losses
@@ -47,10 +49,10 @@ from prism_meta.objective.weighting import (
 from prism_meta.training.config import Config
 from prism_meta.training.config.data import DataConfig
 from prism_meta.training.config.keys import ARGUMENT_KEYS
+from prism_meta.training.config.meta import MetaConfig
 from prism_meta.training.config.schema import (
     EvaluationConfig,
     MaskConfig,
-    MetaConfig,
     ObjectiveConfig,
 )
 from prism_meta.training.devices import build_fabric as build_fabric
@@ -168,8 +170,34 @@ def build_strategy(meta: MetaConfig, inner_lr: Tensor, *, weight_decay: float) -
         return kind()
     inner = build_inner(meta, inner_lr, weight_decay=weight_decay)
     options = {name: getattr(meta, name) for name in kind.options}
+    patterns = meta.outer_parameters
+    if patterns is not None:
+        options["adapt"] = lambda name: not _fits(name, patterns)
     # The constructor of a class that adapts takes an inner optimizer and the number of inner steps.
     return kind(inner, meta.inner_steps, **options)  # type: ignore[call-arg]
+
+
+def build_owner(meta: MetaConfig, model: nn.Module) -> ParameterFilter | None:
+    """Which parameters the outer level owns, if ``meta.outer_parameters`` divides them.
+
+    Raises:
+        ConfigError: its patterns fit none of the model's parameters, or all of them.
+    """
+    patterns = meta.outer_parameters
+    if patterns is None:
+        return None
+    names = [name for name, _ in model.named_parameters()]
+    found = [name for name in names if _fits(name, patterns)]
+    if not found or len(found) == len(names):
+        raise ConfigError(
+            f"meta.outer_parameters: {', '.join(patterns)} fits {len(found)} of {len(names)} parameters of "
+            f"the network ({', '.join(names[:3])}, ...), expected some and not all; correct the patterns"
+        )
+    return lambda name: _fits(name, patterns)
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def build_outer(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prism_meta.errors import ConfigError, PrismError
 from prism_meta.modalities import Batch
-from prism_meta.training.build import build_model, build_objective
+from prism_meta.training.build import build_model, build_objective, build_owner
 from prism_meta.training.config import Config
 from prism_meta.training.devices import memory_of
 from prism_meta.training.shapes import Shapes, on_meta
@@ -96,6 +96,7 @@ def _run(config: Config, model: nn.Module | None) -> int:
         with torch.device("meta"):
             built = build_model(config)
             target = torch.empty(1, *data.patch, dtype=torch.long)
+        build_owner(config.meta, built)  # raises if its patterns do not fit
         objective = build_objective(config.objective, [0.0] * modalities)
         # The objective looks only at the device of its image, and autocast knows no meta device.
         batch = Batch(torch.zeros(()).expand(image.shape), mask, target)

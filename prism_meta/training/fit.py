@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from prism_meta.bilevel.learner import Buffers, InnerState, MetaLearner
 from prism_meta.bilevel.strategies import MetaStrategy, Objective
+from prism_meta.bilevel.strategies.inner_loop import ParameterFilter
 from prism_meta.data.cache import CachedCase
 from prism_meta.data.drawing import DrawnEpisodes
 from prism_meta.data.episodes import Episodes
@@ -53,6 +54,7 @@ def fit(
     inner_schedule: Callable[[int], float] | None = None,
     inner_state: InnerState = "fresh",
     buffers: Buffers = "outer",
+    outer_parameters: ParameterFilter | None = None,
     clip_norm: float | None = 5.0,
     episodes_per_step: int = 1,
     epoch: int | None = None,
@@ -95,6 +97,7 @@ def fit(
             outer rate.
         inner_state: see ``MetaLearner``.
         buffers: see ``MetaLearner``.
+        outer_parameters: see ``MetaLearner``.
         clip_norm: largest norm of the meta-gradient; None for no limit. There is none for the optimizer that
             a strategy prescribes, because G is then a way and not a gradient.
         episodes_per_step: number of episodes that an outer step averages over.
@@ -178,6 +181,7 @@ def fit(
             alpha=_given(alpha),
             inner_state=inner_state,
             buffers=buffers,
+            outer_parameters=outer_parameters,
             clip_norm=clip_norm,
             scaler=getattr(fabric.strategy.precision, "scaler", None),  # of float16 only
         ),

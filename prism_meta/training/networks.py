@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from prism_meta.errors import ConfigError
+from prism_meta.networks.conditioned import ConditionedNet, ConditionedUNet, unet
 from prism_meta.networks.fusion import AttentionFusion, Fusion, MeanFusion, RegionAwareFusion
 from prism_meta.networks.prediction import SegmentationModel
 from prism_meta.networks.prism import PrismNet
@@ -39,7 +40,11 @@ def build_model(config: Config) -> nn.Module:
         >>> type(build_model(config).net).__name__
         'SegResNet'
     """
-    known: Mapping[str, Callable[[Config], nn.Module]] = {"prism": _prism, "unet": _unet}
+    known: Mapping[str, Callable[[Config], nn.Module]] = {
+        "prism": _prism,
+        "unet": _unet,
+        "conditioned_unet": _conditioned_unet,
+    }
     name = config.model.network
     if name in known:
         return known[name](config)
@@ -69,22 +74,29 @@ def _prism(config: Config) -> nn.Module:
 
 
 def _unet(config: Config) -> nn.Module:
-    from monai.networks.nets.unet import UNet
-
     data, model = config.data, config.model
-    net: nn.Module = UNet(
+    channels = [model.width * 2**scale for scale in range(model.depth)]
+    net = unet(len(data.modalities), len(data.labels) + 1, len(data.patch), channels)
+    return wrap(_laid_out(net, config), data.modalities)
+
+
+def _conditioned_unet(config: Config) -> nn.Module:
+    data, model = config.data, config.model
+    net = ConditionedUNet(
+        num_modalities=len(data.modalities),
+        num_classes=len(data.labels) + 1,
         spatial_dims=len(data.patch),
-        in_channels=len(data.modalities),
-        out_channels=len(data.labels) + 1,
-        channels=[model.width * 2**scale for scale in range(model.depth)],
-        strides=[2] * (model.depth - 1),
-        num_res_units=2,
-        norm="instance",
+        width=model.width,
+        depth=model.depth,
     )
-    if len(data.patch) == 3:
+    return ConditionedNet(_laid_out(net, config), data.modalities)
+
+
+def _laid_out(net: nn.Module, config: Config) -> nn.Module:
+    if len(config.data.patch) == 3:
         # torch's CPU conv3d takes a slow path for small batches in the default memory layout.
         net = net.to(memory_format=torch.channels_last_3d)
-    return wrap(net, data.modalities)
+    return net
 
 
 def _named(config: Config) -> Any:

@@ -19,6 +19,7 @@ from prism_meta.training.build import (
     build_model,
     build_objective,
     build_outer,
+    build_owner,
     build_strategy,
     missing_rates,
 )
@@ -84,6 +85,7 @@ class Parts:
             inner_lr=self.inner_lr,
             inner_schedule=self.outer.inner_schedule,
             inner_state=config.meta.inner_state,
+            outer_parameters=build_owner(config.meta, self.model),
             clip_norm=None if self.outer.prescribed else config.training.clip_norm,
             episodes_per_step=config.meta.episodes,
             fabric=fabric,
@@ -117,6 +119,7 @@ def build_parts(config: Config, source: Any, own: Own, *, fabric: Fabric) -> Par
     )
     torch.manual_seed(config.seed)  # gives every process the same initial weights
     model = own.model or build_model(config)
+    build_owner(meta, model)  # raises if its patterns do not fit
     fabric.to_device(model)
     objective = own.objective or build_objective(
         config.objective, rates, sample_losses=config.masks.follow_losses

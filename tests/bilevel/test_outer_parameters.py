@@ -156,3 +156,82 @@ def test_a_step_whose_batches_reach_nothing_moves_nothing(scaled: bool) -> None:
     result = learner.step(problem.train[0][:1], problem.meta[0][:1])
     assert result.unused == frozenset(before)
     assert equal(trainable(model), before)
+
+
+# ---------------------------------------------------------------- what the outer level owns
+
+
+def is_last(name: str) -> bool:
+    return name.startswith("2.")
+
+
+def is_first(name: str) -> bool:
+    return not is_last(name)
+
+
+@pytest.mark.parametrize("kind", [FirstOrder, SecondOrder])
+@pytest.mark.parametrize("alpha", [1.0, 0.4])
+def test_the_outer_level_owns_some_parameters_and_the_inner_level_the_rest(
+    kind: Any, alpha: float
+) -> None:
+    """The last layer takes the outer step, and the first one the way of its inner steps."""
+    problem = mlp()
+    phi = copies(trainable(problem.model))
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr=OUTER)
+    strategy = kind(SGD(INNER), 2, adapt=is_first)
+    learner = MetaLearner(
+        problem.model, mse, strategy, optimizer, alpha=alpha, outer_parameters=is_last
+    )
+    result = learner.step(problem.train, problem.meta)
+    for name, param in trainable(problem.model).items():
+        step = alpha * (result.adapted[name] - phi[name])
+        if is_last(name):
+            assert torch.equal(result.adapted[name], phi[name])
+            step = -OUTER * result.gradient[name]
+        assert step.any()
+        torch.testing.assert_close(param - phi[name], step, rtol=1e-12, atol=1e-15)
+
+
+def test_what_the_inner_level_owns_knows_no_decay_momentum_or_clipping_of_the_outer_one() -> None:
+    problem = mlp()
+    phi = copies(trainable(problem.model))
+    optimizer = torch.optim.AdamW(problem.model.parameters(), lr=OUTER, weight_decay=0.5)
+    strategy = FirstOrder(SGD(INNER), adapt=is_first)
+    learner = MetaLearner(
+        problem.model, mse, strategy, optimizer, alpha=1.0, clip_norm=1e-3, outer_parameters=is_last
+    )
+    result = learner.meta_gradient(problem.train, problem.meta)
+    norm = learner.apply(result)
+    owned = [g for n, g in result.gradient.items() if is_last(n)]
+    torch.testing.assert_close(norm, torch.nn.utils.get_total_norm(owned))
+    for name, param in problem.model.named_parameters():
+        assert bool(optimizer.state.get(param)) is is_last(name)
+        if is_first(name):
+            torch.testing.assert_close(param.detach(), result.adapted[name], rtol=1e-12, atol=1e-15)
+            assert not torch.equal(param, phi[name])
+
+
+@pytest.mark.parametrize(
+    ("owns", "alpha", "message"),
+    [
+        (
+            lambda name: False,
+            0.5,
+            r"^outer_parameters: is True for 0 of 4 parameters, with alpha 0.5; ",
+        ),
+        (
+            is_last,
+            0.0,
+            r"^outer_parameters: is True for 2 of 4 parameters, with alpha 0.0; .* alpha > 0",
+        ),
+    ],
+)
+def test_a_division_that_leaves_parameters_to_nobody_is_refused(
+    owns: Any, alpha: float, message: str
+) -> None:
+    model = mlp().model
+    optimizer = torch.optim.SGD(model.parameters(), lr=OUTER)
+    with pytest.raises(ValueError, match=message):
+        MetaLearner(
+            model, mse, FirstOrder(SGD(INNER)), optimizer, alpha=alpha, outer_parameters=owns
+        )

@@ -80,6 +80,7 @@ OTHERS = {
     "data.test_cases": ("p0", "[1]", "3", "true"),
     "model.network": ('""', "unett", "3", "true", "[]", "a b:c", "a:", ":b", "a:b:c", "../a:b", "a.b"),
     "model.arguments": ("3", "a", "[]", "true", "{a = 1}"),
+    "meta.outer_parameters": ("3", "''", "[]", "[1]", "true", "{a = 1}", "*none*"),
     "validation.cases": ("p0", "[1]", "-1", "1.5", "true", "{a = 1}", "nan"),
     "training.loggers": ("tensorbord", "3", "[1]", "true", "{a = 1}", "''", "['wandb', 'x']"),
     "data.folds": ("0", "1", "-3", "1.5", "true", "[]", "[3]", "{a = 1}", "nan"),
@@ -160,6 +161,10 @@ TOGETHER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "epsilon without Reptile": (
         ("meta.epsilon=0.5",),
         ("meta: epsilon: first_order has none; leave it out, or use reptile",),
+    ),
+    "parameters of nobody": (
+        ("meta.outer_parameters=fusions.*", "meta.alpha=0"),
+        ("meta: alpha, outer_parameters: with alpha 0",),
     ),
     "hard masks without all subsets": (
         ("masks.train=hard", "masks.meta=full"),

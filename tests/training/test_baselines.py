@@ -15,8 +15,11 @@ import prism_meta
 from prism_meta.bilevel.strategies import FirstOrder, MetaStrategy, SecondOrder, SingleLevel
 from prism_meta.data.masking import DynamicMask, MaskPolicy, StaticMask
 from prism_meta.errors import ConfigError
+from prism_meta.networks.conditioned import ConditionedNet
 from prism_meta.networks.prism import PrismNet
 from prism_meta.networks.wrapped import WrappedNet
+from prism_meta.objective import losses
+from prism_meta.objective.weighting import RelativePreference
 from prism_meta.training.build import build_masks, build_model, build_objective, build_strategy
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.config.baselines import BASELINES, read_baseline
@@ -26,15 +29,22 @@ RATES = (0.2, 0.4, 0.6, 0.8)
 EXPECTED: dict[str, tuple[type[torch.nn.Module], type[MaskPolicy], bool, type[MetaStrategy]]] = {
     "zero_fill": (WrappedNet, StaticMask, False, SingleLevel),
     "modality_dropout": (WrappedNet, DynamicMask, False, SingleLevel),
+    "conditioned_unet": (ConditionedNet, DynamicMask, False, SingleLevel),
+    "passion": (PrismNet, StaticMask, True, SingleLevel),
     "prism": (PrismNet, DynamicMask, True, SingleLevel),
     "meta_drop_first_order": (PrismNet, DynamicMask, True, FirstOrder),
     "meta_drop_second_order": (PrismNet, DynamicMask, True, SecondOrder),
+    "brats2020": (PrismNet, DynamicMask, True, FirstOrder),
 }
 
 
 def test_every_file_of_the_package_is_a_baseline() -> None:
     folder = Path(prism_meta.__file__).parent / "training" / "config" / "baselines"
     assert {path.stem for path in folder.glob("*.toml")} == set(BASELINES) == set(EXPECTED)
+
+
+#: Three cases are too few for the rates of the protocol.
+FEW = {"brats2020": ("data.missing_rates=[0.0, 0.3, 0.3, 0.3]",)}
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -100,7 +110,7 @@ def test_the_command_trains_and_evaluates_a_baseline(
     cases: Path, tmp_path: Path, name: str
 ) -> None:
     out = tmp_path / "run"
-    options = settings("training.steps=2", 'data.test_cases=["p3"]')
+    options = settings("training.steps=2", 'data.test_cases=["p3"]', *FEW.get(name, ()))
     assert run("train", cases, "--out", out, "--baseline", name, *options)[0] == 0
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
@@ -116,13 +126,42 @@ def test_a_baseline_on_volumes(cases: Path, tmp_path: Path) -> None:
     assert run("train", cases, "-o", tmp_path / "run", "-b", "zero_fill", *options)[0] == 0
 
 
+def test_passion_has_the_weights_of_the_published_script() -> None:
+    config = load_config(baseline="passion")
+    objective = build_objective(config.objective, RATES)
+    assert isinstance(objective.weighting, RelativePreference)
+    assert objective.weighting.factor.tolist() == pytest.approx([1.25, 1 / 0.6, 2.5, 5.0])
+    # 0.5 times the mean over four classes is this times their sum.
+    assert (objective.beta, objective.delta, objective.temperature) == (0.5 / 4, 0.1, 4.0)
+    assert (objective.direction, objective.scale_decay) == ("teacher_student", True)
+    assert objective.prototype is losses.prototype_similarity and objective.weighted
+
+
+def test_the_protocol_of_brats_2020_takes_rates_or_a_table(tmp_path: Path) -> None:
+    config = load_config(baseline="brats2020")
+    assert config.data.missing_rates == RATES and config.data.patch == (80, 80, 80)
+    assert config.training.steps == 300 * 219
+    (tmp_path / "c.toml").write_text('[data]\navailability = "table.csv"\n')
+    for path, overrides in ((tmp_path / "c.toml", []), (None, ["data.availability=table.csv"])):
+        config = load_config(path, overrides, baseline="brats2020")
+        assert config.data.missing_rates is None and config.data.availability is not None
+    with pytest.raises(
+        ConfigError, match=r"^data: missing_rates, availability: got both; leave out"
+    ):
+        load_config(
+            None,
+            ["data.availability=table.csv", "data.missing_rates=[0.1, 0.1, 0.1, 0.1]"],
+            baseline="brats2020",
+        )
+
+
 def test_an_unknown_baseline_lists_the_known_ones(cases: Path, tmp_path: Path) -> None:
     code, output = run("train", cases, "--out", tmp_path / "run", "--baseline", "unet")
     assert (code, errors(output)) == (
         2,
         [
-            "baseline: got 'unet', expected one of zero_fill, modality_dropout, prism, "
-            "meta_drop_first_order, meta_drop_second_order; choose one of them"
+            "baseline: got 'unet', expected one of zero_fill, modality_dropout, conditioned_unet, passion, "
+            "prism, meta_drop_first_order, meta_drop_second_order, brats2020; choose one of them"
         ],
     )
     assert not (tmp_path / "run").exists()

@@ -33,7 +33,7 @@ def _memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("patch", ["[16, 16]", "[16, 16, 16]", "[9, 1, 16]"])
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_what_can_be_trained_passes(baseline: str, patch: str) -> None:
-    if baseline in ("zero_fill", "modality_dropout"):
+    if baseline in ("zero_fill", "modality_dropout", "conditioned_unet"):
         patch = patch.replace("9, 1", "16, 8")  # the U-Net needs multiples of 8
     check_configuration(load_config(overrides=[f"data.patch={patch}"], baseline=baseline))
 

@@ -21,7 +21,7 @@ from prism_meta.bilevel.strategies.registry import register_strategy
 from prism_meta.data.cache import prepare
 from prism_meta.errors import ConfigError
 from prism_meta.training.build import build_strategy
-from prism_meta.training.config.schema import MetaConfig
+from prism_meta.training.config.meta import MetaConfig
 
 
 def small(*more: str) -> pm.Config:

@@ -65,6 +65,24 @@ def read_config(
         raise ConfigError(messages(error, schema)) from error
 
 
+def is_set(key: str, path: Path | str | None, overrides: Sequence[str]) -> bool:
+    """Whether the file or an override has ``section.key``.
+
+    Raises:
+        ConfigError: the file or an override cannot be read.
+
+    Example:
+        >>> is_set("size.width", None, ["size.width=4"])
+        True
+    """
+    values: dict[str, Any] = {} if path is None else _read(path)
+    for override in overrides:
+        _override(values, override)
+    section, _, name = key.partition(".")
+    keys = values.get(section)
+    return isinstance(keys, dict) and name in keys
+
+
 def user_path(value: object) -> object:
     """A path as the user means it: ``~`` is the home folder, a relative path starts at the current folder.
 

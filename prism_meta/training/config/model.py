@@ -12,15 +12,16 @@ from prism_meta.errors import ConfigError, raise_faults
 from prism_meta.training.config.types import Section, Size
 
 #: The package's own networks.
-NETWORKS = ("prism", "unet")
+NETWORKS = ("prism", "unet", "conditioned_unet")
 _NAMED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 class ModelConfig(Section):
     """The network and its size."""
 
-    #: PRISM's network, or MONAI's U-Net with residual units and InstanceNorm, wrapped by ``wrap``; another
-    #: network of MONAI, e.g. ``monai:SegResNet``; or one of your own, ``package.module:function``.
+    #: PRISM's network; MONAI's U-Net with residual units and InstanceNorm, wrapped by ``wrap``; the same
+    #: with a scale and a shift of its features from the mask (conditioned_unet); another network of MONAI,
+    #: e.g. ``monai:SegResNet``; or one of your own, ``package.module:function``.
     network: str = "prism"
     #: Keyword arguments of a network that is named by module. MONAI's also get ``spatial_dims``,
     #: ``in_channels`` and ``out_channels``, and your own ``num_modalities``, ``num_classes`` and

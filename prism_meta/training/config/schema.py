@@ -5,24 +5,21 @@ The classes hold data only. ``prism_meta.training.build`` turns them into object
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tomlkit
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from prism_meta.bilevel.strategies import FirstOrder, MetaStrategy
-from prism_meta.bilevel.strategies.registry import ALL_STRATEGIES, strategy_named
-from prism_meta.bilevel.strategies.reptile import EPSILON, StepWeights
 from prism_meta.errors import ConfigError, raise_faults
 from prism_meta.evaluation.windows import OVERLAP
 from prism_meta.objective import losses
 from prism_meta.objective.weighting import BETA, DELTA
 from prism_meta.training.config.baselines import read_baseline
 from prism_meta.training.config.data import DataConfig
-from prism_meta.training.config.file import read_config
+from prism_meta.training.config.file import is_set, read_config
+from prism_meta.training.config.meta import MetaConfig
 from prism_meta.training.config.model import ModelConfig
 from prism_meta.training.config.training import TrainingConfig, ValidationConfig
 from prism_meta.training.config.types import (
@@ -31,11 +28,9 @@ from prism_meta.training.config.types import (
     Rate,
     Repeats,
     Section,
-    Share,
 )
-from prism_meta.training.outer import ALPHA, HYPER_LR
+from prism_meta.training.outer import HYPER_LR
 
-Epsilon = Annotated[float, Field(strict=True, gt=0, le=1)]
 Mask = Literal["dynamic", "static", "full", "single", "balanced", "hard", "dro", "one_subset"]
 #: Policies that follow the losses, and the option that only one of them has.
 _FOLLOWING = {"hard": "power", "dro": "step"}
@@ -149,80 +144,6 @@ class ObjectiveConfig(Section):
         return self
 
 
-class MetaConfig(Section):
-    """The two levels: the strategy, its inner steps, and the pull of E2."""
-
-    #: Name of a registered strategy, see ``register_strategy``.
-    strategy: str = FirstOrder.name
-    inner: Literal["sgd", "adamw"] = "sgd"
-    inner_lr: NotNegative = 0.05
-    inner_momentum: Share = 0.0
-    #: Let the inner rate follow training.schedule, as the outer one does.
-    inner_decay: bool = True
-    inner_steps: Repeats = 1
-    #: State of the inner optimizer between outer steps: fresh, carried, or shared with the outer AdamW.
-    inner_state: Literal["fresh", "carried", "shared"] = "fresh"
-    #: Weight of phi~ - phi in E2; 0 for a strategy that prescribes its own outer step.
-    alpha: Share = ALPHA
-    #: Episodes that an outer step averages over.
-    episodes: Repeats = 1
-    #: Step size of ``reptile``: constant, or the first and the last of a linear schedule. A constant 1 is
-    #: plain training with the inner optimizer, a smaller one Lookahead.
-    epsilon: Epsilon | tuple[Epsilon, Epsilon] = EPSILON
-    #: Weights of the inner gradients of ``reptile``: equal, or falling as 2 (n - i + 1) / (n + 1).
-    step_weights: StepWeights = "equal"
-    #: Lambda and the number of conjugate-gradient steps of ``implicit``.
-    proximal: Positive = 1.0
-    cg_steps: Repeats = 5
-
-    @property
-    def kind(self) -> type[MetaStrategy]:
-        """The class that ``strategy`` names."""
-        return strategy_named(self.strategy)
-
-    @property
-    def prescribes_outer(self) -> bool:
-        """Whether the strategy brings an outer optimizer of its own."""
-        return self.kind.outer_optimizer is not MetaStrategy.outer_optimizer
-
-    @field_validator("strategy")
-    @classmethod
-    def _registered(cls, name: str) -> str:
-        known = [kind.name for kind in ALL_STRATEGIES]
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"got {name!r}, expected one of {', '.join(known)}; did you mean {nearest}?"
-            )
-        return name
-
-    @model_validator(mode="after")
-    def _consistent(self) -> MetaConfig:
-        if self.inner_state == "shared" and self.inner != "adamw":
-            raise ValueError(
-                "inner_state: shared needs inner = adamw, the optimizer of the outer step; use it, or "
-                "fresh or carried"
-            )
-        if self.inner_state == "shared" and (not self.kind.adapts or self.prescribes_outer):
-            raise ValueError(
-                f"inner_state: shared does not go with {self.strategy}; use fresh or carried"
-            )
-        useless = [
-            f"{name}: {self.strategy} has none; leave it out, or use reptile"
-            for name in ("epsilon", "step_weights")
-            if getattr(self, name) != type(self).model_fields[name].default
-            and name not in self.kind.options
-        ]
-        raise_faults(ConfigError, useless)
-        unknown = [name for name in self.kind.options if name not in type(self).model_fields]
-        if unknown:
-            raise ValueError(
-                f"strategy: {self.strategy} has the options {', '.join(unknown)}, which are no keys of "
-                "a configuration; pass the strategy as an object to prism_meta.train"
-            )
-        return self
-
-
 class FabricConfig(Section):
     """Devices and precision, as Lightning Fabric names them."""
 
@@ -297,7 +218,7 @@ class Config(Section):
                 "leave masks out, or use episodes.kind meta_drop"
             )
         factor, patch = 2 ** (self.model.depth - 1), self.data.patch
-        if self.model.network == "unet" and (
+        if self.model.network in ("unet", "conditioned_unet") and (
             any(n % factor for n in patch) or max(patch) == factor
         ):
             faults.append(
@@ -327,4 +248,6 @@ def load_config(
         ConfigError: all faults together, each with its key.
     """
     start = {} if baseline is None else read_baseline(baseline)
+    if is_set("data.availability", path, overrides):
+        start.get("data", {}).pop("missing_rates", None)  # a table of one's own replaces its rates
     return read_config(Config, path, overrides, start=start)

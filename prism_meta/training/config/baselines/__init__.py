@@ -13,9 +13,12 @@ from prism_meta.errors import ConfigError
 BASELINES = (
     "zero_fill",
     "modality_dropout",
+    "conditioned_unet",
+    "passion",
     "prism",
     "meta_drop_first_order",
     "meta_drop_second_order",
+    "brats2020",
 )
 
 
