@@ -51,6 +51,7 @@ from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights, RelativePreference
 from prism_meta.records import Record, read_records, write_records
 from prism_meta.report import compare, summarize
+from prism_meta.training.adapt import Adapted, adapt
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.fit import fit
 from prism_meta.training.run import Run
@@ -69,6 +70,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Adapted",
     "AttentionFusion",
     "BalancedMask",
     "Batch",
@@ -120,6 +122,7 @@ __all__ = [
     "Trained",
     "Trainer",
     "WrappedNet",
+    "adapt",
     "compare",
     "draw_availability",
     "evaluate",

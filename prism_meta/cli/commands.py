@@ -1,4 +1,4 @@
-"""The command line: prism-meta demo, cases, plan, train, profile, evaluate, predict, compare, report."""
+"""The command line: prism-meta demo, cases, plan, train, adapt, profile, evaluate, predict, report, ..."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from prism_meta.cli import (
+    adapt_command,
     compare_command,
     demo,
     plan_command,
@@ -85,6 +86,7 @@ app.command("plan", epilog=plan_command.EXAMPLES)(plan_command.run_plan)
 
 
 app.command("train", epilog=train_command.EXAMPLES)(train_command.run_train)
+app.command("adapt", epilog=adapt_command.EXAMPLES)(adapt_command.run_adapt)
 app.command("profile", epilog=profile_command.EXAMPLES)(profile_command.run_profile)
 
 
