@@ -50,7 +50,12 @@ COMMON = (
 SINGLE_LEVEL = ("meta.strategy=single_level", "masks.train=one_subset", "masks.meta=one_subset")
 #: Inner steps and rate of task episodes.
 STEPS, RATE = 5, 0.05
-TASK = ("episodes.kind=task", f"meta.inner_steps={STEPS}", f"meta.inner_lr={RATE}", "meta.alpha=0.0")
+TASK = (
+    "episodes.kind=task",
+    f"meta.inner_steps={STEPS}",
+    f"meta.inner_lr={RATE}",
+    "meta.alpha=0.0",
+)
 #: Start -> its overrides, and the gradient evaluations of an outer step.
 STARTS: Mapping[str, tuple[tuple[str, ...], int]] = {
     "single_level": (SINGLE_LEVEL, 1),
