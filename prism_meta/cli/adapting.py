@@ -75,6 +75,8 @@ def adaptation_facts(facts: AdaptationFacts) -> dict[str, str]:
         lines["Dice of held-out cases"] = (
             f"{mean} points by adapting, 95% {ends} over {gain.cases} cases"
         )
+    if facts.steps:  # otherwise the rest is that of the run
+        lines |= {"strategy": "single level, Adam", "masks": f"all patches show {facts.subset}"}
     return lines
 
 

@@ -275,9 +275,9 @@ def _facts(run: Run, weights: Kind) -> dict[str, str]:
     return {
         "training cases": f"{count}, missing "
         + ", ".join(f"{n} in {k}" for n, k in missing.items()),
-        **({} if adaptation is None else adaptation_facts(adaptation)),
         "strategy": own.get("strategy") or _strategy(meta),
         "masks": f"train {run.config.masks.train}, meta {run.config.masks.meta}",
+        **({} if adaptation is None else adaptation_facts(adaptation)),
         "steps": str(run.config.training.steps),
         "weights": _WEIGHTS[weights],
         "seed": str(run.config.seed),
