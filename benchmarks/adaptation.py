@@ -4,11 +4,11 @@
     python benchmarks/adaptation.py DATA --starts single_level --subsets flair t1ce flair+t1  # minutes
     python benchmarks/adaptation.py --phantoms 6           # phantoms of five sites instead of DATA
 
-DATA is a folder of BraTS-like cases whose names tell their site. Cases of --held-out sites are not trained on.
-All starts go on from one common single-level run, and cost the same: --steps gradient evaluations of a
-batch for the common run, and --more for each start. A start is adapted to draws of n cases of a held-out site,
-or of all of them together (group "unseen"), for each subset of modalities, with the default of prism-meta
-adapt, and also with fixed settings. Dice before and after is measured on the other cases of the group, on the
+DATA is a folder of BraTS-like cases whose names tell their site. No case of --held-out sites is trained on.
+All starts go on from one common single-level run, and cost the same: --steps gradient evaluations of a batch
+for the common run, and --more for each start. A start is adapted to draws of n cases of a held-out site, or
+of all of them together (group "unseen"), for each subset of modalities, with the default of prism-meta adapt,
+and also with fixed settings. Dice before and after is measured on the other cases of the group, on the
 model's grid, as the mean over the regions that a case has.
 
 The unit is the case: its values are means over draws and subsets, and intervals are bootstraps over cases.

