@@ -58,6 +58,7 @@ from prism_meta.objective.weighting import (
 )
 from prism_meta.records import Record, read_records, write_records
 from prism_meta.report import compare, summarize
+from prism_meta.training.adapt import Adapted, adapt
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.fit import fit
 from prism_meta.training.run import Run
@@ -76,6 +77,7 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Adapted",
     "AttentionFusion",
     "BalancedMask",
     "Batch",
@@ -132,6 +134,7 @@ __all__ = [
     "Trained",
     "Trainer",
     "WrappedNet",
+    "adapt",
     "compare",
     "draw_availability",
     "evaluate",

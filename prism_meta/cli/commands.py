@@ -1,4 +1,4 @@
-"""The command line: prism-meta demo, cases, plan, train, profile, evaluate, predict, compare, report."""
+"""The command line: prism-meta demo, cases, plan, train, adapt, profile, evaluate, predict, report, ..."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 
 from prism_meta.cli import (
     ablate_command,
+    adapt_command,
     compare_command,
     demo,
     plan_command,
@@ -86,6 +87,7 @@ app.command("plan", epilog=plan_command.EXAMPLES)(plan_command.run_plan)
 
 
 app.command("train", epilog=train_command.EXAMPLES)(train_command.run_train)
+app.command("adapt", epilog=adapt_command.EXAMPLES)(adapt_command.run_adapt)
 app.command("profile", epilog=profile_command.EXAMPLES)(profile_command.run_profile)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from prism_meta.cli.adapting import adapt_again, adaptation_facts
 from prism_meta.cli.unfinished import UNFINISHED, Measured, Unfinished, fingerprint
 from prism_meta.cli.workflow import Progress, refuse_case_folder
 from prism_meta.data.cases import Case, Volume
@@ -25,6 +26,7 @@ from prism_meta.report.cleaned import CLEANED_RECORDS, Cleaned
 from prism_meta.report.html import REPORT_FILES, write_report
 from prism_meta.report.overlays import OverlayCollector
 from prism_meta.report.worst import WorstCases
+from prism_meta.training.adaptation_result import adaptation_of
 from prism_meta.training.cases import find_configured
 from prism_meta.training.config.meta import MetaConfig
 from prism_meta.training.ensembles import CleanupChoice, cleanup_of, ensemble_predictor
@@ -269,12 +271,13 @@ def _facts(run: Run, weights: Kind) -> dict[str, str]:
         name: sum(name not in files for files in run.facts["train"].values())
         for name in run.config.data.modalities
     }
-    count = len(run.facts["train"])
+    count, adaptation = len(run.facts["train"]), adaptation_of(run)
     return {
         "training cases": f"{count}, missing "
         + ", ".join(f"{n} in {k}" for n, k in missing.items()),
         "strategy": own.get("strategy") or _strategy(meta),
         "masks": f"train {run.config.masks.train}, meta {run.config.masks.meta}",
+        **({} if adaptation is None else adaptation_facts(adaptation)),
         "steps": str(run.config.training.steps),
         "weights": _WEIGHTS[weights],
         "seed": str(run.config.seed),
@@ -292,15 +295,14 @@ def _commands(
         found["Evaluated with"] = shlex.join(command)
     data = run.facts["data"]
     if data is not None and not run.facts.get("own"):
-        config = str(run.folder / "config.toml")
+        config, adaptation = str(run.folder / "config.toml"), adaptation_of(run)
         again = "repeated"  # the folder of the new run
         test = [] if cases is None else [str(cases)]
+        train = ["prism-meta", "train", data, "--config", config, "--out", again]
+        if adaptation is not None:
+            train = adapt_again(run, adaptation, again)
         found["With the same settings, from the configuration in the run folder"] = "\n".join(
-            shlex.join(words)
-            for words in (
-                ["prism-meta", "train", data, "--config", config, "--out", again],
-                ["prism-meta", "evaluate", again, *test, *options],
-            )
+            map(shlex.join, (train, ["prism-meta", "evaluate", again, *test, *options]))
         )
     return found
 

@@ -79,6 +79,8 @@ def write_cleanup(folder: Path, chosen: Chosen, *, cases: Sequence[str]) -> None
 def read_cleanup(folder: Path, config: Config) -> Cleanup:
     """The clean-up of a run whose training has ended; one that does nothing for a run without validation.
 
+    A run that was adapted has no validation, but the file of the run that it comes from.
+
     Args:
         folder: the run folder.
         config: its configuration.
@@ -86,9 +88,9 @@ def read_cleanup(folder: Path, config: Config) -> Cleanup:
     Raises:
         PrismError: the file is missing, damaged, or has rules for regions that the run does not have.
     """
-    if not config.validation.is_on:
-        return Cleanup()
     path = folder / CLEANUP
+    if not config.validation.is_on and not path.exists():
+        return Cleanup()
     fix = f"choose it again with prism-meta train --resume {folder}, or use --clean-up none"
     try:
         found = _File.model_validate(json.loads(path.read_bytes()))

@@ -34,6 +34,7 @@ class Facts(BaseModel):
     test: list[str]
     validation: dict[str, list[str]] = {}
     own: dict[str, str] = {}
+    adaptation: dict[str, Any] = {}
     config: dict[str, Any]
 
 

@@ -123,6 +123,7 @@ class Run:
         validation: Sequence[Case] = (),
         own: Mapping[str, str] | None = None,
         folds: str | None = None,
+        adaptation: Mapping[str, Any] | None = None,
     ) -> Run:
         """Start a run in an empty or new folder.
 
@@ -135,6 +136,7 @@ class Run:
             validation: cases to validate on.
             own: class names of the objects that replace configured ones, e.g. ``{"model": "WrappedNet"}``.
             folds: the content of ``folds.json``.
+            adaptation: how the weights of another run were adapted, ``AdaptationFacts`` as a dictionary.
 
         Raises:
             PrismError: the folder holds a run already, or cannot be written.
@@ -151,6 +153,7 @@ class Run:
             "test": [case.id for case in test],
             "validation": {case.id: sorted(case.files) for case in validation},
             "own": dict(own or {}),
+            "adaptation": dict(adaptation or {}),
             "config": config.model_dump(mode="json"),
         }
         # run.json comes last: with it the run exists.
@@ -187,8 +190,14 @@ class Run:
         """Check that the configuration is still that which the run was started with.
 
         Raises:
+            PrismError: the run was adapted, which takes minutes and starts again.
             ConfigError: keys of ``config.toml`` were changed.
         """
+        if self.facts.get("adaptation"):
+            raise PrismError(
+                f"{self.folder}: was written by prism-meta adapt, whose training cannot be resumed; adapt "
+                "again, or train a new run from it with --init"
+            )
         check_unchanged(self.folder / "config.toml", self.config, self.facts)
 
     def extended(self, steps: int) -> Run:

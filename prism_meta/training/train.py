@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +20,6 @@ from prism_meta.data.cases import Case
 from prism_meta.errors import ConfigError, PrismError
 from prism_meta.evaluation.cleanup import Cleanup
 from prism_meta.evaluation.predictor import Predictor
-from prism_meta.files import kept_if_used, writable_folder
 from prism_meta.modalities import Batch
 from prism_meta.training.build import build_fabric, build_predictor, build_validation
 from prism_meta.training.cases import load_configured, prepare_configured
@@ -29,10 +28,10 @@ from prism_meta.training.cleanup_choice import choose_cleanup, keep_cleanup
 from prism_meta.training.config import Config
 from prism_meta.training.fit import OnStep
 from prism_meta.training.initial import load_initial
-from prism_meta.training.lock import LOCK, locked
 from prism_meta.training.loggers.following import LOGGERS, following
 from prism_meta.training.loggers.kinds import check_loggers
 from prism_meta.training.parts import Own, build_parts, only
+from prism_meta.training.places import cache_folder, own_folder
 from prism_meta.training.processes import Processes
 from prism_meta.training.progress import progress_bars
 from prism_meta.training.run import Run
@@ -170,7 +169,7 @@ def train(
         if out is not None:
             with processes.together():
                 if fabric.is_global_zero:
-                    stack.enter_context(_own_folder(Path(out)))
+                    stack.enter_context(own_folder(Path(out)))
         quiet = not (progress and fabric.is_global_zero)
         advance = stack.enter_context(progress_bars("prepare", "train", quiet=quiet))
         source, watched = training, []
@@ -178,7 +177,7 @@ def train(
             prepared = prepare_configured(
                 config,
                 [*training, *sets.validation],
-                _cache(config, out, stack),
+                cache_folder(config, out, stack),
                 meta=[*(sets.meta or training), *sets.validation],
                 processes=processes,
                 on_case=advance,
@@ -287,15 +286,6 @@ def _resumed(out: Path | str | None, config: Config | None, extend: int) -> Run:
     return run.extended(extend) if extend else run
 
 
-def _cache(config: Config, out: Path | str | None, stack: ExitStack) -> Path:
-    """The folder of the prepared cases: beside the run folder, or a temporary one."""
-    if config.data.cache is not None:
-        return config.data.cache
-    if out is not None:
-        return Path(out).parent / ".prism-meta-cache"
-    return Path(stack.enter_context(TemporaryDirectory()))
-
-
 def _use_weights(path: Path, model: nn.Module, processes: Processes) -> None:
     """Load the weights that the first process wrote, in all processes."""
     first = processes.fabric.is_global_zero
@@ -314,16 +304,3 @@ def _note(line: dict[str, Any]) -> str:
         return losses
     best = line["validation"]["best"]
     return f"{losses}  best Dice {best['dice']:.3f} at {best['step']}"
-
-
-@contextmanager
-def _own_folder(out: Path) -> Iterator[None]:
-    """The run folder, locked. It is made if needed, and removed again if nothing was written to it."""
-    with kept_if_used(out):
-        try:
-            with locked(writable_folder(out)):
-                yield
-        except BaseException:
-            if out.is_dir() and {path.name for path in out.iterdir()} == {LOCK}:
-                (out / LOCK).unlink()
-            raise

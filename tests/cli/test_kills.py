@@ -56,6 +56,13 @@ def extend(root: Path) -> list[object]:
     return ["train", "--resume", out, *([] if longer else ["--extend", 1])]
 
 
+def adapt(root: Path) -> list[object]:
+    cases, out = root.parent / "cases", root / "site"
+    if (out / "run.json").exists():
+        return ["cases", cases]  # it comes last, so that all is done
+    return ["adapt", root / "run", cases, "--out", out, "--steps", 1, "--lr", 0.01]
+
+
 def nothing(root: Path) -> None:
     pass
 
@@ -78,10 +85,11 @@ SCENES = {
     "predict": Scene(
         trained, lambda root: ["predict", root / "run", root.parent / "cases", root / "labels"]
     ),
+    "adapt": Scene(trained, adapt),
 }
 every_scene = pytest.mark.parametrize("name", SCENES)
 # What resuming and extending write, training writes, too.
-every_writer = pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+every_writer = pytest.mark.parametrize("name", ["train", "evaluate", "predict", "adapt"])
 
 
 def succeed(arguments: list[object]) -> None:
