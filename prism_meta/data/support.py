@@ -62,7 +62,7 @@ class SupportEpisodes(DrawnEpisodes):
             rank=0,
         )
 
-    def draw(self, generator: Generator) -> tuple[list[Drawn], Drawn]:
+    def draw(self, generator: Generator, step: int) -> tuple[list[Drawn], Drawn]:
         order = torch.randperm(len(self.cases), generator=generator)
         rows = order[torch.arange(self.batch_size) % len(order)]
         mask = self.subset.expand(self.batch_size, -1).clone()

@@ -13,11 +13,11 @@ from prism_meta.errors import PrismError, one_line
 from prism_meta.training.adaptation import AVERAGE
 from prism_meta.training.adaptation_choice import Choice, Setting
 from prism_meta.training.config import Config
+from prism_meta.training.config.meta import MetaConfig
 from prism_meta.training.config.schema import (
     EpisodesConfig,
     FabricConfig,
     MaskConfig,
-    MetaConfig,
     ObjectiveConfig,
 )
 from prism_meta.training.config.training import ValidationConfig
