@@ -96,14 +96,13 @@ class Reptile(AdaptingStrategy):
         step_weights: StepWeights = "equal",
     ) -> None:
         super().__init__(inner, steps, adapt=adapt)
-        self.epsilon = epsilon if isinstance(epsilon, tuple) else (epsilon, epsilon)
-        if not all(0 < value <= 1 for value in self.epsilon):
+        self.epsilon, self.step_weights = epsilon, step_weights
+        if not all(0 < value <= 1 for value in self._ends):
             raise ValueError(f"epsilon: got {epsilon}, expected numbers in (0, 1]")
         if step_weights not in ("equal", "arithmetic"):
             raise ValueError(
                 f"step_weights: got {step_weights!r}, expected 'equal' or 'arithmetic'"
             )
-        self.weights = arithmetic_weights(steps) if step_weights == "arithmetic" else None
 
     @property
     def evaluations(self) -> int:
@@ -116,7 +115,8 @@ class Reptile(AdaptingStrategy):
     def solve(
         self, model: FunctionalModel, train: StepBatches, meta: Any, state: State | None
     ) -> MetaGradient:
-        inner = self.adapt_detached(model, train, state, weights=self.weights)
+        weights = arithmetic_weights(self.steps) if self.step_weights == "arithmetic" else None
+        inner = self.adapt_detached(model, train, state, weights=weights)
         with torch.no_grad():
             measured = model.evaluate_meta(inner.everything, meta)
         moved = {n: model.trainable[n] - inner.params[n] for n in inner.used}
@@ -126,8 +126,13 @@ class Reptile(AdaptingStrategy):
         self, params: Sequence[nn.Parameter], total_steps: int
     ) -> tuple[Optimizer, LRScheduler]:
         optimizer = torch.optim.SGD(params, lr=1.0)
-        start, end = self.epsilon
+        start, end = self._ends
         return optimizer, self.schedule(optimizer, total_steps, start=start, end=end)
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        """The first and the last epsilon."""
+        return self.epsilon if isinstance(self.epsilon, tuple) else (self.epsilon, self.epsilon)
 
     @staticmethod
     def schedule(
