@@ -15,7 +15,7 @@ from prism_meta.data.cache import CachedCase
 from prism_meta.data.cases import Case
 from prism_meta.errors import ConfigError, PrismError, raise_faults
 from prism_meta.evaluation.predictor import Predictor
-from prism_meta.files import write_whole
+from prism_meta.files import writable_folder, write_whole
 from prism_meta.training.adaptation import DEFAULT, LENGTHS, RATES, Adapter
 from prism_meta.training.adaptation_cases import Support, find_support
 from prism_meta.training.adaptation_choice import Choice, Setting
@@ -39,7 +39,7 @@ from prism_meta.training.places import cache_folder, own_folder
 from prism_meta.training.processes import Processes
 from prism_meta.training.progress import Advance, progress_bars
 from prism_meta.training.run import Run
-from prism_meta.training.weights import Kind, save_weights, weights_file
+from prism_meta.training.weights import WEIGHTS, Kind, save_weights, weights_file
 
 
 @dataclass(frozen=True)
@@ -277,6 +277,7 @@ class _Content:
         for path in (out / log.name, out / CLEANUP, weights_file(out, "ema")):
             if path not in found:
                 path.unlink(missing_ok=True)
+        writable_folder(out / WEIGHTS)
         for path, source in found.items():
             write_whole(path, source.read_bytes())
         if not facts.steps:

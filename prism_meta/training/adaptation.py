@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # it takes two seconds to import
 RATES = (3e-4, 1e-3, 3e-3)
 LENGTHS = (10, 20, 40)
 #: Of one patient, who leaves nothing to hold out. In trials with one case (2-D slices, U-Net) it was the best
-#: of three settings, +5 Dice; 40 steps of 3e-3 were worse than not adapting.
+#: of three settings; 40 steps of 3e-3 were worse than not adapting. See ``benchmarks/adaptation.py``.
 DEFAULT = Setting(5e-4, 20)
 #: Decay of the moving average of the weights: it counts the last ten steps or so.
 AVERAGE = 0.9
