@@ -87,8 +87,8 @@ FULL = Demo(
         "meta.inner_lr=0.01",
         "meta.inner_state=shared",
         "meta.alpha=1.0",
-        "training.steps=640",
-        "validation.every=320",
+        "training.steps=880",
+        "validation.every=440",
         "evaluation.overlap=0.25",
     ),
 )
