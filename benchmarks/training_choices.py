@@ -1,6 +1,7 @@
 """What do validation, averaged weights, folds, clean-ups and a start from another run change?
 
-    python benchmarks/training_choices.py DATA             # about 30 minutes on one thread
+    python benchmarks/training_choices.py DATA             # about 90 minutes on one thread
+    python benchmarks/training_choices.py DATA --set model.network=unet --set objective.unimodal=false  # 30
     python benchmarks/training_choices.py DATA --steps 60  # a short look; little is learned in so few steps
 
 DATA is a folder of cases with the modalities and labels of BraTS. Some cases are kept for the test, and the
@@ -11,6 +12,13 @@ starts from a run on phantoms and trains on both folds, and one with as many ste
 All subsets of the test cases are predicted. Dice and HD95 are means over all subsets and regions, with 95 %
 bootstrap intervals over cases, and differences are paired. There is one seed, and there are few cases: an
 interval says how much cases differ, not how much another draw of weights and folds would.
+
+Result (U-Net, 2-D slices of 3 mm, 13 glioma cases of which 4 are tested, seed 0): averaged weights gain 1.2
+Dice points (0.3 to 1.8) over the last ones. The weights that were best on the four cases of the other fold lose
+4.8 (3.3 to 6.8): four patients are too few to choose by. Two models together gain 2.2 (-0.5 to 4.9) over the
+first of them. The clean-up lowers HD95 from 70 to 39, 61 to 35 and 60 to 37 mm, and its gain of Dice is 5.5, 1.0
+and 2.6. A start from phantoms gains 4.5 (3.0 to 5.5) over a random one after 333 steps; the phantoms' model
+itself, which saw no patient, has a higher Dice (51.1) than all that were trained on nine patients.
 """
 
 from __future__ import annotations
