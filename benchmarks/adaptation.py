@@ -23,7 +23,7 @@ import json
 import random
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -308,7 +308,8 @@ def table(lines: Sequence[Mapping[str, Any]]) -> Table:
     return result
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """The results so far, after each start."""
     root = arguments.data
     if arguments.phantoms:
         sites = ["TCIA01", "TCIA02", "TCIA03", *arguments.held_out]
@@ -325,12 +326,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         start = time.perf_counter()
         rows += study.rows(name, run)
         PROGRESS.print(f"{name}: adapted in {time.perf_counter() - start:.0f} s")
-    return {
-        "trained_on": [case.id for case in seen],
-        "groups": study.groups(),
-        "summary": summarize(rows, arguments.seed),
-        "adaptations": [{**asdict(row), "change": row.change} for row in rows],
-    }
+        yield {
+            "trained_on": [case.id for case in seen],
+            "groups": study.groups(),
+            "summary": summarize(rows, arguments.seed),
+            "adaptations": [{**asdict(row), "change": row.change} for row in rows],
+        }
 
 
 def main() -> None:
@@ -358,10 +359,10 @@ def main() -> None:
         parser.error("give DATA, or --phantoms")
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(arguments, Path(folder))
+        for found in measure(arguments, Path(folder)):
+            result = {**facts(arguments, ["torch", "monai"]), **found}
+            arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     Console().print(table(found["summary"]))
-    result = {**facts(arguments, ["torch", "monai"]), **found}
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
