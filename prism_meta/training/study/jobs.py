@@ -102,7 +102,7 @@ class Plan:
         budgets.
         """
         found = [job for pair in self._pairs() for job in self._compared(*pair)]
-        return sorted(found, key=lambda job: (job.stage, job.seed))
+        return sorted(found, key=lambda job: (job.seed, job.stage))
 
     def _jobs(self) -> Iterator[Job]:
         for pair in self._pairs():

@@ -25,6 +25,10 @@ from prism_meta.training.study.schema import PhantomsConfig, Study
 from prism_meta.training.study.work import run_job
 
 
+#: Runs per process after which the plan is made anew.
+_WAVE = 4
+
+
 class OnRun(Protocol):
     """Told after each run."""
 
@@ -78,12 +82,15 @@ def run_study(
     folder = writable_folder(folder)
     cases = _cases(study, folder)
     gpus = torch.cuda.device_count()
+    count = jobs or gpus or _cores()
     deadline = None if limit is None else time.time() + limit
     results, failed, made = Results(folder), dict[str, str](), 0
     plan = Plan(study, results)
     while due := [job for job in plan.due() if job.key not in failed]:
+        # Not all at once: with the results of some, others are due, which come first.
+        due = due[: _WAVE * count]
         parallel = Parallel(
-            n_jobs=min(jobs or gpus or _cores(), len(due)),
+            n_jobs=min(count, len(due)),
             return_as="generator_unordered",
             pre_dispatch="n_jobs",
             batch_size=1,
