@@ -81,7 +81,7 @@ class Adapter:
         ... )
         >>> model = pm.PrismNet(spatial_dims=2, width=2)
         >>> choice = adapter.choose(model, support, rates=(1e-3,), lengths=(1, 2))
-        >>> adapted, log = adapter.train(model, support, choice.setting or Setting(1e-3, 2))
+        >>> adapted, log = adapter.train(model, support, Setting(1e-3, 2))
         >>> len(choice.compared), len(log)
         (2, 2)
     """

@@ -119,7 +119,9 @@ FOLDERS: dict[str, tuple[Command, tuple[str, ...]]] = {
     "profile no strategy": (_with_run("profile", "RUN", "--strategies", ""), ("strategies: got",)),
     "profile an unknown strategy": (
         _with_run("profile", "RUN", "--strategies", "first_order,third_order"),
-        ("strategies: unknown strategy 'third_order'; use some of single_level, first_order",),
+        (
+            "strategies: unknown strategy 'third_order'; use some of single_level, joint, first_order",
+        ),
     ),
     "profile a case of no size": (
         _with_run("profile", "RUN", "--shape", "0x9x9"),

@@ -180,8 +180,8 @@ def test_not_enough_memory_is_one_line(trained: Path, monkeypatch: pytest.Monkey
         (["--subsets", "t1,t1"], "subsets: 't1,t1' has one of them twice; give each once"),
         (
             ["--strategies", "reptil"],
-            "strategies: unknown strategy 'reptil'; use some of single_level, first_order, second_order, "
-            "reptile, finite_difference, implicit",
+            "strategies: unknown strategy 'reptil'; use some of single_level, joint, first_order, "
+            "second_order, reptile, finite_difference, implicit",
         ),
         (
             ["--shape", "160x192"],

@@ -16,6 +16,7 @@ from test_examples import PAGES
 
 from prism_meta.cli.commands import app
 from prism_meta.training.config import load_config
+from prism_meta.training.study.schema import read_study
 
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -65,7 +66,10 @@ def test_commands_and_their_options_exist(block: str) -> None:
 def test_a_toml_block_is_a_configuration(block: str, tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
     path.write_text(block, encoding="utf-8")
-    load_config(path)
+    if "[[methods]]" in block:
+        assert read_study(path).methods
+    else:
+        load_config(path)
 
 
 def test_the_cluster_script_is_read() -> None:

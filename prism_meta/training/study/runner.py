@@ -24,7 +24,6 @@ from prism_meta.training.study.results import Results
 from prism_meta.training.study.schema import PhantomsConfig, Study
 from prism_meta.training.study.work import run_job
 
-
 #: Runs per process after which the plan is made anew.
 _WAVE = 4
 
