@@ -49,14 +49,19 @@ def training_curves(history: Sequence[Mapping[str, Any]], modalities: Sequence[s
     if validation:
         panels["Dice of validation cases"] = validation
     for term, lines in _terms(history, modalities, "step").items():
-        if term not in _WEIGHT_TITLES and term != "shown":
+        # A network without prm maps has a loss of 0 for them.
+        if term not in _WEIGHT_TITLES and term != "shown" and any(map(any, _values(lines))):
             panels[term] = lines
     if not panels:
         return None
     figure = _panels(panels, "outer step", modalities)
     for axes, lines in zip(figure.axes, panels.values(), strict=True):
-        if any(lines):
-            axes.legend(fontsize=8, frameon=False, ncols=2 if len(lines) > 2 else 1)
+        if len(lines) > 2:  # lines of scores leave no place for them
+            axes.legend(
+                fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22)
+            )
+        elif any(lines):
+            axes.legend(fontsize=8, frameon=False)
     return data_uri(figure, "svg", metadata={"Date": None})
 
 
@@ -107,6 +112,10 @@ def cosine_curve(history: Sequence[Mapping[str, Any]]) -> str | None:
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.set_ylim(min(-0.05, axes.get_ylim()[0]), 1.05)
     return data_uri(figure, "svg", metadata={"Date": None})
+
+
+def _values(lines: _Lines) -> list[list[float]]:
+    return [[y for _, y in points] for points in lines.values()]
 
 
 def _validation(history: Sequence[Mapping[str, Any]]) -> _Lines:
