@@ -150,6 +150,15 @@ def test_a_budget_is_compared_with_the_reference_at_equal_gradients() -> None:
     assert second.rows[1].time == pytest.approx(2.6 / 2.4)
 
 
+def test_few_seeds_mark_no_difference(tmp_path: Path) -> None:
+    marked = []
+    for count in (4, 5):
+        runs = [_run(n, s, 0.4 + 0.1 * (n == "two")) for n in ("one", "two") for s in range(count)]
+        write_study_report(tmp_path, runs, title="A", reference="one", base="gradients")
+        marked.append("+7.5 (+7.5 to +7.5)*" in (tmp_path / "study.md").read_text())
+    assert marked == [False, True]
+
+
 def test_page_markdown_and_csv_have_the_same_rows(tmp_path: Path) -> None:
     runs = [
         _run(name, s, 0.4 + 0.1 * (name == "t<o")) for name in ("one", "t<o") for s in (0, 1, 2)

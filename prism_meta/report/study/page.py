@@ -24,6 +24,8 @@ COLUMNS = (
     "method", "seeds", "steps", "gradients", "time", "memory, MiB", "mean Dice, %", "worst subset, %",
     "mean minus reference", "worst minus reference", "d", "p (Holm)", "seeds needed",
 )  # fmt: skip
+#: With fewer seeds an interval is too narrow to be believed, and is not marked.
+ENOUGH_SEEDS = 5
 _HEADINGS = {
     "study_tables": "Methods against the reference",
     "study_curves": "Curves over training",
@@ -117,7 +119,8 @@ def note(power: Power, reference: str) -> str:
         "t-test over seeds, corrected by Holm for all methods of the table. Seeds needed: to find a "
         f"difference of {100 * power.effect:g} points with power {power.power:g} at level {power.level:g}. "
         "Gradients are those of the objective on a batch, where a product with second derivatives counts as "
-        "two. Time is that of training, relative to the reference. Memory of a step is predicted."
+        "two. Time is that of training, relative to the reference. Memory of a step is predicted. With fewer "
+        f"than {ENOUGH_SEEDS} seeds intervals are too narrow, and no difference is marked."
     )
 
 
@@ -141,7 +144,7 @@ def cells(row: Row) -> list[str]:
             else [
                 *(
                     f"{format_number(each.mean, 100, sign=True)} ({format_ends(each, 100, sign=True)})"
-                    + "*" * each.excludes_zero
+                    + "*" * (each.excludes_zero and against.seeds >= ENOUGH_SEEDS)
                     for each in (against.averages.mean, against.averages.worst)
                 ),
                 format_number(against.effect_size, digits=2, sign=True),
