@@ -100,6 +100,7 @@ def test_a_finished_study_makes_no_run(study: Path, whole: Path, monkeypatch: An
     assert (whole / "runs.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_ends_with_the_same_scores(
     study: Path, whole: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
@@ -121,6 +122,7 @@ def test_an_interrupted_study_ends_with_the_same_scores(
     assert _numbers(tmp_path) == _numbers(whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_stops_no_other_and_is_told(
     study: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -87,8 +87,10 @@ class Plan:
         self.study, self.results = study, results
 
     def jobs(self) -> list[Job]:
-        """All runs whose configuration is known by now, made or not, each key once."""
-        found = {job.key: job for job in self._jobs()}
+        """All runs whose configuration is known by now, made or not; of equal ones the first."""
+        found: dict[str, Job] = {}
+        for job in self._jobs():
+            found.setdefault(job.key, job)
         return list(found.values())
 
     def due(self) -> list[Job]:
