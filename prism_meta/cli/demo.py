@@ -82,6 +82,8 @@ FULL = Demo(
     overrides=(
         "data.spacing=[3, 3, 3]",
         "data.patch=[48, 48]",
+        # Fewer samples in more steps: as many as five minutes on two cores allow.
+        "data.batch_size=6",
         # PRISM's training script uses one Adam for both steps.
         "meta.inner=adamw",
         "meta.inner_lr=0.01",
