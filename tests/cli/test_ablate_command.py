@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 from commands import errors, run
+from filelock import FileLock
 from niftis import write_cases
 
 from prism_meta.errors import PrismError
 from prism_meta.training.study import runner
+from prism_meta.training.study.jobs import Plan
 from prism_meta.training.study.results import Results
+from prism_meta.training.study.schema import read_study
 
 STUDY = """
 data = "{cases}"
@@ -141,6 +144,20 @@ def test_a_run_that_fails_stops_no_other_and_is_told(
         for fold in (0, 1)
     ]
     assert "two levels" in (tmp_path / "study.md").read_text()  # of the other seed
+
+
+def test_runs_of_another_process_are_left_to_it_and_others_are_made(
+    study: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Also if the first runs, as many as are planned at once, are all taken."""
+    monkeypatch.setattr(runner, "_WAVE", 1)
+    known = Plan(read_study(study), Results(tmp_path)).due()
+    (tmp_path / "work").mkdir()
+    with FileLock(tmp_path / "work" / f"{known[0].key}.lock"):
+        code, output = run("ablate", study, "--out", tmp_path, "--jobs", 1)
+    assert code == 0 and "runs made, 1 left" in output
+    made = set(Results(tmp_path))
+    assert known[0].key not in made and {job.key for job in known[1:]} <= made
 
 
 def test_list_says_what_is_to_come(study: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from helpers import (
     prism_net,
     relative_error,
 )
+from resuming import assert_resumed_equals
 from torch import Tensor
 
 import prism_meta as pm
@@ -186,15 +187,4 @@ def test_a_run_learns_them_logs_them_and_resumes(cases: Path, tmp_path: Path) ->
     logged = [line["terms"]["subset_weights"] for line in whole.history]
     assert logged[0] == [1.0] * 15 and logged[-1] != logged[0]
     assert sum(logged[-1]) == pytest.approx(15, rel=1e-5)
-    calls = 0
-
-    def should_stop() -> bool:
-        nonlocal calls
-        calls += 1
-        return calls == 4 + 2  # it is asked after each of the four cases, too
-
-    with pytest.raises(pm.training.stopping.TrainingStopped):
-        pm.train(cases, config, out=tmp_path / "cut", progress=False, should_stop=should_stop)
-    pm.train(cases, out=tmp_path / "cut", resume=True, progress=False)
-    for name in ("weights/last.safetensors", "metrics.jsonl"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    assert_resumed_equals(tmp_path / "whole", cases, config, tmp_path / "cut", calls=4 + 2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from commands import SMALL, errors, run, settings
 from helpers import faults_of
+from resuming import assert_resumed_equals
 
 import prism_meta as pm
 from prism_meta.errors import ConfigError
@@ -49,18 +50,7 @@ def test_a_run_with_divided_parameters_resumes(cases: Path, tmp_path: Path, stat
     names = [name for name, _ in build_model(config).named_parameters()]
     owned = {k for k, name in enumerate(names) if "films" in name or "code" in name}
     assert owned <= moments.keys() and (state == "shared" or owned == moments.keys())
-    calls = 0
-
-    def should_stop() -> bool:
-        nonlocal calls
-        calls += 1
-        return calls == 4 + 2  # it is asked after each of the four cases, too
-
-    with pytest.raises(pm.training.stopping.TrainingStopped):
-        pm.train(cases, config, out=tmp_path / "cut", progress=False, should_stop=should_stop)
-    pm.train(cases, out=tmp_path / "cut", resume=True, progress=False)
-    for name in ("weights/last.safetensors", "metrics.jsonl"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    assert_resumed_equals(tmp_path / "whole", cases, config, tmp_path / "cut", calls=4 + 2)
 
 
 @pytest.mark.parametrize(

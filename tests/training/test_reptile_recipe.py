@@ -9,6 +9,7 @@ import pytest
 import torch
 from commands import SMALL
 from helpers import faults_of, randn, relative_error, trainable
+from resuming import assert_resumed_equals
 from torch import nn
 
 import prism_meta as pm
@@ -88,18 +89,7 @@ def test_the_recipe_of_the_configuration_trains_and_resumes(
     first, last = (0.5, 0.5) if epsilon == "0.5" else (0.1, 1.0)
     rates = [line["lr"] for line in whole.history]
     assert (rates[0], rates[-1]) == pytest.approx((first, last))
-    calls = 0
-
-    def should_stop() -> bool:
-        nonlocal calls
-        calls += 1
-        return calls == 4 + 2  # it is asked after each of the four cases, too
-
-    with pytest.raises(pm.training.stopping.TrainingStopped):
-        pm.train(cases, config, out=tmp_path / "cut", progress=False, should_stop=should_stop)
-    pm.train(cases, out=tmp_path / "cut", resume=True, progress=False)
-    for name in ("weights/last.safetensors", "metrics.jsonl"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    assert_resumed_equals(tmp_path / "whole", cases, config, tmp_path / "cut", calls=4 + 2)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -84,8 +85,9 @@ def run_study(
     count = jobs or gpus or _cores()
     deadline = None if limit is None else time.time() + limit
     results, failed, made = Results(folder), dict[str, str](), 0
-    plan = Plan(study, results)
-    while due := [job for job in plan.due() if job.key not in failed]:
+    plan, tried = Plan(study, results), set[str]()
+    # What was tried and is still due failed, or another process works on it.
+    while due := [job for job in plan.due() if job.key not in tried]:
         # Not all at once: with the results of some, others are due, which come first.
         due = due[: _WAVE * count]
         parallel = Parallel(
@@ -94,31 +96,26 @@ def run_study(
             pre_dispatch="n_jobs",
             batch_size=1,
         )
-        before = made
-        tasks = (
-            delayed(_one)(job, cases, folder, deadline, keep, number % max(1, gpus))
-            for number, job in enumerate(due)
-        )
+        tasks = (delayed(_one)(job, cases, folder, deadline, keep) for job in due)
         for job, outcome in parallel(tasks):
+            tried.add(job.key)
             if isinstance(outcome, str):
                 failed[job.key] = f"{job.title}: {outcome}"
             made += outcome is True
             results.read()
             known = plan.jobs()
             on_run(sum(each.key in results for each in known), len(known), job.title)
-        if made == before:  # all others are left to other processes, or the time is over
+        if deadline is not None and time.time() >= deadline:
             break
     left = [job for job in plan.due() if job.key not in failed]
     return Made(made, len(left), tuple(failed.values()))
 
 
 def _one(
-    job: Job, cases: Path, folder: Path, deadline: float | None, keep: bool, gpu: int
+    job: Job, cases: Path, folder: Path, deadline: float | None, keep: bool
 ) -> tuple[Job, bool | str]:
     """The job, and whether it was made here; or what went wrong. Others may work on it, or time be over."""
     torch.set_num_threads(1)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(gpu)
     lock = FileLock(writable_folder(folder / "work") / f"{job.key}.lock")
     try:
         with lock.acquire(timeout=0), _quiet():
@@ -126,8 +123,11 @@ def _one(
             left = None if deadline is None else deadline - time.time()
             if job.key in results or (left is not None and left <= 0):
                 return job, False
-            stop = StopRequest(left)
-            results.append(run_job(job, cases, folder, keep=keep, should_stop=stop))
+            with own_gpu(folder, torch.cuda.device_count()) as gpu:
+                result = run_job(
+                    job, cases, folder, gpu=gpu, keep=keep, should_stop=StopRequest(left)
+                )
+            results.append(result)
             with suppress(OSError):
                 Path(lock.lock_file).unlink()
             return job, True
@@ -135,6 +135,35 @@ def _one(
         return job, False
     except PrismError as error:
         return job, "; ".join(error.faults)
+
+
+@contextmanager
+def own_gpu(folder: Path, count: int) -> Iterator[int | None]:
+    """The index of a GPU that no other run of the study on this host has; None if all are taken.
+
+    Args:
+        folder: of the study; it gets a lock for each GPU.
+        count: number of GPUs of this host.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with own_gpu(folder, 2) as a, own_gpu(folder, 2) as b, own_gpu(folder, 2) as c:
+        ...     print(a, b, c)
+        0 1 None
+    """
+    for index in range(count):
+        lock = FileLock(folder / f"gpu-{socket.gethostname()}-{index}.lock", is_singleton=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        try:
+            yield index
+        finally:
+            lock.release()
+        return
+    yield None
 
 
 @contextmanager

@@ -33,6 +33,7 @@ def run_job(
     cases: Path,
     folder: Path,
     *,
+    gpu: int | None = None,
     keep: bool = False,
     should_stop: Callable[[], bool] | None = None,
 ) -> Result:
@@ -44,6 +45,7 @@ def run_job(
         job: what to run.
         cases: folder of all cases.
         folder: of the study; the run has a folder below it, which is removed at the end.
+        gpu: index of the GPU to use. Defaults to what the configuration says.
         keep: keep the folder of the run.
         should_stop: see ``train``.
 
@@ -54,7 +56,9 @@ def run_job(
     out = folder / "work" / job.key
     data = job.config.data.model_copy(update={"cache": folder / "cache"})
     config = job.config.model_copy(update={"data": data})
-    fabric = build_fabric(config.fabric)
+    # The comma makes it an index instead of a number of devices.
+    device = {} if gpu is None else {"devices": f"{gpu},"}
+    fabric = build_fabric(config.fabric.model_copy(update=device))
     timer = _Timer(fabric.device.type == "cpu")
     trained = train(
         cases,
