@@ -89,8 +89,8 @@ FULL = Demo(
         "meta.inner_lr=0.01",
         "meta.inner_state=shared",
         "meta.alpha=1.0",
-        "training.steps=880",
-        "validation.every=440",
+        "training.steps=800",
+        "validation.every=400",
         "evaluation.overlap=0.25",
     ),
 )
