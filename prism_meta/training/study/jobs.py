@@ -22,6 +22,8 @@ Stage = Literal["search", "evaluations", "time"]
 _SEARCH_SEEDS = 10_000
 #: A method whose time per gradient differs from the reference's by less has the same run for both budgets.
 _SAME_TIME = 0.05
+#: Seeds whose runs say how long a method takes. One is not enough: times of one run vary by a third.
+_TIMED_SEEDS = 3
 
 
 @dataclass(frozen=True)
@@ -156,16 +158,16 @@ class Plan:
     def time_factor(self, method: MethodConfig, condition: ConditionConfig) -> float | None:
         """How many times as long as the reference the method trains for equal gradients.
 
-        It is the ratio of the medians of the first seed's runs, and stays what it is when others follow.
-        None while one of them is missing.
+        It is the median over the pairs of runs of the first three seeds, and stays what it is when others
+        follow. None while one of them is missing.
         """
-        medians = []
-        for each in (method, self.study.first):
-            jobs = self._equal(each, condition, [0])
-            if not jobs or any(job.key not in self.results for job in jobs):
-                return None
-            medians.append(median(self.results[job.key].seconds for job in jobs))
-        return medians[0] / max(medians[1], 1e-9)
+        seeds = range(min(_TIMED_SEEDS, self.study.seeds))
+        pairs = [self._equal(each, condition, seeds) for each in (method, self.study.first)]
+        keys = [[job.key for job in jobs] for jobs in pairs]
+        if not all(keys) or any(key not in self.results for side in keys for key in side):
+            return None
+        own, base = ([self.results[key].seconds for key in side] for side in keys)
+        return median(a / max(b, 1e-9) for a, b in zip(own, base, strict=True))
 
     def _equal(
         self, method: MethodConfig, condition: ConditionConfig, seeds: Sequence[int]
