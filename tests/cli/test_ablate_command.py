@@ -12,10 +12,12 @@ from filelock import FileLock
 from niftis import write_cases
 
 from prism_meta.errors import PrismError
+from prism_meta.training.stopping import TrainingStopped
 from prism_meta.training.study import runner
 from prism_meta.training.study.jobs import Plan
 from prism_meta.training.study.results import Results
 from prism_meta.training.study.schema import read_study
+from prism_meta.training.study.work import run_job
 
 STUDY = """
 data = "{cases}"
@@ -123,6 +125,23 @@ def test_an_interrupted_study_ends_with_the_same_scores(
     code, output = run("ablate", study, "--out", tmp_path, "--jobs", 1)
     assert code == 0, output
     assert _numbers(tmp_path) == _numbers(whole)
+
+
+def test_a_stopped_run_goes_on_in_a_relative_folder(
+    study: Path, whole: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("study")
+    job = Plan(read_study(study), Results(folder)).due()[0]
+    answers = iter([False] * 3)
+    with pytest.raises(TrainingStopped):
+        run_job(job, study.parent / "cases", folder, should_stop=lambda: next(answers, True))
+    assert (folder / "work" / job.key / "run.json").exists()
+    expected = Results(whole)[job.key]
+    results = Results(folder)
+    results.append(run_job(job, study.parent / "cases", folder))
+    made = Results(folder)[job.key]
+    assert (made.scores, made.validation) == (expected.scores, expected.validation)
 
 
 @pytest.mark.slow
