@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 
 def complete_run(incomplete: str) -> list[str]:
-    """Run folders, in the folder that is typed so far, whose names begin with the rest.
+    """Run folders in the folder that is typed so far, whose names begin with the rest.
 
-    Without one the shell offers files and folders, so that the way to a run can be typed, too.
+    If there is none, the shell offers files and folders, so that the way to a run can be typed, too.
     """
     typed, slash, _ = incomplete.rpartition("/")
     try:
@@ -22,12 +21,7 @@ def complete_run(incomplete: str) -> list[str]:
 
 def complete_key(incomplete: str) -> list[str]:
     """Keys of the configuration, each with ``=``."""
-    return [f"{key}=" for key in _keys() if key.startswith(incomplete)]
-
-
-def _keys() -> Iterator[str]:
     from prism_meta.training.config import Config
+    from prism_meta.training.config.messages import fields_by_key
 
-    for section, field in Config.model_fields.items():
-        parts = getattr(field.annotation, "model_fields", None)
-        yield from [section] if parts is None else (f"{section}.{name}" for name in parts)
+    return [f"{key}=" for key, _ in fields_by_key(Config) if key.startswith(incomplete)]
