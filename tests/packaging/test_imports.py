@@ -15,8 +15,8 @@ import prism_meta as pm
 #: Optional or heavy packages, which are imported where they are used.
 HEAVY = (
     "monai", "scipy.ndimage", "scipy.stats", "matplotlib", "pandas", "lightning_fabric",
-    "pytorch_lightning", "lightning", "joblib", "jinja2", "mlflow", "wandb", "tensorboard", "learn2learn", "higher", "onnx", "onnxruntime",
-    "huggingface_hub", "IPython", "PIL", "sklearn",
+    "pytorch_lightning", "lightning", "joblib", "jinja2", "mlflow", "wandb", "tensorboard", "learn2learn",
+    "higher", "onnx", "onnxruntime", "huggingface_hub", "IPython", "PIL", "sklearn",
 )  # fmt: skip
 ROUNDS = 2
 
