@@ -132,8 +132,8 @@ def fields_by_key(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[
     for name, info in section.model_fields.items():
         kind = info.annotation
         # Python 3.10 takes tuple[str, ...] for a type.
-        plain = isinstance(kind, type) and typing.get_origin(kind) is None
-        if plain and issubclass(kind, BaseModel):
+        plain = typing.get_origin(kind) is None
+        if plain and isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from fields_by_key(kind, f"{prefix}{name}.")
         else:
             yield prefix + name, info
