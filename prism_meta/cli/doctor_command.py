@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from prism_meta import __version__
+from prism_meta.cli.checkup import Tested, self_test
 from prism_meta.cli.installation import Package, machine, packages
 from prism_meta.cli.output import add_result, show
-from prism_meta.cli.self_test import Tested, self_test
 from prism_meta.errors import PrismError, raise_faults
 
 EXAMPLES = "[bold]Examples[/bold]  prism-meta doctor  ·  prism-meta doctor --json > doctor.json"

@@ -12,7 +12,7 @@ from commands import errors, run, run_json
 
 import prism_meta as pm
 from prism_meta.bilevel.strategies import SecondOrder
-from prism_meta.cli import doctor_command, installation, self_test
+from prism_meta.cli import checkup, doctor_command, installation
 from prism_meta.cli.installation import Package, packages
 from prism_meta.integrations.learn2learn import INSTALL
 
@@ -22,7 +22,7 @@ def test_it_tells_what_a_report_of_a_bug_needs() -> None:
     assert code == 0, output
     for word in (pm.__version__, torch.__version__.partition("+")[0], "learn2learn", "free disk"):
         assert word in output
-    assert len(re.findall(r"passed +\d", output)) == len(self_test.TESTS) == 4
+    assert len(re.findall(r"passed +\d", output)) == len(checkup.TESTS) == 4
 
 
 def test_the_json_has_the_same() -> None:
