@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import errors, run
+from commands import errors, run, run_json
 from filelock import FileLock
 from niftis import write_cases
 
@@ -219,3 +219,15 @@ def test_a_file_that_is_no_study(tmp_path: Path) -> None:
 def test_results_are_valid_lines(whole: Path) -> None:
     lines = (whole / "runs.jsonl").read_text().splitlines()
     assert all(set(json.loads(line)) >= {"key", "scores", "seconds", "machine"} for line in lines)
+
+
+def test_the_json_of_a_study(study: Path, whole: Path) -> None:
+    code, found, _ = run_json("ablate", study, "--out", whole, "--report")
+    assert code == 0 and Path(found["report"]) == whole / "study.html"
+    table = found["tables"][0]
+    assert [row["method"] for row in table["methods"]] == ["one level", "two levels"]
+    assert table["methods"][0]["against_reference"] is None
+    against = table["methods"][1]["against_reference"]
+    assert against["seeds"] == 2 and set(against["mean"]) == {"mean", "low", "high", "cases"}
+    code, found, _ = run_json("ablate", study, "--out", whole, "--list")
+    assert code == 0 and found["made"] == len(found["runs"]) > 0
