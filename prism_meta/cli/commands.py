@@ -1,4 +1,4 @@
-"""The command line: prism-meta demo, cases, plan, train, adapt, profile, evaluate, predict, report, ..."""
+"""The command line: prism-meta demo, cases, plan, train, adapt, profile, evaluate, predict, export, ..."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from prism_meta.cli import (
     adapt_command,
     compare_command,
     demo,
+    export_command,
     plan_command,
     profile_command,
     survey_command,
@@ -199,6 +200,7 @@ def run_predict(
     console.print(f"{len(written)} label volumes in {out}", soft_wrap=True)
 
 
+app.command("export", epilog=export_command.EXAMPLES)(export_command.run_export)
 app.command("ablate", epilog=ablate_command.EXAMPLES)(ablate_command.run_ablate)
 app.command("compare", epilog=compare_command.COMPARE_EXAMPLES)(compare_command.run_compare)
 app.command("report", epilog=compare_command.REPORT_EXAMPLES)(compare_command.run_report)

@@ -1,0 +1,42 @@
+"""The command ``prism-meta export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from prism_meta.cli.options import RunFolder, Weights
+from prism_meta.cli.usage import path
+from prism_meta.export.formats import FORMATS, export_run
+from prism_meta.training.run import Run
+
+EXAMPLES = (
+    "[bold]Examples[/bold]  prism-meta export runs/a --out exported  ·  "
+    "prism-meta export runs/a --out exported --format onnx --format program  ·  "
+    "python exported/predict.py new_cases/p1 p1_labels.nii.gz"
+)
+
+
+def run_export(
+    run: RunFolder,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", parser=path, metavar="FOLDER", help="Folder to create."),
+    ],
+    formats: Annotated[
+        list[str],
+        typer.Option(
+            "--format",
+            "-f",
+            metavar="|".join(FORMATS),
+            help="Repeatable. " + "; ".join(f"{n}: {f.title}" for n, f in FORMATS.items()) + ".",
+        ),
+    ] = ["onnx"],  # noqa: B006, typer copies it
+    weights: Weights = None,
+) -> None:
+    """Write a trained run as files for other software, with its preprocessing and labels as JSON."""
+    export_run(Run.open(run), out, formats=formats, weights=weights)
+    Console().print(f"exported to {out}", soft_wrap=True, markup=False)
