@@ -31,7 +31,7 @@ class GraphNet(nn.Module):
 
     Example:
         >>> net = PrismNet(num_modalities=2, num_classes=3, spatial_dims=2, width=2).eval()
-        >>> image, mask = torch.randn(3, 2, 16, 16), torch.tensor([[True, True], [False, True], [True, False]])
+        >>> image, mask = torch.randn(2, 2, 16, 16), torch.tensor([[True, True], [False, True]])
         >>> bool(torch.allclose(GraphNet(net)(image, mask), net.segment(image, mask), atol=1e-5))
         True
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ def _traced(net: nn.Module, modalities: int, sizes: Sequence[int], multiple: int
 
 
 def _multiple(run: Run) -> int | None:
-    """The largest power of 2 that the network may need and that divides the patch, at least twice each axis."""
+    """The largest power of 2 that the network may need and of which each axis of the patch is a multiple."""
     model, patch = run.config.model, run.config.data.patch
     multiple = _LARGEST_MULTIPLE if model.is_named else 2 ** (model.depth - 1)
     while any(size % multiple or size < 2 * multiple for size in patch):
