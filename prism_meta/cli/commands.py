@@ -23,7 +23,7 @@ from prism_meta.cli import (
 )
 from prism_meta.cli.ending import Commands
 from prism_meta.cli.evaluating import evaluate_run
-from prism_meta.cli.options import CleanUp, Flips, RunFolder, Weights
+from prism_meta.cli.options import CleanUp, Flips, RunFolder, Weights, run_path
 from prism_meta.cli.usage import at_least, path, print_any_character, tell
 from prism_meta.errors import CaseError, PrismError, raise_faults
 from prism_meta.files import writable_folder
@@ -137,9 +137,10 @@ def run_predict(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            parser=path,
+            parser=run_path,
             metavar="RUN [RUN ...] CASES OUT",
-            help="Run folders that prism-meta train wrote, whose probabilities are averaged, e.g. of folds; "
+            help="Run folders that prism-meta train wrote, or hf://owner/name on the Hugging Face hub, whose "
+            "probabilities are averaged, e.g. of folds; "
             "a folder of cases with any modalities; and a folder for the label volumes.",
             show_default=False,
         ),

@@ -11,11 +11,13 @@ from rich.console import Console
 from prism_meta.cli.options import RunFolder, Weights
 from prism_meta.cli.usage import path
 from prism_meta.export.formats import FORMATS, export_run
+from prism_meta.export.hub import NO_LICENCE
 from prism_meta.training.run import Run
 
 EXAMPLES = (
     "[bold]Examples[/bold]  prism-meta export runs/a --out exported  ·  "
     "prism-meta export runs/a --out exported --format onnx --format program  ·  "
+    "prism-meta export runs/a --out upload --format hub --license cc-by-4.0  ·  "
     "python exported/predict.py new_cases/p1 p1_labels.nii.gz"
 )
 
@@ -36,7 +38,15 @@ def run_export(
         ),
     ] = ["onnx"],  # noqa: B006, typer copies it
     weights: Weights = None,
+    licence: Annotated[
+        str,
+        typer.Option(
+            "--license",
+            metavar="NAME",
+            help="Licence of the weights on the card of format hub, as the hub calls it, e.g. cc-by-4.0.",
+        ),
+    ] = NO_LICENCE,
 ) -> None:
     """Write a trained run as files for other software, with its preprocessing and labels as JSON."""
-    export_run(Run.open(run), out, formats=formats, weights=weights)
+    export_run(Run.open(run), out, formats=formats, weights=weights, licence=licence)
     Console().print(f"exported to {out}", soft_wrap=True, markup=False)

@@ -56,8 +56,8 @@ class Preprocessing:
     So the model's grid of an isotropic volume with axial slices has the axes right, anterior, superior.
 
     Each modality is clipped to percentiles of its non-zero voxels and scaled to mean 0 and standard
-    deviation 1 there. The background stays 0. Images are resampled linearly, and values under ``TRACE`` become
-    0. Labels are resampled linearly per class, and each voxel gets the most probable class.
+    deviation 1 there. The background stays 0. Images are resampled linearly, and values under ``TRACE``
+    become 0. Labels are resampled linearly per class, and each voxel gets the most probable class.
 
     Args:
         spacing: voxel size of the model's grid in mm: two numbers in the plane of a slice, then the

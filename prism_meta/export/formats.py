@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from prism_meta.errors import ConfigError
 from prism_meta.export.folders import whole_folder
-from prism_meta.export.hub import write_hub
+from prism_meta.export.hub import NO_LICENCE, write_hub
 from prism_meta.export.programs import write_onnx, write_program
 from prism_meta.training.run import Run
 from prism_meta.training.weights import Kind
-
-
-class Write(Protocol):
-    """Writes a run into an existing folder, with weights of one kind; None stands for the run's first."""
-
-    def __call__(self, run: Run, out: Path, /, *, weights: Kind | None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -26,24 +20,33 @@ class Format:
     """One format.
 
     Args:
-        write: writes its files. The formats have no file in common, apart from ``preprocessing.json``, which
-            is the same in all, so that one folder can hold several.
+        write: ``write(run, out, weights=kind)`` writes the files of a run into an existing folder, with
+            weights of this kind; None stands for those that ``predict`` uses. The formats have no file in
+            common, apart from ``preprocessing.json``, which is the same in all, so that one folder can hold
+            several.
         title: what it is, for help.
+        has_card: whether ``write`` takes a ``licence``, for a model card.
     """
 
-    write: Write
+    write: Callable[..., None]
     title: str
+    has_card: bool = False
 
 
 FORMATS: Mapping[str, Format] = {
     "onnx": Format(write_onnx, "model.onnx for ONNX Runtime, with predict.py, which uses it"),
     "program": Format(write_program, "model.pt2 for torch.export.load"),
-    "hub": Format(write_hub, "a folder to upload to the Hugging Face hub"),
+    "hub": Format(write_hub, "a folder to upload to the Hugging Face hub", has_card=True),
 }
 
 
 def export_run(
-    run: Run, out: Path | str, *, formats: Sequence[str] = ("onnx",), weights: Kind | None = None
+    run: Run,
+    out: Path | str,
+    *,
+    formats: Sequence[str] = ("onnx",),
+    weights: Kind | None = None,
+    licence: str = NO_LICENCE,
 ) -> None:
     """Write a run in one or several formats. The folder appears whole or not at all.
 
@@ -52,6 +55,7 @@ def export_run(
         out: folder, new or empty.
         formats: names from ``FORMATS``.
         weights: see ``Run.existing_weights``.
+        licence: of the weights, for the model card of the hub.
 
     Raises:
         ConfigError: there is no format of a name.
@@ -65,4 +69,6 @@ def export_run(
         )
     with whole_folder(out) as folder:
         for name in dict.fromkeys(formats):
-            FORMATS[name].write(run, folder, weights=weights)
+            form = FORMATS[name]
+            options: dict[str, Any] = {"licence": licence} if form.has_card else {}
+            form.write(run, folder, weights=weights, **options)

@@ -1,4 +1,4 @@
-"""``preprocessing.json``: all that ``predict`` does beside the network, so that other software can do the same.
+"""``preprocessing.json``: all that ``predict`` does beside the network, for other software to do the same.
 
 docs/export.md describes each key.
 """

@@ -87,13 +87,10 @@ def _exported(run: Run, weights: Kind | None) -> tuple[Any, int | None]:
     multiple = _multiple(run)
     with _quiet(), _one_line(run):
         if multiple is not None:
-            try:
+            # The exporter raises many kinds. A network of fixed sizes is exported with those of the patch.
+            with suppress(Exception):
                 sizes = [multiple * (axis + 2) for axis in range(len(patch))]
                 return _traced(net, modalities, sizes, multiple), multiple
-            except (
-                Exception
-            ):  # of many kinds; a network of fixed sizes is exported with those of the patch
-                pass
         return _traced(net, modalities, patch, None), None
 
 
