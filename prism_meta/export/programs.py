@@ -104,7 +104,10 @@ def _traced(net: nn.Module, modalities: int, sizes: Sequence[int], multiple: int
     mask = subsets(modalities)[[0, -1, 0]]  # a batch of one would be a constant of the graph
     image = torch.zeros(3, modalities, *sizes)
     with torch.no_grad():
-        return torch.export.export(net, (image, mask), dynamic_shapes=(shape, {0: batch}))
+        program = torch.export.export(net, (image, mask), dynamic_shapes=(shape, {0: batch}))
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it has the paths of this computer, and is most of a small file
+    return program
 
 
 def _multiple(run: Run) -> int | None:

@@ -56,7 +56,7 @@ def test_nothing_is_left_of_a_failure(made: Run, tmp_path: Path) -> None:
 def test_a_file_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with (
-        pytest.raises(ValueError, match="cannot write .*out: file exists"),
+        pytest.raises(ValueError, match=r"cannot write .*out: file exists"),
         whole_folder(tmp_path / "out"),
     ):
         pass

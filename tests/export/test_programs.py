@@ -71,6 +71,8 @@ def test_logits_of_every_subset(net: str, dims: int, tmp_path: Path) -> None:
     }
     multiple = json.loads((tmp_path / "preprocessing.json").read_text())["network"]["multiple"]
     assert multiple == (8 if net == "SegResNet" else 2)
+    for file in ("model.onnx", "model.pt2"):
+        assert b"network.py" not in (tmp_path / file).read_bytes()  # no path of this computer
     sizes = (16,) * dims, (16, *[16 + 2 * multiple] * (dims - 1))
     for exported in (by_onnx(tmp_path), by_program(tmp_path)):
         check(run, exported, *sizes)
