@@ -42,7 +42,7 @@ NETS: dict[str, tuple[str, ...]] = {
     "conditioned_unet": (*SMALL, "model.network=conditioned_unet"),
     "monai:SegResNet": (
         "model.network=monai:SegResNet",
-        "model.arguments={init_filters = 4, blocks_down = [1, 1, 1], blocks_up = [1, 1], norm_groups = 4}",
+        "model.arguments={init_filters = 8, blocks_down = [1, 1, 1], blocks_up = [1, 1]}",
     ),
 }
 PATCHES = {2: (32, 32), 3: (16, 16, 16)}

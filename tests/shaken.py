@@ -21,7 +21,7 @@ NETS: dict[str, tuple[str, ...]] = {
     "conditioned_unet": ("model.width=2", "model.depth=2", "model.network=conditioned_unet"),
     "SegResNet": (
         "model.network=monai:SegResNet",
-        "model.arguments={init_filters = 4, blocks_down = [1, 1], blocks_up = [1], norm_groups = 2}",
+        "model.arguments={init_filters = 8, blocks_down = [1, 1], blocks_up = [1]}",
     ),
 }
 
