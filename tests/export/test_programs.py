@@ -50,8 +50,8 @@ def check(run: Run, exported: Any, *sizes: tuple[int, ...]) -> None:
             wanted = model.segment(image, mask)
             together, alone = exported(damaged, mask), exported(damaged[5:6], mask[5:6])
         assert wanted.std() > 0.05
-        torch.testing.assert_close(together, wanted, rtol=1e-4, atol=5e-5)
-        torch.testing.assert_close(alone, wanted[5:6], rtol=1e-4, atol=5e-5)
+        torch.testing.assert_close(together, wanted, rtol=1e-4, atol=2e-4)
+        torch.testing.assert_close(alone, wanted[5:6], rtol=1e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize(
