@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from prism_meta.errors import one_line
 from prism_meta.records import read_records
@@ -128,14 +128,18 @@ def _scores(run: Run) -> Iterator[str]:
     yield from _row(["---"] * (3 + len(regions)))
     for subset, cell in summary.by_subset.items():
         single = (summary.cells.get((subset, region)) for region in regions)
-        scores = [cell.scores["dice"], *(one.scores["dice"] for one in single if one is not None)]
-        dice, *others = [f"{format_dice(s.mean)} {format_ends(s, 100.0)}" for s in scores]
-        yield from _row([subset, dice, _mm(cell.scores["hd95_mm"]), *others])
+        dice, *others = (
+            "–" if one is None else _dice(one.scores["dice"]) for one in (cell, *single)
+        )
+        distance = cell.scores["hd95_mm"]
+        yield from _row(
+            [subset, dice, f"{format_mm(distance.mean)} ({format_ends(distance)})", *others]
+        )
 
 
-def _mm(score: Interval) -> str:
-    return f"{format_mm(score.mean)} {format_ends(score)}"
+def _dice(score: Interval) -> str:
+    return f"{format_dice(score.mean)} ({format_ends(score, 100.0)})"
 
 
-def _row(cells: Sequence[str] | Iterable[str]) -> Iterator[str]:
+def _row(cells: Sequence[str]) -> Iterator[str]:
     yield f"| {' | '.join(one_line(cell).replace('|', chr(92) + '|') for cell in cells)} |"

@@ -106,7 +106,9 @@ def _traced(net: nn.Module, modalities: int, sizes: Sequence[int], multiple: int
     with torch.no_grad():
         program = torch.export.export(net, (image, mask), dynamic_shapes=(shape, {0: batch}))
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # it has the paths of this computer, and is most of a small file
+        node.meta.pop(
+            "stack_trace", None
+        )  # it has the paths of this computer, and is most of a small file
     return program
 
 

@@ -95,7 +95,7 @@ def test_the_card(trained: Run, tmp_path: Path) -> None:
     assert "- Labels: 0 background, 1 necrotic, 2 oedema, 4 enhancing" in text
     assert "Means over 2 cases" in text and "prism-meta predict hf://OWNER/NAME" in text
     scores = next(line for line in text.splitlines() if line.startswith("| flair |"))
-    assert scores.count("70.0 [50.0, 90.0]") == 4 and "4.0 [4.0, 4.0]" in scores
+    assert scores.count("70.0 (50.0 to 90.0)") == 4 and "4.0 (4.0 to 4.0)" in scores
 
 
 def test_a_run_that_was_not_evaluated_and_its_licence(trained: Run, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from shaken import NETS, shaken_run
 from prism_meta.data.phantom import write_phantoms
 from prism_meta.export.formats import export_run
 from prism_meta.modalities import BRATS
+from prism_meta.training.cases import find_configured
 
 Array = NDArray[Any]
 
@@ -52,6 +53,11 @@ CASES: dict[str, tuple[tuple[str, ...], Callable[[Array, Array], tuple[Array, Ar
     ),
     "small": (BRATS[:2], lambda v, a: (v[16:26, 20:29, 15:21], a)),
 }
+#: The clean-up of a run.
+RULES = {
+    "WT": {"largest": True, "component_ml": 0.0, "total_ml": 0.0},
+    "ET": {"largest": False, "component_ml": 0.5, "total_ml": 2.0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -77,33 +83,44 @@ def script(folder: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dims", [2, 3])
-def test_labels_are_those_of_predict(dims: int, cases: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("net", "dims", "exact"),
+    [
+        ("region_aware", 2, True),
+        ("SegResNet", 3, True),
+        # torch's GroupNorm is less exact in the memory layout that PrismNet has in 3-D.
+        ("region_aware", 3, False),
+    ],
+)
+def test_labels_are_those_of_predict(
+    net: str, dims: int, exact: bool, cases: Path, tmp_path: Path
+) -> None:
     made = shaken_run(
-        tmp_path / "run",
-        *NETS["region_aware"],
-        f"data.patch={[16] * dims}",
-        "data.spacing=[4, 4, 4]",
+        tmp_path / "run", *NETS[net], f"data.patch={[16] * dims}", "data.spacing=[4, 4, 4]"
     )
-    if dims == 3:
-        rules = {
-            "WT": {"largest": True, "component_ml": 0.0, "total_ml": 0.0},
-            "ET": {"largest": False, "component_ml": 0.5, "total_ml": 2.0},
-        }
-        content = {"regions": rules, "cases": [], "dice": 0.5, "cleaned_dice": 0.6}
+    if exact and dims == 3:
+        content = {"regions": RULES, "cases": [], "dice": 0.5, "cleaned_dice": 0.6}
         (made.folder / "postprocessing.json").write_text(json.dumps(content))
     export_run(made, tmp_path / "exported")
     assert run("predict", made.folder, cases, tmp_path / "labels")[0] == 0
-    standalone = script(tmp_path / "exported")
-    for name in CASES:
-        standalone.main(cases / name, tmp_path / f"{name}.nii.gz")
-        wanted: Any = nib.load(tmp_path / "labels" / f"{name}.nii.gz")
-        found: Any = nib.load(tmp_path / f"{name}.nii.gz")
-        assert found.get_data_dtype() == wanted.get_data_dtype()
-        assert np.allclose(found.affine, wanted.affine)
-        labels = np.asarray(wanted.dataobj)
-        assert len(np.unique(labels)) > 1, name
-        assert np.array_equal(np.asarray(found.dataobj), labels), name
+    standalone, predictor = script(tmp_path / "exported"), made.predictor("cpu")
+    found, _ = find_configured(made.config, cases, label=False)
+    assert [case.id for case in found] == sorted(CASES)
+    for case in found:
+        standalone.main(cases / case.id, tmp_path / f"{case.id}.nii.gz")
+        ours: Any = nib.load(tmp_path / "labels" / f"{case.id}.nii.gz")
+        theirs: Any = nib.load(tmp_path / f"{case.id}.nii.gz")
+        assert theirs.get_data_dtype() == ours.get_data_dtype()
+        assert np.allclose(theirs.affine, ours.affine)
+        labels = np.asarray(ours.dataobj)
+        differ = np.asarray(theirs.dataobj) != labels
+        assert len(np.unique(labels)) > 1, case.id
+        assert not (exact and differ.any()), case.id
+        if differ.any():
+            best, second = predictor.predict_maps(case).probabilities.sort(0, descending=True)[0][
+                :2
+            ]
+            assert (best - second).numpy()[differ].max() < 1e-4, case.id
 
 
 @pytest.mark.slow
@@ -113,11 +130,12 @@ def test_it_needs_nothing_but_numpy_nibabel_and_onnxruntime(cases: Path, tmp_pat
     )
     export_run(made, tmp_path / "exported")
     code = (
-        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__'); "
-        "print(*{'torch', 'monai', 'scipy', 'prism_meta'} & set(sys.modules))"
+        "import runpy, sys; sys.argv = sys.argv[1:]; "
+        "sys.modules.update(dict.fromkeys(('torch', 'monai', 'scipy', 'prism_meta'))); "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
     words = [tmp_path / "exported" / "predict.py", cases / "small", tmp_path / "small.nii.gz"]
     call = [sys.executable, "-c", code, *words]
     done = subprocess.run(call, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "small.nii.gz").exists()
