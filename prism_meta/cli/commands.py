@@ -21,6 +21,7 @@ COMMANDS = {
     "profile": "Show time, memory and FLOPs of predictions per subset, and of training per strategy.",
     "evaluate": "Evaluate a run on every subset of modalities: a table, CSV, JSON and an HTML report.",
     "predict": "Write one label volume per case, on the grid of its files, and a table of region volumes.",
+    "export": "Write a run as files for other software: ONNX, torch.export, or a folder for a model hub.",
     "ablate": "Compare methods over seeds and folds: train all runs of a study, and write its report.",
     "compare": "Show paired differences to the first run over shared cases, with 95 % bootstrap intervals.",
     "report": "Write an HTML page with evaluated runs side by side, per subset and region.",

@@ -10,15 +10,32 @@ import typer
 from prism_meta.bilevel.strategies import ALL_STRATEGIES
 from prism_meta.cli.completing import complete_key, complete_run
 from prism_meta.cli.usage import path
+from prism_meta.errors import PrismError
+from prism_meta.export.download import SCHEME, download_run
 from prism_meta.training.ensembles import CleanupChoice
 from prism_meta.training.weights import Kind
+
+
+def run_path(text: str | Path) -> Path:
+    """A run folder on the command line; one on the Hugging Face hub (``hf://owner/name``) is downloaded.
+
+    Raises:
+        typer.BadParameter: no file can have this path, or the run cannot be downloaded.
+    """
+    if not str(text).startswith(SCHEME):
+        return path(text)
+    try:
+        return download_run(str(text))
+    except PrismError as error:
+        raise typer.BadParameter(str(error)) from error
+
 
 RunFolder = Annotated[
     Path,
     typer.Argument(
-        parser=path,
+        parser=run_path,
         metavar="RUN",
-        help="Run folder that prism-meta train wrote.",
+        help="Run folder that prism-meta train wrote, or hf://owner/name on the Hugging Face hub.",
         autocompletion=complete_run,
     ),
 ]

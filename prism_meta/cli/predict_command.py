@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from prism_meta.cli.completing import complete_run
-from prism_meta.cli.options import CleanUp, Flips, Weights
+from prism_meta.cli.options import CleanUp, Flips, Weights, run_path
 from prism_meta.cli.output import add_result, bars, note, show
-from prism_meta.cli.usage import at_least, path
+from prism_meta.cli.usage import at_least
 from prism_meta.cli.workflow import predict_folder
 from prism_meta.evaluation.predictions import TABLE
 from prism_meta.training.run import Run
@@ -27,9 +27,10 @@ def run_predict(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            parser=path,
+            parser=run_path,
             metavar="RUN [RUN ...] CASES OUT",
-            help="Run folders that prism-meta train wrote, whose probabilities are averaged, e.g. of folds; "
+            help="Run folders that prism-meta train wrote, or hf://owner/name on the Hugging Face hub, whose "
+            "probabilities are averaged, e.g. of folds; "
             "a folder of cases with any modalities; and a folder for the label volumes.",
             show_default=False,
             autocompletion=complete_run,

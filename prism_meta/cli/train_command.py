@@ -20,7 +20,7 @@ from prism_meta.cli.folds import (
     train_folds,
     with_sizes_of,
 )
-from prism_meta.cli.options import CASES_HELP, ConfigFile, Overrides
+from prism_meta.cli.options import CASES_HELP, ConfigFile, Overrides, run_path
 from prism_meta.cli.output import add_result, is_quiet, show, wants_json
 from prism_meta.cli.usage import path, tell
 from prism_meta.errors import PrismError
@@ -72,10 +72,11 @@ def run_train(
     init: Annotated[
         Path | None,
         typer.Option(
-            parser=path,
+            parser=run_path,
             metavar="RUN",
-            help="Start from the weights of this run. Modalities are matched by name. Without --config, "
-            "--baseline and sizes, the network, the patch and the voxels are those of that run.",
+            help="Start from the weights of this run, or of hf://owner/name. Modalities are matched by name. "
+            "Without --config, --baseline and sizes, the network, the patch and the voxels are those of that "
+            "run.",
         ),
     ] = None,
     resume: Annotated[
