@@ -18,7 +18,7 @@ from prism_meta.training.networks import build_model
 from prism_meta.training.run import Run
 from prism_meta.training.weights import save_weights
 
-SIZE = ("data.patch=[16, 16]", "data.spacing=[1, 1, 1]")
+SIZE = ("data.patch=[16, 16]", "data.spacing=[1, 1, 1]", "training.ema=0")
 NETWORKS = {
     "region_aware": ("model.width=2", "model.depth=2"),
     "attention": ("model.width=2", "model.depth=2", "model.fusion=attention"),

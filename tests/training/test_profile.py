@@ -165,7 +165,8 @@ def test_the_model_keeps_its_mode_and_its_weights() -> None:
 
 def test_a_strategy_that_cannot_train_the_model_has_a_fault() -> None:
     """An inner state that single-level training does not have; the others are profiled."""
-    config = load_config(overrides=[*SMALL, "meta.inner_state=shared", "meta.inner=adamw"])
+    shared = ("meta.strategy=first_order", "meta.inner_state=shared", "meta.inner=adamw")
+    config = load_config(overrides=[*SMALL, *shared])
     made = profile_training(
         config, wrap(convolutions(2)[0]), ["single_level", "first_order"], device=CPU, rounds=2
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from prism_meta.bilevel.strategies import FirstOrder, MetaStrategy
+from prism_meta.bilevel.strategies import SingleLevel, MetaStrategy
 from prism_meta.bilevel.strategies.registry import ALL_STRATEGIES, strategy_named
 from prism_meta.bilevel.strategies.reptile import EPSILON, StepWeights
 from prism_meta.errors import ConfigError, raise_faults
@@ -30,7 +30,7 @@ class MetaConfig(Section):
     """The two levels: the strategy, its inner steps, and the pull of E2."""
 
     #: Name of a registered strategy, see ``register_strategy``.
-    strategy: str = FirstOrder.name
+    strategy: str = SingleLevel.name
     inner: Literal["sgd", "adamw"] = "sgd"
     inner_lr: NotNegative = 0.05
     inner_momentum: Share = 0.0
