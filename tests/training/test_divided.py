@@ -17,7 +17,8 @@ from prism_meta.training.check import check_configuration
 from prism_meta.training.config import load_config
 
 DIVIDED = (
-    *SMALL, "meta.strategy=first_order", "model.network=conditioned_unet", 'meta.outer_parameters=["*films*", "*code*"]', "meta.alpha=1",
+    *SMALL, "meta.strategy=first_order", "model.network=conditioned_unet",
+    'meta.outer_parameters=["*films*", "*code*"]', "meta.alpha=1",
     "objective.unimodal=false",
 )  # fmt: skip
 
