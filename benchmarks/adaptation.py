@@ -64,7 +64,7 @@ STARTS: Mapping[str, tuple[tuple[str, ...], int]] = {
     "task_first_order": ((*TASK, "meta.strategy=first_order"), STEPS + 1),
     "task_second_order": ((*TASK, "meta.strategy=second_order"), STEPS + 1),
     # Learned rates are no key of a configuration: the strategy is an object.
-    "task_meta_sgd": (TASK, STEPS + 1),
+    "task_meta_sgd": ((*TASK, "meta.strategy=second_order"), STEPS + 1),
 }
 PROGRESS = Console(stderr=True)
 

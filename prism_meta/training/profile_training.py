@@ -12,7 +12,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from prism_meta.bilevel.strategies import FirstOrder
+from prism_meta.bilevel.strategies.registry import strategy_named
 from prism_meta.training.config import Config
+from prism_meta.training.config.meta import INNER_KEYS
 from prism_meta.training.flops import flop_counter
 from prism_meta.training.memory import step_memory
 from prism_meta.training.profile_prediction import OnCall
@@ -103,6 +105,8 @@ def profile_training(
 def _with_strategy(config: Config, name: str) -> Config:
     values: dict[str, Any] = config.model_dump()
     values["meta"] |= {"strategy": name}
+    if not strategy_named(name).adapts:
+        values["meta"] = {k: v for k, v in values["meta"].items() if k not in INNER_KEYS}
     return Config.model_validate(values)
 
 

@@ -120,9 +120,15 @@ def test_volumes_and_another_label_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "meta",
     [
-        ("meta.inner_steps=2",),
-        ("meta.inner=adamw", "meta.inner_state=carried"),
-        ("meta.inner=adamw", "meta.inner_state=shared", "meta.episodes=2"),
+        ("meta.strategy=first_order", "meta.inner_steps=2"),
+        ("meta.strategy=first_order", "meta.inner=adamw", "meta.inner_state=carried"),
+        (
+            "meta.strategy=first_order",
+            "meta.inner=adamw",
+            "meta.inner_state=shared",
+            "meta.episodes=2",
+        ),
+        ("meta.episodes=2",),
         ("meta.strategy=reptile",),
         ("objective.weighting=preference", "objective.preference_rate=0.5"),
         ("objective.weighting=learned", "meta.strategy=second_order"),

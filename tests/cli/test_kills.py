@@ -25,7 +25,8 @@ pytestmark = [
 
 OPTIONS = settings(
     'data.modalities=["flair","t1"]', "training.steps=2", "training.checkpoint_every=1", "data.holdout=1",
-    "meta.inner=adamw", "meta.inner_state=carried", "objective.weighting=learned",
+    "meta.strategy=first_order", "meta.inner=adamw", "meta.inner_state=carried",
+    "objective.weighting=learned",
 )  # fmt: skip
 
 

@@ -39,10 +39,10 @@ def test_what_can_be_trained_passes(baseline: str, patch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "override",
+    "overrides",
     [
         "objective.weighting=preference",
-        "objective.weighting=learned",
+        "objective.weighting=learned meta.strategy=first_order",
         "objective.prototype=similarity",
         "objective.weighted=true",
         "model.fusion=attention",
@@ -50,8 +50,8 @@ def test_what_can_be_trained_passes(baseline: str, patch: str) -> None:
         "fabric.precision=bf16-mixed",
     ],
 )
-def test_every_objective_and_fusion_passes(override: str) -> None:
-    check_configuration(load_config(overrides=["data.patch=[16, 16]", override]))
+def test_every_objective_and_fusion_passes(overrides: str) -> None:
+    check_configuration(load_config(overrides=["data.patch=[16, 16]", *overrides.split()]))
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,9 @@ def test_seconds_are_of_real_steps() -> None:
 
 def test_masks_are_those_of_the_episodes() -> None:
     """Without t1 in any case, no episode shows it; K inner steps have K masks."""
-    config = load_config(overrides=["meta.inner_steps=2", "masks.train=static"])
+    config = load_config(
+        overrides=["meta.strategy=first_order", "meta.inner_steps=2", "masks.train=static"]
+    )
     without = tuple(name for name in BRATS if name != "t1")
     masks = most_shown(drawn_masks(config, found(BRAIN, BRAIN, modalities=[without])))
     assert len(masks) == 3

@@ -95,10 +95,10 @@ def test_the_recipe_of_the_configuration_trains_and_resumes(
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        ("meta.epsilon=0.5", "meta: epsilon: first_order has none; leave it out, or use reptile"),
+        ("meta.epsilon=0.5", "meta: epsilon: single_level has none; leave it out, or use reptile"),
         (
             "meta.step_weights=arithmetic",
-            "meta: step_weights: first_order has none; leave it out, or use reptile",
+            "meta: step_weights: single_level has none; leave it out, or use reptile",
         ),
     ],
 )

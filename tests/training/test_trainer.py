@@ -285,6 +285,7 @@ def test_the_config_builds_what_it_says() -> None:
     assert isinstance(weighting, RelativePreference) and weighting.gamma == 0.3
     torch.testing.assert_close(weighting.factor, torch.tensor([1.25, 2.0, 1.0]))
     overrides = [
+        "meta.strategy=first_order",
         "objective.weighting=learned",
         "objective.beta=[0.1,0.2,0.3]",
         'data.modalities=["a","b","c"]',

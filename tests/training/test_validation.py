@@ -241,7 +241,7 @@ def test_training_ends_early_and_can_be_extended(root: Path, tmp_path: Path) -> 
     # With a rate of nearly 0 nothing becomes better.
     config = pm.load_config(
         overrides=[*SMALL, "validation.cases=1", "validation.every=1", "validation.patience=2",
-                   "training.steps=9", "training.lr=1e-12", "meta.alpha=0"]
+                   "training.steps=9", "training.lr=1e-12"]
     )  # fmt: skip
     out = tmp_path / "run"
     trained = pm.train(root, config, out=out, progress=False)

@@ -42,7 +42,7 @@ class TrainingConfig(Section):
     #: Run folder with the weights to start from; modalities are matched by name. Defaults to random weights.
     init: UserPath | None = None
     #: Decay of a moving average of the weights, e.g. 0.99; 0 keeps none.
-    ema: Rate = 0.0
+    ema: Rate = 0.99
     augment: bool = True
     checkpoint_every: Steps = 100
     #: Outer steps between measurements of the cosine of the meta-gradient with the single-level one; 0 for
