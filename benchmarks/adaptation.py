@@ -42,7 +42,7 @@ from prism_meta.data.cache import CachedCase, prepare
 from prism_meta.modalities import subset_name, subsets
 from prism_meta.report.bootstrap import Bootstrap
 from prism_meta.training.build import build_label_set, build_model, build_preprocessing
-from prism_meta.training.one_subset import OneSubsetValidation
+from prism_meta.training.validation.one_subset import OneSubsetValidation
 
 COMMON = (
     "data.spacing=[3, 3, 3]", "data.patch=[48, 48]", "data.batch_size=8", "model.network=unet",

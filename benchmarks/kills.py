@@ -39,8 +39,8 @@ from rich.table import Table
 
 import prism_meta as pm
 from prism_meta.data.phantom import write_phantoms
-from prism_meta.training.lock import HOLDER
-from prism_meta.training.weights import WEIGHTS
+from prism_meta.training.folder.lock import HOLDER
+from prism_meta.training.folder.weights import WEIGHTS
 
 STEPS, CHECKPOINT_EVERY = 60, 5
 MODALITIES = ("flair", "t1")

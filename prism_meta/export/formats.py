@@ -11,8 +11,8 @@ from prism_meta.errors import ConfigError
 from prism_meta.export.folders import whole_folder
 from prism_meta.export.hub import NO_LICENCE, write_hub
 from prism_meta.export.programs import write_onnx, write_program
+from prism_meta.training.folder.weights import Kind
 from prism_meta.training.run import Run
-from prism_meta.training.weights import Kind
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from prism_meta.bilevel.strategies import ALL_STRATEGIES
 from prism_meta.data.cases import Case
 from prism_meta.records import HEADER
 from prism_meta.training import trainer
-from prism_meta.training.facts import command_line
+from prism_meta.training.folder.facts import command_line
 
 VOLUMES = ("data.patch=[16,16,8]",)
 

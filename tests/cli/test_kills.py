@@ -16,7 +16,7 @@ from disk import PARTIAL, FullDisk, State, longest_file, read, restore, states_o
 from niftis import write_cases
 
 from prism_meta.training import train as train_module
-from prism_meta.training.lock import HOLDER
+from prism_meta.training.folder.lock import HOLDER
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="file names of this system differ"),

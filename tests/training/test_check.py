@@ -15,11 +15,11 @@ from prism_meta.modalities import Batch
 from prism_meta.networks.fusion import MeanFusion
 from prism_meta.networks.prism import PrismNet
 from prism_meta.networks.wrapped import wrap
-from prism_meta.training import check
 from prism_meta.training.build import build_model, build_objective
-from prism_meta.training.check import check_configuration
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.config.baselines import BASELINES
+from prism_meta.training.setup import check
+from prism_meta.training.setup.check import check_configuration
 from prism_meta.training.shapes import Shapes
 
 GIB = 2**30

@@ -13,8 +13,8 @@ from resuming import assert_resumed_equals
 import prism_meta as pm
 from prism_meta.errors import ConfigError
 from prism_meta.training.build import build_model, build_owner, build_strategy
-from prism_meta.training.check import check_configuration
 from prism_meta.training.config import load_config
+from prism_meta.training.setup.check import check_configuration
 
 DIVIDED = (
     *SMALL, "meta.strategy=first_order", "model.network=conditioned_unet",

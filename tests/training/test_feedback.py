@@ -19,8 +19,8 @@ import prism_meta as pm
 from prism_meta.bilevel.strategies import MetaGradient
 from prism_meta.data.cache import CachedCase, prepare
 from prism_meta.errors import ConfigError, PrismError
-from prism_meta.training.feedback import BLOCK, SAMPLES, Feedback
-from prism_meta.training.loader import default_workers, load_episodes
+from prism_meta.training.episodes.feedback import BLOCK, SAMPLES, Feedback
+from prism_meta.training.episodes.loader import default_workers, load_episodes
 
 STEPS = 5 * BLOCK
 
@@ -323,7 +323,7 @@ def test_keys_that_would_do_nothing(overrides: list[str], says: str) -> None:
 
 
 def test_pinned_episodes_keep_their_types(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prism_meta.training import loader
+    from prism_meta.training.episodes import loader
 
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
     image, mask = torch.rand(1, 2, 4, 4), torch.ones(1, 2).bool()
@@ -368,7 +368,7 @@ def test_workers_by_default(
     episodes: int,
     expected: int,
 ) -> None:
-    monkeypatch.setattr("prism_meta.training.loader._cores", lambda: cores)
+    monkeypatch.setattr("prism_meta.training.episodes.loader._cores", lambda: cores)
     fabric: Any = SimpleNamespace(
         device=torch.device(device), world_size=processes, strategy=SimpleNamespace(num_nodes=1)
     )

@@ -13,10 +13,10 @@ from torch import nn
 import prism_meta as pm
 from prism_meta.errors import ConfigError, PrismError
 from prism_meta.training.config import Config
+from prism_meta.training.folder.weights import save_weights
 from prism_meta.training.initial import load_initial, settings_of
 from prism_meta.training.networks import build_model
 from prism_meta.training.run import Run
-from prism_meta.training.weights import save_weights
 
 SIZE = ("data.patch=[16, 16]", "data.spacing=[1, 1, 1]", "training.ema=0")
 NETWORKS = {

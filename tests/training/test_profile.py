@@ -17,9 +17,9 @@ from prism_meta.networks.prism import PrismNet
 from prism_meta.networks.wrapped import wrap
 from prism_meta.training.build import build_model
 from prism_meta.training.config import load_config
-from prism_meta.training.profile_prediction import CaseSize, call_work, profile_prediction
-from prism_meta.training.profile_result import PredictionProfile
-from prism_meta.training.profile_training import profile_training
+from prism_meta.training.profiling.prediction import CaseSize, call_work, profile_prediction
+from prism_meta.training.profiling.result import PredictionProfile
+from prism_meta.training.profiling.steps import profile_training
 
 CPU = torch.device("cpu")
 ALL = torch.ones(1, 4, dtype=torch.bool)
@@ -46,7 +46,7 @@ def test_flops_of_training_are_the_closed_form(monkeypatch: pytest.MonkeyPatch) 
     """A first-order step: a forward and a backward pass at phi, and at phi~."""
     net, layers = convolutions(2)
     monkeypatch.setattr(
-        "prism_meta.training.memory.build_objective",
+        "prism_meta.training.profiling.memory.build_objective",
         lambda *_: (
             lambda forward, batch: (
                 forward(batch.image, batch.mask, unimodal=False).fused.square().mean()

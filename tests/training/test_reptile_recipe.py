@@ -18,7 +18,7 @@ from prism_meta.errors import ConfigError
 from prism_meta.training.build import build_outer, build_strategy
 from prism_meta.training.config import load_config
 from prism_meta.training.fit import fit
-from prism_meta.training.schedules import factor
+from prism_meta.training.outer.schedules import factor
 
 RECIPE = (
     *SMALL, "meta.strategy=reptile", "meta.inner=adamw", "meta.inner_state=carried", "meta.inner_steps=15",

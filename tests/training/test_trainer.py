@@ -30,9 +30,9 @@ from prism_meta.modalities import Batch
 from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights, RelativePreference, Weighting
 from prism_meta.training.build import build_objective, build_strategy
-from prism_meta.training.communication import mean_meta_gradient
 from prism_meta.training.config.meta import MetaConfig
 from prism_meta.training.config.schema import Config, load_config
+from prism_meta.training.processes.communication import mean_meta_gradient
 from prism_meta.training.trainer import Trainer
 
 MASK = [[True, True, False], [True, False, True], [False, True, True]]

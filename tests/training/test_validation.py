@@ -20,12 +20,12 @@ from torch import nn
 import prism_meta as pm
 from prism_meta.data.cache import CachedCase, prepare
 from prism_meta.errors import ConfigError
-from prism_meta.training.processes import Processes
-from prism_meta.training.selection import Best, Selection
-from prism_meta.training.splitting import split
+from prism_meta.training.folder.weights import weights_file
+from prism_meta.training.processes.agreement import Processes
+from prism_meta.training.setup.splitting import split
 from prism_meta.training.stopping import TrainingStopped
-from prism_meta.training.validation import Validation
-from prism_meta.training.weights import weights_file
+from prism_meta.training.validation.selection import Best, Selection
+from prism_meta.training.validation.validation import Validation
 
 WATCHED = ("validation.cases=1", "validation.every=2", "training.ema=0.9")
 

@@ -19,7 +19,7 @@ from prism_meta.training.config.types import (
     Share,
     listed,
 )
-from prism_meta.training.outer import ALPHA
+from prism_meta.training.outer.optimizer import ALPHA
 
 Epsilon = Annotated[float, Field(strict=True, gt=0, le=1)]
 #: A pattern of parameter names, with * and ?.

@@ -8,20 +8,20 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from prism_meta.errors import ConfigError, raise_faults
 from prism_meta.modalities import composed
-from prism_meta.training.alignment import COSINE_EVERY
 from prism_meta.training.config.types import (
     NotNegative,
     Positive,
     Rate,
     Repeats,
     Section,
+    Select,
     Steps,
     UserPath,
     listed,
 )
-from prism_meta.training.outer import LR, WEIGHT_DECAY
-from prism_meta.training.schedules import Schedule
-from prism_meta.training.validation import Select
+from prism_meta.training.outer.alignment import COSINE_EVERY
+from prism_meta.training.outer.optimizer import LR, WEIGHT_DECAY
+from prism_meta.training.outer.schedules import Schedule
 
 #: Loggers of Lightning, see ``prism_meta.training.loggers``.
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
