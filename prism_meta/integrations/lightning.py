@@ -20,7 +20,7 @@ INSTALL = "pip install 'prism-meta[loggers]'"
 STATE = "prism_meta_learner"
 
 if TYPE_CHECKING:
-    BaseModule = nn.Module
+    from pytorch_lightning import LightningModule as BaseModule
 else:
     try:
         BaseModule = load("pytorch_lightning", INSTALL).LightningModule
@@ -28,13 +28,14 @@ else:
         BaseModule = nn.Module  # the class can be read; making an instance raises
 
 
-class MetaModule(BaseModule):
+class MetaModule(BaseModule):  # type: ignore[misc] # Lightning's types are not followed
     """A ``LightningModule`` whose training step is ``MetaLearner.step``, E2 with any strategy.
 
-    Each batch of the training dataloader is one episode, a pair (D_train, D_meta). Optimization is manual,
-    so the numbers equal those of a loop over ``learner.step``. Lightning does the rest: devices,
-    checkpoints, callbacks, loggers, limits of steps and of time. A checkpoint of Lightning has the state of
-    the inner optimizer, too, so ``Trainer.fit(ckpt_path=...)`` continues as if nothing had happened.
+    Each batch of the training dataloader is one episode, a pair (D_train, D_meta), e.g. of
+    ``DataLoader(episodes, batch_size=None, collate_fn=tuple)``, which leaves batches as they are.
+    Optimization is manual, so the numbers equal those of a loop over ``learner.step``. Lightning does the
+    rest: devices, checkpoints, callbacks, loggers, limits of steps and of time. Its checkpoints have the
+    state of the inner optimizer, too, so ``Trainer.fit(ckpt_path=...)`` resumes an interrupted training.
 
     It logs ``train_loss``, ``meta_loss``, ``grad_norm`` (of the meta-gradient, before it is clipped) and,
     with their names after ``terms/``, the scalar components of the meta loss. Add ``validation_step`` in a
@@ -66,7 +67,7 @@ class MetaModule(BaseModule):
         optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
         learner = MetaLearner(model, mse, FirstOrder(SGD(0.1)), optimizer, clip_norm=1.0)
         batch = (torch.ones(4, 2), torch.zeros(4, 1))
-        episodes = torch.utils.data.DataLoader([(batch, batch)] * 20, batch_size=None)
+        episodes = torch.utils.data.DataLoader([(batch, batch)] * 20, batch_size=None, collate_fn=tuple)
         trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
         trainer.fit(MetaModule(learner), episodes)
         assert trainer.global_step == 20

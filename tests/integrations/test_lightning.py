@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import sys
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,77 +12,33 @@ from typing import Any
 import pytest
 import torch
 from helpers import run_example
-from torch import Tensor, nn
+from outer_steps import (
+    RESUMED,
+    STEPS,
+    STRATEGIES,
+    Make,
+    assert_same,
+    episodes,
+    learner,
+    looped,
+    prism_episodes,
+    prism_learner,
+)
+from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-import prism_meta as pm
-from prism_meta.bilevel.inner import SGD, Adam, MetaSGD
-from prism_meta.bilevel.learner import MetaLearner
-from prism_meta.bilevel.strategies import (
-    FirstOrder,
-    MetaStrategy,
-    Reptile,
-    SecondOrder,
-    SingleLevel,
-)
 from prism_meta.errors import ConfigError
 from prism_meta.integrations import MissingPackageError
 from prism_meta.integrations.lightning import INSTALL, STATE, MetaModule
 
 pl = pytest.importorskip("pytorch_lightning", reason=f"needs pytorch_lightning: {INSTALL}")
 
-# Lightning advises on workers, which tests of tensors in memory do not need; it warns of its own use of torch.
+# Lightning advises on workers, which data in memory does not need, and warns of its own use of torch.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:DeprecationWarning"),
 ]
-STEPS = 6
-Make = Callable[[nn.Module], MetaStrategy]
-STRATEGIES: dict[str, Make] = {
-    "single-level": lambda model: SingleLevel(),
-    "first-order": lambda model: FirstOrder(SGD(0.05)),
-    "second-order": lambda model: SecondOrder(Adam(0.01), steps=2),
-    "learned-rates": lambda model: SecondOrder(MetaSGD(model, 0.02), steps=2),
-    "reptile": lambda model: Reptile(SGD(0.05), steps=3),
-}
-
-
-class Net(nn.Module):
-    """Two layers with a BatchNorm between, so that buffers count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm, self.last = nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.last(torch.tanh(self.norm(self.first(x))))
-        return out
-
-
-def mse(forward: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return (forward(batch[0]) - batch[1]).square().mean()
-
-
-def episodes(steps: int = STEPS) -> list[Any]:
-    generator = torch.Generator().manual_seed(1)
-
-    def batch() -> tuple[Tensor, Tensor]:
-        x = torch.randn(8, 3, generator=generator)
-        return x, x.sum(1, keepdim=True).sin()
-
-    return [(batch(), batch()) for _ in range(steps)]
-
-
-def learner(make: Make, **options: Any) -> MetaLearner:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Net()
-    strategy = make(model)
-    rates = getattr(strategy, "inner", None)
-    learned = {} if rates is None else rates.hyper_parameters()
-    optimizer = torch.optim.Adam([*model.parameters(), *learned.values()], lr=0.01)
-    return MetaLearner(model, mse, strategy, optimizer, **options)
 
 
 def trainer(folder: Path, **options: Any) -> Any:
@@ -96,22 +51,9 @@ def trainer(folder: Path, **options: Any) -> Any:
 
 
 def loader(every: list[Any] | None = None) -> Any:
-    return torch.utils.data.DataLoader(episodes() if every is None else every, batch_size=None)
-
-
-def looped(own: MetaLearner, every: list[Any] | None = None) -> MetaLearner:
-    for train, meta in episodes() if every is None else every:
-        own.step(train, meta)
-    return own
-
-
-def assert_same(ours: MetaLearner, theirs: MetaLearner) -> None:
-    """Bit for bit: parameters, buffers, states of the outer and of the inner optimizer."""
-    states = [
-        {"model": l.model.state_dict(), "outer": l.optimizer.state_dict(), "own": l.state_dict()}
-        for l in (ours, theirs)
-    ]
-    torch.testing.assert_close(*states, rtol=0, atol=0)
+    return torch.utils.data.DataLoader(
+        episodes() if every is None else every, batch_size=None, collate_fn=tuple
+    )
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -144,14 +86,7 @@ def test_lightning_refuses_to_clip_by_itself(tmp_path: Path) -> None:
         trainer(tmp_path, gradient_clip_val=1.0).fit(module, loader())
 
 
-@pytest.mark.parametrize(
-    ("make", "inner_state"),
-    [
-        pytest.param(STRATEGIES["learned-rates"], "fresh", id="learned-rates"),
-        pytest.param(lambda model: FirstOrder(Adam(0.02), steps=2), "carried", id="carried"),
-        pytest.param(lambda model: FirstOrder(Adam(0.01), steps=2), "shared", id="shared"),
-    ],
-)
+@pytest.mark.parametrize(("make", "inner_state"), RESUMED)
 def test_a_resumed_training_is_an_uninterrupted_one(
     make: Make, inner_state: str, tmp_path: Path
 ) -> None:
@@ -174,7 +109,7 @@ def test_checkpoints_losses_and_rates_are_those_of_the_steps(tmp_path: Path) -> 
     """ModelCheckpoint and a logger count outer steps, and the scheduler is stepped after each."""
     own = learner(STRATEGIES["second-order"])
     scheduler = StepLR(own.optimizer, step_size=2, gamma=0.1)
-    saving = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1)
+    saving = pl.callbacks.ModelCheckpoint(tmp_path / "saved", every_n_train_steps=3, save_top_k=-1)
     logger = pl.loggers.CSVLogger(tmp_path, name="log", version="")
     monitor = pl.callbacks.LearningRateMonitor(logging_interval="step")
     fitting = trainer(
@@ -182,7 +117,7 @@ def test_checkpoints_losses_and_rates_are_those_of_the_steps(tmp_path: Path) -> 
         log_every_n_steps=1,
     )  # fmt: skip
     fitting.fit(MetaModule(own, scheduler=scheduler), loader())
-    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == [
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == [
         "epoch=0-step=3.ckpt", "epoch=0-step=6.ckpt",
     ]  # fmt: skip
 
@@ -204,26 +139,15 @@ def test_checkpoints_losses_and_rates_are_those_of_the_steps(tmp_path: Path) -> 
 
 def test_a_prism_step_is_the_learners(tmp_path: Path) -> None:
     """Episodes of batches that Lightning moves to its device, and a loss with terms."""
-
-    def own() -> MetaLearner:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            net = pm.wrap(nn.Conv2d(2, 3, 1), modalities=("t1", "t2"))
-        optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-        return MetaLearner(net, pm.PrismObjective(), FirstOrder(SGD(0.05), steps=2), optimizer)
-
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(2, 2, 8, 8, generator=generator)
-    target = (image[:, 0] > 0).long()
-    train = pm.Batch(image, torch.tensor([[True, False], [False, True]]), target)
-    meta = pm.Batch(image, torch.ones(2, 2).bool(), target, case_ids=("a", "b"))
-    every = [(pm.StepBatches([train, meta]), meta)] * 3
-    module = MetaModule(own())
+    module, every = MetaModule(prism_learner()), prism_episodes()
     fitting = trainer(tmp_path, max_steps=3)
     fitting.fit(module, loader(every))
-    assert_same(module.learner, looped(own(), every))
+    assert_same(module.learner, looped(prism_learner(), every))
     assert {"meta_loss", "train_loss", "terms/fuse"} <= fitting.callback_metrics.keys()
-    assert torch.equal(module(image, train.mask).fused, module.model(image, train.mask).fused)
+    meta = every[0][1]
+    assert torch.equal(
+        module(meta.image, meta.mask).fused, module.model(meta.image, meta.mask).fused
+    )
 
 
 @pytest.mark.parametrize(
