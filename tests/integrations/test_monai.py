@@ -73,6 +73,8 @@ def test_losses_are_logged_and_rates_fall(caplog: pytest.LogCaptureFixture) -> N
         StatsHandler(name="stats", output_transform=from_engine(["loss"], first=True)),
         StatsHandler(name="every"),
     ]
+    for name in ("stats", "every"):  # MONAI's loggers do not propagate
+        logging.getLogger(name).addHandler(caplog.handler)
     with caplog.at_level(logging.INFO):
         MetaTrainer("cpu", 2, episodes(3), own, train_handlers=handlers).run()
 
