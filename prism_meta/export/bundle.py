@@ -165,12 +165,8 @@ def _check_names(run: Run, config: Mapping[str, Any]) -> None:
         ConfigError: there is such a name.
     """
     for text, is_key in _strings(config):
-        if (
-            text.startswith(("$", "@", "%", "_"))
-            or "@::" in text
-            or "@#" in text
-            or (is_key and ("::" in text or "#" in text))
-        ):
+        special = text.startswith(("$", "@", "%")) or "@::" in text or "@#" in text
+        if special or (is_key and (text.startswith("_") or "::" in text or "#" in text)):
             raise ConfigError(
                 f"{run.folder}: the name {one_line(text)!r} has another meaning in a configuration of "
                 "MONAI; train with a name of letters and digits, or use another format"
