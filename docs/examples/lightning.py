@@ -7,7 +7,6 @@ The run is short, so the losses only show that it works.
 
 # %% Phantoms with missing files, prepared on the model's grid
 import tempfile
-import warnings
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -50,19 +49,22 @@ def module() -> MetaModule:
 
 
 def trainer(epochs: int) -> pl.Trainer:
-    logger = pl.loggers.CSVLogger(folder, name="log")
     return pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=logger, log_every_n_steps=1,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-    )  # fmt: skip
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=pl.loggers.CSVLogger(folder, name="log"),
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
-# %% Two epochs, then one more from the checkpoint, which has the state of the inner optimizer
-warnings.filterwarnings("ignore", message=".*does not have many workers")
+# %% Two epochs, then one more from a checkpoint, which has the state of the inner optimizer
 first = trainer(epochs=2)
 first.fit(module(), loader)
-checkpoint = first.checkpoint_callback.best_model_path
+first.save_checkpoint(folder / "two.ckpt")
 second = trainer(epochs=3)
-second.fit(module(), loader, ckpt_path=checkpoint)
+second.fit(module(), loader, ckpt_path=folder / "two.ckpt")
 for name in ("train_loss", "meta_loss", "grad_norm"):
     print(f"{name} after {second.global_step} steps: {second.callback_metrics[name]:.3f}")

@@ -33,13 +33,6 @@ from prism_meta.integrations.lightning import INSTALL, STATE, MetaModule
 
 pl = pytest.importorskip("pytorch_lightning", reason=f"needs pytorch_lightning: {INSTALL}")
 
-# Lightning advises on workers, which data in memory does not need, and warns of its own use of torch.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec:DeprecationWarning"),
-]
-
 
 def trainer(folder: Path, **options: Any) -> Any:
     given: dict[str, Any] = {
