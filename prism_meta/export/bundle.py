@@ -39,6 +39,8 @@ _DATA = ("modalities", "label", "layout", "files", "labels", "regions", "spacing
 def write_bundle(run: Run, out: Path, /, *, weights: Kind | None = None) -> None:
     """Write a MONAI Bundle. It names no case, and no path of this computer.
 
+    ``python -m monai.bundle run`` then predicts the label volumes that ``prism-meta predict`` predicts.
+
     Args:
         run: a run whose training has ended.
         out: folder of the files.
@@ -52,14 +54,14 @@ def write_bundle(run: Run, out: Path, /, *, weights: Kind | None = None) -> None
     content = io.BytesIO()
     net = BundleNet(run.load_model(weights=weights))
     torch.save({name: value.contiguous() for name, value in net.state_dict().items()}, content)
-    files = {
+    files: dict[str, str | bytes] = {
         METADATA: _json(_metadata(run)),
         INFERENCE: _json(_inference(run)),
         README: "\n".join(_readme(run, weights or run.kinds[0])) + "\n",
         MODEL: content.getvalue(),
     }
-    for name, text in files.items():
-        write_whole(out / name, text)
+    for name, whole in files.items():
+        write_whole(out / name, whole)
 
 
 def _metadata(run: Run) -> dict[str, Any]:
@@ -78,9 +80,7 @@ def _metadata(run: Run) -> dict[str, Any]:
         "monai_version": found["monai"],
         "pytorch_version": found["torch"],
         "numpy_version": found["numpy"],
-        "required_packages_version": {
-            name: found[name] for name in ("prism-meta", "nibabel", "lightning-fabric")
-        },
+        "required_packages_version": {name: found[name] for name in ("prism-meta", "nibabel")},
         "task": "segmentation with missing modalities",
         "description": (
             f"Segments {', '.join(labels.values)} in {', '.join(data.modalities)}, of which any may be "
@@ -126,7 +126,7 @@ def _inference(run: Run) -> dict[str, Any]:
         "network_def": {
             "_target_": "prism_meta.export.bundled.BundleNet",
             "model": {
-                "_target_": "prism_meta.training.build.build_model",
+                "_target_": "prism_meta.export.bundled.build_model",
                 "config": "@configuration",
             },
         },
@@ -139,7 +139,7 @@ def _inference(run: Run) -> dict[str, Any]:
             },
         },
         "predictor": {
-            "_target_": "prism_meta.training.build.build_predictor",
+            "_target_": "prism_meta.export.bundled.build_predictor",
             "config": "@configuration",
             "model": "$@network.model",
             "cleanup": "@cleanup",

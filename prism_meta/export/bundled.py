@@ -1,4 +1,7 @@
-"""What the configuration of a MONAI Bundle calls; ``prism_meta.export.bundle`` writes it."""
+"""What the configuration of a MONAI Bundle calls; ``prism_meta.export.bundle`` writes it.
+
+Bundles outlive versions of this package, so the names here and their arguments stay as they are.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from prism_meta.evaluation.predictor import Predictor
 from prism_meta.evaluation.saving import region_volumes, save_labels
 from prism_meta.files import writable_folder
 from prism_meta.modalities import subset_name
+from prism_meta.training.build import build_model as build_model
+from prism_meta.training.build import build_predictor as build_predictor
 from prism_meta.training.cases import find_configured
 from prism_meta.training.config import Config
 

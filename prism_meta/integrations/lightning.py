@@ -128,7 +128,15 @@ class MetaModule(BaseModule):  # type: ignore[misc] # Lightning's types are not 
         checkpoint[STATE] = self.learner.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Continue from the learner's state."""
+        """Continue from the learner's state.
+
+        Raises:
+            ConfigError: the checkpoint has none.
+        """
+        if STATE not in checkpoint:
+            raise ConfigError(
+                "checkpoint: has no state of a MetaLearner; give one that a training of MetaModule wrote"
+            )
         self.learner.load_state_dict(checkpoint[STATE])
 
     @contextmanager

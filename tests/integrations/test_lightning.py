@@ -174,6 +174,15 @@ def test_a_trainer_that_would_change_the_step_is_refused(state: Any, message: st
     assert str(error.value) == message
 
 
+def test_a_checkpoint_of_another_module_is_refused() -> None:
+    module = MetaModule(learner(STRATEGIES["first-order"]))
+    with pytest.raises(ConfigError) as error:
+        module.on_load_checkpoint({"state_dict": {}})
+    assert str(error.value) == (
+        "checkpoint: has no state of a MetaLearner; give one that a training of MetaModule wrote"
+    )
+
+
 def test_the_learner_keeps_its_own_optimizer(tmp_path: Path) -> None:
     own = learner(STRATEGIES["first-order"])
     optimizer = own.optimizer
