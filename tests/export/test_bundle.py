@@ -19,32 +19,31 @@ import pytest
 import torch
 from commands import run
 from niftis import write_cases
+from shaken import NETS, shaken_run
 
 import prism_meta
 from prism_meta.errors import CaseError, ConfigError, OutputError, PrismError
 from prism_meta.export.bundle import INFERENCE, METADATA, MODEL, README, write_bundle
 from prism_meta.export.bundled import LabelVolumes
-from prism_meta.training.build import build_model
 from prism_meta.training.cleanup_file import CLEANUP
-from prism_meta.training.config import load_config
 from prism_meta.training.run import Run
 from prism_meta.training.weights import Kind, save_weights
 
 #: MONAI warns of every bundle that it runs what the configuration names.
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file .*:UserWarning")
-SMALL = ("data.spacing=[1, 1, 1]", "evaluation.overlap=0.25")
-NARROW = ("model.width=2", "model.depth=2")
-SLICES, VOLUMES = "data.patch=[16, 16]", "data.patch=[16, 16, 16]"
-NETS = {
-    "region-aware-volumes": (VOLUMES, *NARROW),
-    "attention-slices": (SLICES, *NARROW, "model.fusion=attention"),
-    "unet-volumes": (VOLUMES, *NARROW, "model.network=unet"),
-    "conditioned-slices": (SLICES, *NARROW, "model.network=conditioned_unet"),
-    "monai": (
-        VOLUMES, "model.network=monai:SegResNet",
-        "model.arguments={init_filters = 8, blocks_down = [1, 1], blocks_up = [1]}",
-    ),
-}  # fmt: skip
+GRID = ("data.spacing=[1, 1, 1]", "evaluation.overlap=0.25")
+SLICES, VOLUMES = (*GRID, "data.patch=[16, 16]"), (*GRID, "data.patch=[16, 16, 16]")
+SMALL = (*VOLUMES, *NETS["region_aware"])
+every_net = pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param((*grid, *NETS[name]), id=name)
+        for name, grid in {
+            "region_aware": VOLUMES, "mean": SLICES, "attention": SLICES, "unet": VOLUMES,
+            "conditioned_unet": SLICES, "SegResNet": VOLUMES,
+        }.items()
+    ],
+)  # fmt: skip
 #: The fields that MONAI's specification of bundles requires, and those of a tensor. The schema that
 #: ``metadata.json`` names is on the network.
 SCHEMA = {
@@ -81,21 +80,6 @@ SCHEMA = {
         },
     },
 }  # fmt: skip
-
-
-def trained(folder: Path, *settings: str) -> Run:
-    """A run with random weights that are far from those that a network starts with."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = load_config(overrides=[*SMALL, *settings])
-        model = build_model(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
-    made = Run.create(folder, config, root=Path("/secret"), train=[], test=[])
-    for kind in made.kinds:
-        save_weights(made.weights(kind), model)
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +123,11 @@ def assert_same_volumes(ours: Path, theirs: Path, *, count: int) -> None:
     assert (ours / "predictions.csv").read_text().splitlines()[1:]
 
 
-@pytest.mark.parametrize("name", NETS)
+@every_net
 def test_its_label_volumes_are_those_of_predict(
-    name: str, incomplete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: tuple[str, ...], incomplete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = trained(tmp_path / "run", *NETS[name])
+    made = shaken_run(tmp_path / "run", *settings)
     assert run("predict", made.folder, incomplete, tmp_path / "expected")[0] == 0
     monkeypatch.chdir(written(made, tmp_path / "bundle"))
     monai.bundle.run(
@@ -152,11 +136,11 @@ def test_its_label_volumes_are_those_of_predict(
     assert_same_volumes(tmp_path / "labels", tmp_path / "expected", count=3)
 
 
-@pytest.mark.parametrize("name", NETS)
+@every_net
 def test_monai_verifies_it(
-    name: str, schema: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    settings: tuple[str, ...], schema: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    out = written(trained(tmp_path / "run", *NETS[name]), tmp_path / "bundle")
+    out = written(shaken_run(tmp_path / "run", *settings), tmp_path / "bundle")
     files = {"meta_file": str(out / METADATA), "config_file": str(out / INFERENCE)}
     digest = hashlib.sha256(schema.read_bytes()).hexdigest()
     with caplog.at_level(logging.INFO):
@@ -171,7 +155,7 @@ def test_monai_verifies_it(
 @pytest.mark.slow
 def test_the_commands_of_monai(incomplete: Path, schema: Path, tmp_path: Path) -> None:
     """As its README says, in a process of its own, without this package's folder as the current one."""
-    made = trained(tmp_path / "run", VOLUMES, *NARROW)
+    made = shaken_run(tmp_path / "run", *SMALL)
     assert run("predict", made.folder, incomplete, tmp_path / "expected")[0] == 0
     out = written(made, tmp_path / "bundle")
     readme = (out / README).read_text()
@@ -195,8 +179,8 @@ def test_the_commands_of_monai(incomplete: Path, schema: Path, tmp_path: Path) -
 
 
 def test_its_files_name_no_case_and_no_path(tmp_path: Path) -> None:
-    settings = ("data.cache=/secret/cache", 'data.test_cases=["Mustermann"]', "training.ema=0.9")
-    out = written(trained(tmp_path / "run", VOLUMES, *NARROW, *settings), tmp_path / "bundle")
+    settings = ("data.cache=/secret/cache", 'data.test_cases=["Mustermann"]')
+    out = written(shaken_run(tmp_path / "run", *SMALL, *settings), tmp_path / "bundle")
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert files == {METADATA, INFERENCE, MODEL, README}
     for file in files:
@@ -206,7 +190,9 @@ def test_its_files_name_no_case_and_no_path(tmp_path: Path) -> None:
 
 
 def test_the_metadata_are_those_of_the_run(tmp_path: Path) -> None:
-    made = trained(tmp_path / "run", "data.patch=[16, 8]", *NARROW, "data.labels={lesion = 3}")
+    made = shaken_run(
+        tmp_path / "run", *NETS["unet"], "data.patch=[16, 8]", "data.labels={lesion = 3}"
+    )
     found = json.loads((written(made, tmp_path / "bundle") / METADATA).read_text())
     image, pred = (
         found["network_data_format"][key][name]
@@ -223,7 +209,8 @@ def test_the_metadata_are_those_of_the_run(tmp_path: Path) -> None:
 def test_weights_and_clean_up_are_those_of_the_run(
     incomplete: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = trained(tmp_path / "run", VOLUMES, *NARROW, "training.ema=0.9")
+    made = shaken_run(tmp_path / "run", *SMALL, "training.ema=0.9")
+    shutil.copy(made.weights(), made.weights("ema"))
     last = made.load_model(weights="last")
     with torch.no_grad():
         for parameter in last.parameters():
@@ -256,7 +243,7 @@ def test_a_faulty_case_does_not_stop_the_others(incomplete: Path, tmp_path: Path
     values = np.asarray(image.dataobj, dtype=np.float32)
     values[8, 8, 8] = np.nan
     nib.save(nib.Nifti1Image(values, image.affine), cases / "p1" / "p1_t1.nii.gz")
-    made = trained(tmp_path / "run", VOLUMES, *NARROW)
+    made = shaken_run(tmp_path / "run", *SMALL)
     labels = LabelVolumes(made.predictor("cpu"), made.config, cases, tmp_path / "labels")
     with pytest.raises(CaseError, match=r"^case p1: .*NaN"):
         labels.run()
@@ -264,7 +251,7 @@ def test_a_faulty_case_does_not_stop_the_others(incomplete: Path, tmp_path: Path
 
 
 def test_label_volumes_do_not_go_among_the_cases(incomplete: Path, tmp_path: Path) -> None:
-    made = trained(tmp_path / "run", VOLUMES, *NARROW)
+    made = shaken_run(tmp_path / "run", *SMALL)
     labels = LabelVolumes(made.predictor("cpu"), made.config, incomplete, incomplete / ".")
     with pytest.raises(OutputError) as error:
         labels.run()
@@ -282,7 +269,7 @@ def test_label_volumes_do_not_go_among_the_cases(incomplete: Path, tmp_path: Pat
 def test_a_name_that_monai_would_interpret_is_refused(
     setting: str, name: str, tmp_path: Path
 ) -> None:
-    made = trained(tmp_path / "run", VOLUMES, *NARROW, setting)
+    made = shaken_run(tmp_path / "run", *SMALL, setting)
     with pytest.raises(ConfigError) as error:
         written(made, tmp_path / "bundle")
     assert str(error.value) == (
@@ -293,7 +280,7 @@ def test_a_name_that_monai_would_interpret_is_refused(
 
 
 def test_a_network_of_your_own_object_is_refused(tmp_path: Path) -> None:
-    made = trained(tmp_path / "run", VOLUMES, *NARROW)
+    made = shaken_run(tmp_path / "run", *SMALL)
     own = Run(made.folder, made.config, {**made.facts, "own": {"model": "Net"}})
     with pytest.raises(PrismError, match="trained a model of its own"):
         written(own, tmp_path / "bundle")
