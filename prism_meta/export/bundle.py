@@ -18,10 +18,10 @@ from prism_meta.errors import ConfigError, one_line
 from prism_meta.export.bundled import BundleNet
 from prism_meta.files import write_whole
 from prism_meta.training.build import build_label_set
-from prism_meta.training.cleanup_file import read_cleanup
-from prism_meta.training.facts import versions
+from prism_meta.training.cleanup.file import read_cleanup
+from prism_meta.training.folder.facts import versions
+from prism_meta.training.folder.weights import Kind
 from prism_meta.training.run import Run
-from prism_meta.training.weights import Kind
 
 #: Names of the files, which MONAI's specification gives.
 METADATA, INFERENCE = "configs/metadata.json", "configs/inference.json"

@@ -18,8 +18,8 @@ from prism_meta.files import writable_folder
 from prism_meta.modalities import subset_name
 from prism_meta.training.build import build_model as build_model
 from prism_meta.training.build import build_predictor as build_predictor
-from prism_meta.training.cases import find_configured
 from prism_meta.training.config import Config
+from prism_meta.training.setup.cases import find_configured
 
 _log = logging.getLogger(__name__)
 

@@ -25,13 +25,13 @@ import prism_meta
 from prism_meta.errors import CaseError, ConfigError, OutputError, PrismError
 from prism_meta.export.bundle import INFERENCE, METADATA, MODEL, README, write_bundle
 from prism_meta.export.bundled import LabelVolumes
-from prism_meta.training.cleanup_file import CLEANUP
+from prism_meta.training.cleanup.file import CLEANUP
+from prism_meta.training.folder.weights import Kind, save_weights
 from prism_meta.training.run import Run
-from prism_meta.training.weights import Kind, save_weights
 
 #: MONAI warns of every bundle that it runs what the configuration names.
 pytestmark = pytest.mark.filterwarnings("ignore:parsing config_file .*:UserWarning")
-GRID = ("data.spacing=[1, 1, 1]", "evaluation.overlap=0.25")
+GRID = ("data.spacing=[1, 1, 1]", "evaluation.overlap=0.25", "training.ema=0")
 SLICES, VOLUMES = (*GRID, "data.patch=[16, 16]"), (*GRID, "data.patch=[16, 16, 16]")
 SMALL = (*VOLUMES, *NETS["region_aware"])
 every_net = pytest.mark.parametrize(
@@ -190,9 +190,7 @@ def test_its_files_name_no_case_and_no_path(tmp_path: Path) -> None:
 
 
 def test_the_metadata_are_those_of_the_run(tmp_path: Path) -> None:
-    made = shaken_run(
-        tmp_path / "run", *NETS["unet"], "data.patch=[16, 8]", "data.labels={lesion = 3}"
-    )
+    made = shaken_run(tmp_path / "run", *SMALL, "data.patch=[16, 8]", "data.labels={lesion = 3}")
     found = json.loads((written(made, tmp_path / "bundle") / METADATA).read_text())
     image, pred = (
         found["network_data_format"][key][name]
