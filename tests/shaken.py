@@ -35,7 +35,8 @@ def shaken_run(folder: Path, *settings: str, seed: int = 0) -> Run:
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     run = Run.create(folder, config, root=None, train=[], test=[])
-    save_weights(run.weights(), model)
+    for kind in run.kinds:
+        save_weights(run.weights(kind), model)
     return run
 
 

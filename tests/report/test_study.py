@@ -95,10 +95,18 @@ def test_effect_size_and_p_equal_scipys_paired_test() -> None:
     assert found.effect_size == pytest.approx((a - b).mean() / (a - b).std(ddof=1))
 
 
-def test_one_seed_has_neither_interval_nor_p() -> None:
-    found = difference(_scores(np.full((1, 3, 2), 0.5)), _scores(np.full((1, 3, 2), 0.25)))
+def test_one_seed_has_an_interval_over_cases_and_no_p() -> None:
+    own = np.array([0.5, 0.6, 0.7])[None, :, None] * np.ones((1, 3, 2))
+    found = difference(_scores(own), _scores(np.full((1, 3, 2), 0.25)))
     assert found is not None
-    assert math.isnan(found.p) and math.isnan(found.averages.mean.low)
+    assert math.isnan(found.p)
+    mean = found.averages.mean
+    assert (mean.low, mean.mean, mean.high) == pytest.approx((0.25, 0.35, 0.45))
+
+
+def test_one_case_has_no_interval() -> None:
+    found = difference(_scores(np.full((3, 1, 2), 0.5)), _scores(np.full((3, 1, 2), 0.25)))
+    assert found is not None and math.isnan(found.averages.mean.low)
 
 
 def test_holm_leaves_nan_out_and_is_monotone() -> None:

@@ -55,6 +55,7 @@ class CrossedBootstrap:
     """Draws seeds and cases with replacement, independently of each other.
 
     Each run of a seed tests the same cases, so that neither seeds nor cases alone are independent samples.
+    With one seed only cases are drawn; how much trainings differ is then not in the interval.
 
     Args:
         seeds: number of seeds.
@@ -190,6 +191,6 @@ def _points(dice: Array) -> tuple[float, float]:
 
 def _interval(point: float, drawn: Array, scores: MethodScores) -> Interval:
     low, high = (float(end) for end in np.percentile(drawn, (2.5, 97.5)))
-    if min(len(scores.seeds), len(scores.cases)) < 2:
+    if len(scores.cases) < 2:
         low = high = math.nan
     return Interval(point, low, high, len(scores.cases))

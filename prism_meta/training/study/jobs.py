@@ -25,7 +25,11 @@ _SAME_TIME = 0.05
 #: Seeds whose runs say how long a method takes. One is not enough: times of one run vary by a third.
 _TIMED_SEEDS = 3
 #: Defaults that have changed since studies were committed; keys of results go on with these.
-_FORMER = {"meta": {"strategy": "first_order"}, "training": {"ema": 0.0}}
+_FORMER: dict[str, dict[str, Any]] = {
+    "meta": {"strategy": "first_order"},
+    "training": {"ema": 0.0},
+}
+_OTHER = object()
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Job:
         whole = self.config.model_dump(mode="json")
         for section, former in _FORMER.items():
             own = {**values.get(section, {}), **{key: whole[section][key] for key in former}}
-            values[section] = {k: v for k, v in own.items() if k not in former or v != former[k]}
+            values[section] = {k: v for k, v in own.items() if v != former.get(k, _OTHER)}
         values = {section: own for section, own in values.items() if own != {}}
         text = json.dumps([values, self.stage == "search"], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
