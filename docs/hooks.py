@@ -1,0 +1,159 @@
+"""What MkDocs makes from the code and the results when it builds the site: pages of the API, tables, formulas.
+
+The README is the home page, so that it is written once. Formulas become MathML, which needs no script.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.structure.files import File, Files
+
+import prism_meta as pm
+from prism_meta.objective import losses
+
+ROOT = Path(__file__).parents[1]
+#: File of the project -> its page.
+PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+#: Page of the API -> its title, what it is about, and its names.
+API = {
+    "strategies": (
+        "Strategies and the outer step",
+        "How the gradient of the outer step is computed, and what takes the step.",
+        "MetaLearner MetaGradient MetaStrategy FunctionalStrategy SingleLevel Joint FirstOrder SecondOrder "
+        "Reptile FiniteDifference ImplicitMAML StepBatches ALL_STRATEGIES register_strategy preflight "
+        "Preflight HiddenParameterError use_fast_derivatives",
+    ),
+    "inner": (
+        "Inner optimizers",
+        "Differentiable optimizers for the inner steps.",
+        "InnerOptimizer SGD Adam AdamW MetaSGD",
+    ),
+    "networks": (
+        "Networks",
+        "PRISM's network, fusions, and wrapped nets of your own.",
+        "PrismNet wrap WrappedNet MultiEncoderNet SegmentationModel Prediction Fusion RegionAwareFusion "
+        "MeanFusion AttentionFusion",
+    ),
+    "objective": (
+        "Objective",
+        "PRISM's losses (E5-E10), their weights (E11, E12), and losses for the outer level.",
+        "PrismObjective RelativePreference LearnedWeights LearnedSubsetWeights SoftWorst Ranking",
+    ),
+    "losses": ("Losses", "The single losses, `prism_meta.losses`.", ""),
+    "data": (
+        "Data",
+        "Cases, labels, subsets of modalities, masks and episodes.",
+        "Case load_cases LabelSet BRATS_LABELS BRATS Preprocessing draw_availability subset subsets "
+        "subset_name Batch StaticMask DynamicMask FullMask BalancedMask SingleModalityMask HardMask "
+        "GroupDROMask OneSubsetMask Episodes TaskEpisodes",
+    ),
+    "training": (
+        "Training",
+        "From a configuration to a run, and on to a site.",
+        "Config load_config train Trained fit Trainer Run adapt Adapted",
+    ),
+    "evaluation": (
+        "Evaluation",
+        "Predictions, metrics of all subsets, and their averages.",
+        "Predictor predict evaluate Cleanup RegionRule Record read_records write_records summarize compare",
+    ),
+    "errors": ("Errors", "What is raised for wrong input.", "PrismError ConfigError CaseError"),
+    "integrations": ("Integrations", "learn2learn, higher, and phantoms to try things on.", ""),
+}  # fmt: skip
+#: Objects beyond ``prism_meta.__all__``.
+MORE = {
+    "losses": [f"prism_meta.objective.losses.{name}" for name in losses.__all__],
+    "integrations": [
+        "prism_meta.integrations.learn2learn.PrismLearner",
+        "prism_meta.integrations.learn2learn.Learn2LearnStrategy",
+        "prism_meta.integrations.higher.HigherStrategy",
+        "prism_meta.data.phantom.write_phantoms",
+        "prism_meta.data.phantom.draw_phantom",
+    ],
+}
+
+
+def names() -> Iterator[str]:
+    """All names of ``prism_meta`` that have a place in the API."""
+    for _, _, listed in API.values():
+        yield from listed.split()
+
+
+def api_page(key: str) -> str:
+    """The Markdown of a page of the API."""
+    title, about, listed = API[key]
+    lines = [f"# {title}", about]
+    for name in listed.split():
+        found = getattr(pm, name)
+        if inspect.isclass(found) or inspect.isfunction(found):
+            lines += [f'## `{name}` {{ #prism_meta.{name} }}', f"::: {found.__module__}.{found.__qualname__}"]
+        else:
+            lines += [f"## `{name}` {{ #prism_meta.{name} }}", _value(name, found)]
+    lines += [f"::: {path}" for path in MORE.get(key, ())]
+    return "\n\n".join(lines) + "\n"
+
+
+def _value(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return "The registered strategies: " + ", ".join(f"`{each.__name__}`" for each in value) + "."
+    return f"```python\n{name} = {value!r}\n```"
+
+
+def strategies_table() -> str:
+    """The registry as a table."""
+    lines = ["| class | `meta.strategy` | gradient | time at K = 1 | inner steps | learns weights (E12) |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for kind in pm.ALL_STRATEGIES:
+        marks = ["yes" if told else "no" for told in (kind.adapts, kind.has_meta_gradient)]
+        lines.append(
+            f"| [`{kind.__name__}`](api/strategies.md#prism_meta.{kind.__name__}) | `{kind.name}` | "
+            f"{kind.equation} | {kind.units} | {marks[0]} | {marks[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def study_table() -> str:
+    """What each strategy gained or lost against one level at equal time, in the study of levels."""
+    from runpy import run_path
+
+    return str(run_path(str(ROOT / "benchmarks" / "evidence.py"))["levels_of"]("levels"))
+
+
+def _readable(text: str) -> str:
+    """Links of the project's files to pages become links of the site."""
+    text = re.sub(r"\[([^]]+)\]\((CITATION\.cff|docs/examples)\)", r"`\2`", text)  # no pages
+    text = re.sub(r'(\]\(|src=")docs/', r"\1", text)
+    return re.sub(r"\]\(([A-Z]+\.md)", lambda m: f"]({PAGES.get(m[1], m[1])}", text)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that are made from other files."""
+    for source, page in PAGES.items():
+        text = _readable((ROOT / source).read_text(encoding="utf-8"))
+        files.append(File.generated(config, page, content=text))
+    for key in API:
+        files.append(File.generated(config, f"api/{key}.md", content=api_page(key)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Tables, and links to what is a page of the site."""
+    markdown = markdown.replace("<!-- strategies -->", strategies_table())
+    markdown = markdown.replace("<!-- levels -->", study_table())
+    return markdown.replace("](../README.md", "](index.md")
+
+
+def on_page_content(html: str, page: Any, **_: Any) -> str:
+    """Formulas, which arithmatex has marked, as MathML."""
+
+    def formula(match: re.Match[str]) -> str:
+        text = re.sub(r"&(lt|gt|amp);", lambda m: {"lt": "<", "gt": ">", "amp": "&"}[m[1]], match[3])
+        return convert(text, display="block" if match[1] == "div" else "inline")
+
+    return re.sub(r'(?s)<(div|span) class="arithmatex">\\([\[(])(.*?)\\[\])]</\1>', formula, html)
