@@ -92,7 +92,7 @@ def api_page(key: str) -> str:
     for name in listed.split():
         found = getattr(pm, name)
         if inspect.isclass(found) or inspect.isfunction(found):
-            lines += [f'## `{name}` {{ #prism_meta.{name} }}', f"::: {found.__module__}.{found.__qualname__}"]
+            lines += [f"[](){{ #prism_meta.{name} }}", f"::: {found.__module__}.{found.__qualname__}"]
         else:
             lines += [f"## `{name}` {{ #prism_meta.{name} }}", _value(name, found)]
     lines += [f"::: {path}" for path in MORE.get(key, ())]
