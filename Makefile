@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo quick-demo quick-study test slow-test lint clean
+.PHONY: demo quick-demo quick-study test slow-test lint environments clean
 
 # The stamp is written last, so an interrupted installation is repeated.
 .venv/installed: pyproject.toml
@@ -48,5 +48,9 @@ lint: .venv/learn2learn
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Installs the wheel with the lowest and the newest versions of all dependencies; see tools/clean_environments.py.
+environments: .venv/installed
+	$(BIN)/python tools/clean_environments.py build/environments
+
 clean:
-	rm -rf .venv demo demo-quick
+	rm -rf .venv demo demo-quick quick-study build dist

@@ -102,7 +102,7 @@ def verdict(row: Mapping[str, str], what: str, side: int, *, folds: int = 1) -> 
         return "too few trainings"
     if min(low, high) > 0:
         return "confirmed"
-    return "refuted" if max(low, high) < 0 else "not confirmed"
+    return "the opposite" if max(low, high) < 0 else "not confirmed"
 
 
 def claims() -> str:

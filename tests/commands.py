@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 from typer.testing import CliRunner
 
 from prism_meta.cli.commands import app
@@ -18,6 +21,14 @@ def run(*arguments: object) -> tuple[int, str]:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output
+
+
+def run_json(*arguments: object) -> tuple[int, Any, str]:
+    """Exit code, the object on standard output (None if that is empty), and standard error."""
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, json.loads(result.stdout or "null"), result.stderr
 
 
 def settings(*extra: str) -> list[str]:

@@ -7,24 +7,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from prism_meta.cli.studies import scored_runs, search_rows, study_facts
+from prism_meta.cli.output import add_result, bars, show
+from prism_meta.cli.studies import scored_runs, search_rows, study_facts, table_facts
 from prism_meta.cli.usage import path
 from prism_meta.errors import PrismError, raise_faults
 from prism_meta.report.study.page import COLUMNS, cells, note, write_study_report
 from prism_meta.report.study.statistics import seeds_needed
 from prism_meta.report.study.table import Power, study_table
 from prism_meta.training.facts import command_line
-from prism_meta.training.progress import progress_bars
 from prism_meta.training.stopping import duration
 from prism_meta.training.study.jobs import Plan
 from prism_meta.training.study.results import Results
 from prism_meta.training.study.runner import run_study
 from prism_meta.training.study.schema import PowerConfig, read_study
-
-console = Console()
 
 EXAMPLES = (
     "[bold]Examples[/bold]  prism-meta ablate study.toml --out results/study  ·  "
@@ -89,10 +86,11 @@ def run_ablate(
     _say_power(study.power)
     faults: tuple[str, ...] = ()
     if not only_report:
-        with progress_bars("runs") as advance:
+        with bars("runs") as advance:
             made = run_study(study, out, jobs=jobs, limit=limit, keep=keep, on_run=advance)
         faults = made.faults
-        console.print(f"{made.made} runs made, {made.left} left", soft_wrap=True)
+        show(f"{made.made} runs made, {made.left} left")
+        add_result(made=made.made, left=made.left)
     results = Results(out)
     runs = scored_runs(study, results)
     if not runs:
@@ -110,7 +108,8 @@ def run_ablate(
         search=search_rows(study, results),
         facts=study_facts(study, results, command=shlex.join(command_line())),
     )
-    for found in study_table(runs, reference=study.first.name, base=base, power=power):
+    tables = study_table(runs, reference=study.first.name, base=base, power=power)
+    for found in tables:
         table = Table(title=f"{found.condition}, {found.budget}")
         shown = [0, 1, 4, 6, 7, 8, 9, 11]
         for column in shown:
@@ -118,9 +117,9 @@ def run_ablate(
         for row in found.rows:
             texts = cells(row)
             table.add_row(*(texts[column] for column in shown))
-        console.print(table)
-    console.print(note(power, study.first.name), soft_wrap=True, markup=False)
-    console.print(f"report in {page}", soft_wrap=True)
+        show(table)
+    show(note(power, study.first.name), f"report in {page}")
+    add_result(report=page, tables=[table_facts(found) for found in tables])
     raise_faults(PrismError, faults)
 
 
@@ -128,11 +127,11 @@ def _list(plan: Plan) -> None:
     known = plan.jobs()
     for job in known:
         state = "made" if job.key in plan.results else "to do"
-        console.print(f"{state:<6}{job.title}", soft_wrap=True, markup=False, highlight=False)
+        show(f"{state:<6}{job.title}")
     made = sum(job.key in plan.results for job in known)
-    console.print(
-        f"{made} of {len(known)} runs are made; more may follow from searches and times",
-        soft_wrap=True,
+    show(f"{made} of {len(known)} runs are made; more may follow from searches and times")
+    add_result(
+        runs=[{"run": job.title, "made": job.key in plan.results} for job in known], made=made
     )
 
 
@@ -143,9 +142,8 @@ def _power(config: PowerConfig) -> Power:
 def _say_power(config: PowerConfig) -> None:
     """What is to be expected before anything is known of the study's own spread."""
     needed = seeds_needed(_USUAL_DEVIATION, config.effect, level=config.level, power=config.power)
-    console.print(
+    show(
         f"{needed} seeds find a difference of {100 * config.effect:g} points with power {config.power:g} if "
         f"differences have a standard deviation of {100 * _USUAL_DEVIATION:g} points over seeds; the report "
         "says what the study's own spread asks for",
-        soft_wrap=True,
     )

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from prism_meta.cli.adapting import adaptation_table
 from prism_meta.cli.options import RunFolder, Weights
-from prism_meta.cli.usage import path, tell
+from prism_meta.cli.output import add_result, is_quiet, note, show
+from prism_meta.cli.usage import path
 from prism_meta.errors import one_line
 from prism_meta.training.adapt import adapt
 from prism_meta.training.run import Run
@@ -71,17 +71,24 @@ def run_adapt(
     """
     opened = Run.open(run)
     adapted = adapt(
-        opened, root, subset=subset, out=out, steps=steps, lr=lr, weights=weights, seed=seed
+        opened,
+        root,
+        subset=subset,
+        out=out,
+        steps=steps,
+        lr=lr,
+        weights=weights,
+        seed=seed,
+        progress=not is_quiet(),
     )
     known = {**opened.facts["train"], **opened.facts.get("validation", {})}
     seen = sorted(set(adapted.facts.cases) & set(known))
     if seen:
-        tell(
+        note(
             f"{len(seen)} of the cases have names of cases that {run} was trained on "
             f"({one_line(', '.join(seen[:5]))}); if they are the same, the Dice before is too good"
         )
-    console = Console()
     if adapted.facts.held_out:
-        console.print(adaptation_table(adapted.facts, title=f"{run}: {adapted.facts.subset}"))
-    console.print(adapted.facts.sentence(), soft_wrap=True, markup=False)
-    console.print(f"run in {out}", soft_wrap=True, markup=False)
+        show(adaptation_table(adapted.facts, title=f"{run}: {adapted.facts.subset}"))
+    show(adapted.facts.sentence(), f"run in {out}")
+    add_result(run=out, adaptation=adapted.facts.model_dump(mode="json"))

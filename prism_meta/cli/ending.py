@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 from types import FrameType
 from typing import Any
 
-import typer
-
 from prism_meta import training
-from prism_meta.cli.usage import ErrorLines, tell
+from prism_meta.cli.output import command_output, note
+from prism_meta.cli.usage import ErrorLines, is_first, tell
 from prism_meta.errors import PrismError
 
 
-class Commands(ErrorLines):
-    """The group of all commands; it prints their errors, so that they only raise them."""
+class EndedGroup(ErrorLines):
+    """A group of commands that writes their results and prints their errors, so that they only raise them."""
 
     def invoke(self, ctx: Any) -> Any:
         before = signal.signal(signal.SIGTERM, _terminate)
         said, told = logging.getLogger(training.__name__), _Told()
         said.setLevel(logging.INFO)
-        if _is_first():
+        if is_first():
             said.addHandler(told)
         try:
-            return super().invoke(ctx)
+            with command_output():
+                return super().invoke(ctx)
         except PrismError as error:
-            if _is_first():
+            if is_first():
                 for fault in error.faults:
                     tell(f"error: {fault}")
             raise SystemExit(2) from error
@@ -52,9 +51,5 @@ class _Told(logging.Handler):
     """Prints on standard error what training says of its cases and its initial weights."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(record.getMessage(), err=True)
-
-
-def _is_first() -> bool:
-    """Whether this is the first of the processes that a training starts; they all find the same."""
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0"
+        write = tell if record.levelno >= logging.WARNING else note
+        write(record.getMessage())

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from prism_meta.cli.output import note
 from prism_meta.cli.usage import tell
 from prism_meta.errors import ConfigError, PrismError
 from prism_meta.training.cleanup_file import CLEANUP
@@ -125,7 +126,7 @@ def train_folds(configs: Mapping[int, Config], out: Path, train_one: TrainOne) -
     for number, config in configs.items():
         run, folder = runs.get(number), fold_folder(out, number)
         if run is not None and _has_ended(run):
-            tell(f"{folder} is trained already")
+            note(f"{folder} is trained already")
             continue
         try:
             train_one(config, folder, run is not None)

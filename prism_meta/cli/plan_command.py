@@ -8,18 +8,17 @@ from typing import Annotated
 
 import typer
 from pydantic import ByteSize, TypeAdapter, ValidationError
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from prism_meta.cli.options import CASES_HELP, ConfigFile, Overrides
-from prism_meta.cli.usage import path, tell
+from prism_meta.cli.output import add_result, bars, note, show
+from prism_meta.cli.usage import path
 from prism_meta.errors import CaseError, ConfigError, OutputError, raise_faults
 from prism_meta.files import write_whole
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.plan_result import Plan
 from prism_meta.training.planning import PLANNED, default_memory, plan
-from prism_meta.training.progress import progress_bars
 from prism_meta.training.stopping import duration
 from prism_meta.training.survey import survey
 
@@ -63,14 +62,25 @@ def run_plan(
     if out.exists():
         raise OutputError(f"{out}: exists already; give another --out, or remove it")
     planned = planned_for(settings, root, limit, seconds=seconds)
-    Console().print(plan_table(planned, limit))
+    show(plan_table(planned, limit))
     write_whole(out, planned.to_toml())
-    typer.echo(f"configuration in {out}; train with: prism-meta train {root} -c {out}")
+    show(f"configuration in {out}; train with: prism-meta train {root} -c {out}")
+    add_result(
+        config=out,
+        settings=planned.config.model_dump(mode="json"),
+        choices=[{"key": key, "value": value, "why": why} for key, value, why in planned.choices],
+        memory={
+            "limit": limit,
+            "peak": planned.total,
+            "steps": planned.parts,
+            "preparation": planned.preparation,
+        },
+    )
 
 
 def planned_for(config: Config, root: Path, memory: int, *, seconds: float | None = None) -> Plan:
     """Plan for a data set, with a progress bar."""
-    with progress_bars("headers", "plan") as advance:
+    with bars("headers", "plan") as advance:
         found = survey(config, root, fast=True, on_case=advance)
         raise_faults(CaseError, found.faults)
         tried = 0
@@ -100,7 +110,7 @@ def planned_by_train(config: Config, root: Path) -> Config:
     memory = default_memory(config)
     made = planned_for(config, root, memory)
     chosen = ", ".join(f"{key} = {value}" for key, value, _ in made.choices)
-    tell(
+    note(
         f"planned for {decimal(memory)} of memory: {chosen} (prism-meta plan says why; give --config, or "
         "set one of these keys, to choose yourself)"
     )

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 from prism_meta.bilevel.strategies import ALL_STRATEGIES
 from prism_meta.cli.options import RunFolder, Weights
+from prism_meta.cli.output import add_result, bars, show
 from prism_meta.cli.profile_tables import profile_tables
-from prism_meta.cli.usage import path
-from prism_meta.errors import ConfigError, OutputError, raise_faults
-from prism_meta.files import write_whole
+from prism_meta.errors import ConfigError, raise_faults
 from prism_meta.modalities import composed, subset
 from prism_meta.modalities import subsets as all_subsets
 from prism_meta.training.profile_prediction import CaseSize
 from prism_meta.training.profiling import profile_run
-from prism_meta.training.progress import progress_bars
 from prism_meta.training.run import Run
 from prism_meta.training.stopping import duration
 
 EXAMPLES = (
     "[bold]Examples[/bold]  prism-meta profile runs/a  ·  prism-meta profile runs/a --only predict "
     "--subsets flair,flair+t1 --shape 160x192x144  ·  prism-meta profile runs/a --only train "
-    "--strategies first_order,second_order --json profile.json"
+    "--strategies first_order,second_order --json > profile.json"
 )
 #: All subsets of so many modalities are profiled; of more, each modality alone and all together.
 MODALITIES = 4
@@ -77,15 +73,9 @@ def run_profile(
             "that of some windows.",
         ),
     ] = "2m",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--json", parser=path, metavar="FILE", help="Write all numbers to this file, too."
-        ),
-    ] = None,
     weights: Weights = None,
 ) -> None:
-    """Show time, memory and FLOPs of predictions per subset of modalities, and of training per strategy.
+    """Show time, memory and FLOPs of predictions per subset, and of training per strategy.
 
     Images are random and as large as those of the run, so that no case is needed.
     """
@@ -94,9 +84,7 @@ def run_profile(
     names = _strategies(strategies)
     size = None if shape is None else _size(shape)
     seconds = duration(limit)
-    if out is not None and out.exists():
-        raise OutputError(f"{out}: exists already; give another --json, or remove it")
-    with progress_bars("predict", "train") as advance:
+    with bars("predict", "train") as advance:
         made = profile_run(
             opened,
             subsets=None if only == "train" else rows,
@@ -108,12 +96,9 @@ def run_profile(
             on_predict=partial(advance, task="predict"),
             on_train=partial(advance, task="train"),
         )
-    console = Console()
-    for table in profile_tables(made):
-        console.print(table)
-    if out is not None:
-        write_whole(out, json.dumps(made.as_dict(), indent=2) + "\n")
-        console.print(f"all numbers in {out}", soft_wrap=True)
+    # Lines between the tables are as wide as the tables.
+    show(*(Text(part) if isinstance(part, str) else part for part in profile_tables(made)))
+    add_result(**made.as_dict())
 
 
 def _subsets(text: str | None, modalities: Sequence[str]) -> Tensor:

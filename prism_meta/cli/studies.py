@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from prism_meta.report.study.scores import ScoredRun
+from prism_meta.report.study.table import Comparisons, Row
 from prism_meta.training.study.jobs import Plan, Stage
 from prism_meta.training.study.results import Results
 from prism_meta.training.study.schema import Study
@@ -77,3 +79,36 @@ def study_facts(study: Study, results: Results, *, command: str) -> dict[str, st
         if study.phantoms is None
         else f"{study.phantoms.test} phantoms, the same for all seeds",
     }
+
+
+def table_facts(table: Comparisons) -> dict[str, Any]:
+    """A table of methods as JSON values; Dice is in [0, 1], memory in bytes."""
+    return {
+        "condition": table.condition,
+        "budget": table.budget,
+        "methods": [_row_facts(row) for row in table.rows],
+    }
+
+
+def _row_facts(row: Row) -> dict[str, Any]:
+    facts = {
+        "method": row.method,
+        "seeds": len(row.scores.seeds),
+        "steps": row.steps,
+        "gradients": row.evaluations,
+        "relative_time": row.time,
+        "memory": row.memory,
+        "mean": row.averages.mean.to_dict(),
+        "worst": row.averages.worst.to_dict(),
+        "against_reference": None,
+    }
+    if row.against is not None:
+        facts["against_reference"] = {
+            "seeds": row.against.seeds,
+            "mean": row.against.averages.mean.to_dict(),
+            "worst": row.against.averages.worst.to_dict(),
+            "effect_size": row.against.effect_size,
+            "p_holm": row.against.corrected,
+            "seeds_needed": row.needed,
+        }
+    return facts

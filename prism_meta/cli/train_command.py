@@ -5,22 +5,23 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tomlkit
 import typer
-from rich.console import Console
 
 from prism_meta.cli import plan_command
 from prism_meta.cli.folds import (
     existing_fold,
+    fold_folder,
     fold_overrides,
     is_range,
     parse_folds,
     train_folds,
     with_sizes_of,
 )
-from prism_meta.cli.options import CASES_HELP, ConfigFile, Overrides
+from prism_meta.cli.options import CASES_HELP, ConfigFile, Overrides, run_path
+from prism_meta.cli.output import add_result, is_quiet, show, wants_json
 from prism_meta.cli.usage import path, tell
 from prism_meta.errors import PrismError
 from prism_meta.training.build import build_fabric
@@ -71,10 +72,11 @@ def run_train(
     init: Annotated[
         Path | None,
         typer.Option(
-            parser=path,
+            parser=run_path,
             metavar="RUN",
-            help="Start from the weights of this run. Modalities are matched by name. Without --config, "
-            "--baseline and sizes, the network, the patch and the voxels are those of that run.",
+            help="Start from the weights of this run, or of hf://owner/name. Modalities are matched by name. "
+            "Without --config, --baseline and sizes, the network, the patch and the voxels are those of that "
+            "run.",
         ),
     ] = None,
     resume: Annotated[
@@ -169,6 +171,7 @@ def run_train(
                 f"prism-meta train --resume {resume} CASES"
             )
     train_and_tell(root, run.config, resume, stop=stop, resume=True, extend=extend)
+    add_runs([resume])
 
 
 def _start(
@@ -199,6 +202,7 @@ def _start(
             Run.check_new(out)  # before anything that takes time
             settings = plan_command.planned_by_train(settings, root)
         train_and_tell(root, settings, out, stop=stop)
+        add_runs([out])
         return
     each = {n: load(fold_overrides(load, n, folds)) for n in numbers}
     if planned:
@@ -210,6 +214,7 @@ def _start(
         train_and_tell(root, settings, folder, stop=stop, resume=resumed)
 
     train_folds(each, out, train_one)
+    add_runs([fold_folder(out, number) for number in numbers])
 
 
 def train_and_tell(
@@ -232,6 +237,7 @@ def train_and_tell(
                 fabric=fabric,
                 resume=resume,
                 extend=extend,
+                progress=not is_quiet(),
                 should_stop=stop,
             )
     except TrainingStopped as stopped:
@@ -244,4 +250,26 @@ def train_and_tell(
         number = stop.signal or signal.SIGTERM
         raise SystemExit(128 + number) from stopped
     if fabric.is_global_zero:
-        Console().print(f"run in {out}", soft_wrap=True)
+        show(f"run in {out}")
+
+
+def _run_facts(folder: Path) -> dict[str, Any]:
+    """What is reported of a run folder whose training has ended."""
+    run = Run.open(folder)
+    last = (run.history() or [{}])[-1]  # the file may be deleted to do without the curves
+    return {
+        "run": folder,
+        "strategy": run.config.meta.strategy,
+        "steps": last.get("step"),
+        "train_loss": last.get("train_loss"),
+        "meta_loss": last.get("meta_loss"),
+        "weights": {kind: run.weights(kind) for kind in run.kinds},
+        "training_cases": len(run.facts["train"]),
+        "held_out": run.facts["test"],
+    }
+
+
+def add_runs(folders: Sequence[Path]) -> None:
+    """Report run folders as JSON; their logs are not read for anything else."""
+    if wants_json():
+        add_result(runs=[_run_facts(folder) for folder in folders])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -78,6 +79,11 @@ def _one_line() -> Iterator[None]:
 def tell(line: str) -> None:
     """Write a line to standard error, in its encoding. With ``err=True`` typer takes UTF-8 for ASCII."""
     typer.echo(line, file=sys.stderr)
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes that a training starts; they all find the same."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("RANK", "0") == "0"
 
 
 def print_any_character() -> None:

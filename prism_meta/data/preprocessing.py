@@ -21,6 +21,10 @@ from prism_meta.errors import CaseError, ConfigError, Fault, raise_faults
 
 #: Default voxel size of the model's grid, mm.
 DEFAULT_SPACING = (2.0, 2.0, 2.0)
+#: Smaller resampled z-scores are 0. torch computes places in float32, up to 3e-5 voxels off and differently
+#: on each kind of processor. Where a place is that of a voxel, e.g. at 3 times the resolution, this mixed
+#: traces of its neighbours into empty slices, which moved the crop and which InstanceNorm amplified.
+TRACE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,8 @@ class Preprocessing:
     So the model's grid of an isotropic volume with axial slices has the axes right, anterior, superior.
 
     Each modality is clipped to percentiles of its non-zero voxels and scaled to mean 0 and standard
-    deviation 1 there. The background stays 0. Images are resampled linearly. Labels are resampled
-    linearly per class, and each voxel gets the most probable class.
+    deviation 1 there. The background stays 0. Images are resampled linearly, and values under ``TRACE``
+    become 0. Labels are resampled linearly per class, and each voxel gets the most probable class.
 
     Args:
         spacing: voxel size of the model's grid in mm: two numbers in the plane of a slice, then the
@@ -114,6 +118,7 @@ class Preprocessing:
         ]
         affine = torch.from_numpy(volume.affine)
         image, new_affine = self._resample(torch.stack(images), affine)
+        image = image.where(image.abs() >= TRACE, 0.0)
         target = None
         if labels is not None and volume.label is not None:
             # Not nearest-neighbour: at a factor of 2 the neighbours are equally near, and the choice

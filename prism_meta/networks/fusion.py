@@ -125,7 +125,7 @@ class MeanFusion(Fusion):
     """
 
     def weights(self, features: Tensor, groups: Groups, regions: Tensor) -> Tensor:
-        counts = groups.sum(features.new_ones(len(features)))
+        counts = groups.sum(features.new_ones(features.shape[0]))
         return groups.broadcast(1 / counts).view(-1, *[1] * (features.ndim - 1))
 
 
@@ -217,7 +217,7 @@ class AttentionFusion(Fusion):
     def weights(self, features: Tensor, groups: Groups, regions: Tensor) -> Tensor:
         embedding = self.embedding[groups.modality]
         tokens = features + embedding.view(*embedding.shape, *[1] * (features.ndim - 2))
-        counts = groups.sum(tokens.new_ones(len(tokens)))
+        counts = groups.sum(tokens.new_ones(tokens.shape[0]))
         mean = groups.sum(tokens) / counts.view(-1, *[1] * (features.ndim - 1))
         query = groups.broadcast(self.query(mean)).unflatten(1, (self.heads, -1))
         products = (query * self.key(tokens).unflatten(1, (self.heads, -1))).sum(2)

@@ -18,3 +18,7 @@ Example:
     >>> sorted(strategy.meta_gradient(model, objective, batch, batch).gradient)
     ['net.bias', 'net.weight']
 """
+
+from prism_meta.objective import losses
+
+__all__ = ["losses"]

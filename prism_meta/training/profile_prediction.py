@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.evaluation.windows import evaluation_mode
 from prism_meta.modalities import subset_name
+from prism_meta.training.flops import flop_counter
 from prism_meta.training.profile_result import PredictionProfile, SubsetProfile, Work
 from prism_meta.training.shapes import LiveBytes, on_meta
 from prism_meta.training.timing import PeakMemory, Seconds, interleaved
@@ -133,7 +133,7 @@ def call_work(model: nn.Module, image: Tensor, subset: Tensor) -> tuple[int, int
     """
     stand_in = on_meta(model).eval()
     weights = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, LiveBytes() as live:
+    with torch.no_grad(), flop_counter() as counter, LiveBytes() as live:
         _segment(stand_in, torch.empty(image.shape, device="meta"), subset)
     return counter.get_total_flops(), live.peak + weights
 

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from prism_meta.bilevel.strategies import FirstOrder
 from prism_meta.training.config import Config
+from prism_meta.training.flops import flop_counter
 from prism_meta.training.memory import step_memory
 from prism_meta.training.profile_prediction import OnCall
 from prism_meta.training.profile_result import StrategyProfile, TrainingProfile, Work
@@ -122,7 +122,7 @@ def _first_step(
 
 def _step_work(config: Config, model: nn.Module, allocated: int | None) -> Work:
     """FLOPs and memory. The first step was taken, so that what is computed once is not counted."""
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         memory = step_memory(config, model=model)
     return Work(counter.get_total_flops() * config.meta.episodes, memory.total, allocated)
 

@@ -1,7 +1,8 @@
-"""Progress bars on standard error."""
+"""Progress on standard error: bars on a terminal, and plain lines in a file or a pipe."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -16,6 +17,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+#: Seconds between two plain lines.
+INTERVAL = 10.0
+
 
 class Advance(Protocol):
     """Moves a progress bar."""
@@ -26,7 +30,16 @@ class Advance(Protocol):
 
 @contextmanager
 def progress_bars(*names: str, quiet: bool = False) -> Iterator[Advance]:
-    """One bar per name, which appears with its first call; the default task is the first name."""
+    """One bar per name, which appears with its first call; the default task is the first name.
+
+    Where nothing can move, in a file, a pipe or a dumb terminal, each task has a line when it ends, and
+    before that one at most every ``INTERVAL`` seconds.
+    """
+    console = Console(stderr=True, quiet=quiet)
+    moves = console.is_jupyter or (console.is_terminal and not console.is_dumb_terminal)
+    if not moves:
+        yield _Lines(console, names[0])
+        return
     columns = (
         TextColumn("{task.description:<9}"),
         BarColumn(),
@@ -36,7 +49,7 @@ def progress_bars(*names: str, quiet: bool = False) -> Iterator[Advance]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True, quiet=quiet)) as progress:
+    with Progress(*columns, console=console) as progress:
         tasks = {
             name: progress.add_task(name, total=None, start=False, visible=False, note="")
             for name in names
@@ -49,3 +62,20 @@ def progress_bars(*names: str, quiet: bool = False) -> Iterator[Advance]:
             progress.update(bar, completed=done, total=total, note=note, visible=True)
 
         yield advance
+
+
+class _Lines:
+    """Writes lines instead of bars."""
+
+    def __init__(self, console: Console, default: str) -> None:
+        self._console, self._default = console, default
+        self._start = self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int, note: str, task: str = "") -> None:
+        now = time.monotonic()
+        if done < total and now - self._last < INTERVAL:
+            return
+        self._last = now
+        parts = (f"{task or self._default}: {done} of {total}", note, f"{now - self._start:.0f} s")
+        line = "  ".join(filter(None, parts))
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -34,7 +34,6 @@ PLAIN: dict[str, tuple[str, ...]] = {
     "profile a --only both": ("--only",),
     "profile a --repeats 1": ("--repeats",),
     "profile a --repeats many": ("--repeats",),
-    "profile a --json": ("--json",),
     "profile a --weights newest": ("--weights",),
     "evaluate": ("missing argument 'RUN'",),
     "evaluate a b c": ("unexpected extra argument",),
@@ -105,8 +104,6 @@ FOLDERS: dict[str, tuple[Command, tuple[str, ...]]] = {
     "profile a file": (_with_run("profile", "FILE"), ("no run in this folder",)),
     "profile an empty folder": (_with_run("profile", "EMPTY"), ("no run in this folder",)),
     "profile an absent folder": (_with_run("profile", "NONE"), ("no run in this folder",)),
-    "profile into a file": (_with_run("profile", "RUN", "--json", "FILE"), ("exists already",)),
-    "profile into a folder": (_with_run("profile", "RUN", "--json", "EMPTY"), ("exists already",)),
     "profile no subset": (_with_run("profile", "RUN", "--subsets", ","), ("subsets: got ','",)),
     "profile unknown subsets": (
         _with_run("profile", "RUN", "--subsets", "flair+pet,t1,t1+t1"),

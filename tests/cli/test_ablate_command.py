@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import errors, run
+from commands import errors, run, run_json
 from filelock import FileLock
 from niftis import write_cases
 
 from prism_meta.errors import PrismError
+from prism_meta.training.stopping import TrainingStopped
 from prism_meta.training.study import runner
 from prism_meta.training.study.jobs import Plan
 from prism_meta.training.study.results import Results
 from prism_meta.training.study.schema import read_study
+from prism_meta.training.study.work import run_job
 
 STUDY = """
 data = "{cases}"
@@ -125,6 +127,23 @@ def test_an_interrupted_study_ends_with_the_same_scores(
     assert _numbers(tmp_path) == _numbers(whole)
 
 
+def test_a_stopped_run_goes_on_in_a_relative_folder(
+    study: Path, whole: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("study")
+    job = Plan(read_study(study), Results(folder)).due()[0]
+    answers = iter([False] * 3)
+    with pytest.raises(TrainingStopped):
+        run_job(job, study.parent / "cases", folder, should_stop=lambda: next(answers, True))
+    assert (folder / "work" / job.key / "run.json").exists()
+    expected = Results(whole)[job.key]
+    results = Results(folder)
+    results.append(run_job(job, study.parent / "cases", folder))
+    made = Results(folder)[job.key]
+    assert (made.scores, made.validation) == (expected.scores, expected.validation)
+
+
 @pytest.mark.slow
 def test_a_run_that_fails_stops_no_other_and_is_told(
     study: Path, tmp_path: Path, monkeypatch: Any
@@ -200,3 +219,15 @@ def test_a_file_that_is_no_study(tmp_path: Path) -> None:
 def test_results_are_valid_lines(whole: Path) -> None:
     lines = (whole / "runs.jsonl").read_text().splitlines()
     assert all(set(json.loads(line)) >= {"key", "scores", "seconds", "machine"} for line in lines)
+
+
+def test_the_json_of_a_study(study: Path, whole: Path) -> None:
+    code, found, _ = run_json("ablate", study, "--out", whole, "--report")
+    assert code == 0 and Path(found["report"]) == whole / "study.html"
+    table = found["tables"][0]
+    assert [row["method"] for row in table["methods"]] == ["one level", "two levels"]
+    assert table["methods"][0]["against_reference"] is None
+    against = table["methods"][1]["against_reference"]
+    assert against["seeds"] == 2 and set(against["mean"]) == {"mean", "low", "high", "cases"}
+    code, found, _ = run_json("ablate", study, "--out", whole, "--list")
+    assert code == 0 and found["made"] == len(found["runs"]) > 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import errors, run, settings
+from commands import errors, run, run_json, settings
 from niftis import write_cases
 
 from prism_meta.bilevel.strategies import ALL_STRATEGIES
@@ -40,15 +39,18 @@ def schema(value: Any) -> Any:
     return type(value).__name__
 
 
-def test_the_json_has_all_numbers(trained: Path, tmp_path: Path) -> None:
-    out = tmp_path / "profile.json"
-    code, output = run(
-        "profile", trained, "--json", out, "--repeats", 2, "--subsets", "t2+flair, t1",
-        "--strategies", "first_order",
-    )  # fmt: skip
-    assert code == 0, output
-    assert f"all numbers in {out}" in output
-    told = json.loads(out.read_text())
+def test_the_json_has_all_numbers(trained: Path) -> None:
+    code, told, notes = run_json(
+        "profile",
+        trained,
+        "--repeats",
+        2,
+        "--subsets",
+        "t2+flair, t1",
+        "--strategies",
+        "first_order",
+    )
+    assert code == 0, notes
     seconds = {"median": "float", "low": "float", "high": "float", "rounds": ["float"]}
     work = {"flops": "int", "memory": "int", "allocated": "NoneType"}
     assert schema({**told, "machine": {**told["machine"], "versions": {}}}) == {

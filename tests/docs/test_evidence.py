@@ -22,8 +22,8 @@ def test_the_tables_are_those_of_the_results() -> None:
     ("low", "high", "seeds", "side", "told"),
     [
         (0.01, 0.03, 10, +1, "confirmed"),
-        (0.01, 0.03, 10, -1, "refuted"),
-        (-0.03, -0.01, 5, +1, "refuted"),
+        (0.01, 0.03, 10, -1, "the opposite"),
+        (-0.03, -0.01, 5, +1, "the opposite"),
         (-0.03, -0.01, 5, -1, "confirmed"),
         (-0.01, 0.02, 10, +1, "not confirmed"),
         (0.01, 0.03, 4, +1, "too few trainings"),

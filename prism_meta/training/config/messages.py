@@ -59,7 +59,7 @@ def messages(error: ValidationError, schema: type[BaseModel]) -> list[str]:
         ...     messages(error, Size)
         ["width: got 'wide', expected a whole number; e.g. width = 8"]
     """
-    fields = dict(_fields(schema))
+    fields = dict(fields_by_key(schema))
     by_key: dict[str, list[Any]] = {}
     for fault in error.errors():
         by_key.setdefault(_key(fault["loc"], fields), []).append(fault)
@@ -127,10 +127,14 @@ def _key(loc: Sequence[int | str], fields: Mapping[str, FieldInfo]) -> str:
     return ".".join(parts)
 
 
-def _fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def fields_by_key(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """The keys of a schema, e.g. ``training.steps``, each with its field."""
     for name, info in section.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _fields(info.annotation, f"{prefix}{name}.")
+        kind = info.annotation
+        # Python 3.10 takes tuple[str, ...] for a type.
+        plain = typing.get_origin(kind) is None
+        if plain and isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from fields_by_key(kind, f"{prefix}{name}.")
         else:
             yield prefix + name, info
 

@@ -54,7 +54,7 @@ def run_job(
         TrainingStopped: ``should_stop`` was true.
     """
     out = folder / "work" / job.key
-    data = job.config.data.model_copy(update={"cache": folder / "cache"})
+    data = job.config.data.model_copy(update={"cache": (folder / "cache").absolute()})
     config = job.config.model_copy(update={"data": data})
     # The comma makes it an index instead of a number of devices.
     device = {} if gpu is None else {"devices": f"{gpu},"}
