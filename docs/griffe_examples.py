@@ -1,4 +1,4 @@
-"""For the site: docstrings of this project say "Example:", which the parser of Google's style knows in the plural."""
+"""For the site: docstrings here say "Example:", which the parser of Google's style knows in the plural."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What MkDocs makes from the code and the results when it builds the site: pages of the API, tables, formulas.
+"""What MkDocs makes from the code and the results when it builds the site: the API, tables, formulas.
 
 The README is the home page, so that it is written once. Formulas become MathML, which needs no script.
 """
@@ -19,7 +19,11 @@ from prism_meta.objective import losses
 
 ROOT = Path(__file__).parents[1]
 #: File of the project -> its page.
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
 #: Page of the API -> its title, what it is about, and its names.
 API = {
     "strategies": (
@@ -92,7 +96,10 @@ def api_page(key: str) -> str:
     for name in listed.split():
         found = getattr(pm, name)
         if inspect.isclass(found) or inspect.isfunction(found):
-            lines += [f"[](){{ #prism_meta.{name} }}", f"::: {found.__module__}.{found.__qualname__}"]
+            lines += [
+                f"[](){{ #prism_meta.{name} }}",
+                f"::: {found.__module__}.{found.__qualname__}",
+            ]
         else:
             lines += [f"## `{name}` {{ #prism_meta.{name} }}", _value(name, found)]
     lines += [f"::: {path}" for path in MORE.get(key, ())]
@@ -101,13 +108,17 @@ def api_page(key: str) -> str:
 
 def _value(name: str, value: Any) -> str:
     if isinstance(value, list):
-        return "The registered strategies: " + ", ".join(f"`{each.__name__}`" for each in value) + "."
+        return (
+            "The registered strategies: " + ", ".join(f"`{each.__name__}`" for each in value) + "."
+        )
     return f"```python\n{name} = {value!r}\n```"
 
 
 def strategies_table() -> str:
     """The registry as a table."""
-    lines = ["| class | `meta.strategy` | gradient | time at K = 1 | inner steps | learns weights (E12) |"]
+    lines = [
+        "| class | `meta.strategy` | gradient | time at K = 1 | inner steps | learns weights (E12) |"
+    ]
     lines += ["|---|---|---|---|---|---|"]
     for kind in pm.ALL_STRATEGIES:
         marks = ["yes" if told else "no" for told in (kind.adapts, kind.has_meta_gradient)]
@@ -153,7 +164,9 @@ def on_page_content(html: str, page: Any, **_: Any) -> str:
     """Formulas, which arithmatex has marked, as MathML."""
 
     def formula(match: re.Match[str]) -> str:
-        text = re.sub(r"&(lt|gt|amp);", lambda m: {"lt": "<", "gt": ">", "amp": "&"}[m[1]], match[3])
+        text = re.sub(
+            r"&(lt|gt|amp);", lambda m: {"lt": "<", "gt": ">", "amp": "&"}[m[1]], match[3]
+        )
         return convert(text, display="block" if match[1] == "div" else "inline")
 
     return re.sub(r'(?s)<(div|span) class="arithmatex">\\([\[(])(.*?)\\[\])]</\1>', formula, html)
