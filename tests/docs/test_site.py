@@ -1,4 +1,4 @@
-"""The site is built strictly, links hold, every public name has an entry, and nothing comes from elsewhere."""
+"""The site builds strictly, links hold, every public name has an entry, and nothing comes from elsewhere."""
 
 from __future__ import annotations
 
