@@ -6,6 +6,7 @@ The README is the home page, so that it is written once. Formulas become MathML,
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,6 +137,23 @@ def study_table() -> str:
     return str(run_path(str(ROOT / "benchmarks" / "evidence.py"))["levels_of"]("levels"))
 
 
+def notebook_page(path: Path) -> str:
+    """The Markdown of a notebook with the output that it was saved with."""
+    parts = []
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                parts.append(
+                    f"![Output](data:image/png;base64,{''.join(data['image/png']).strip()})"
+                )
+            elif shown := "".join(output.get("text", data.get("text/plain", ()))).rstrip():
+                parts.append(f"```text\n{shown}\n```")
+    return "\n\n".join(parts) + f"\n\nThis page is the notebook `docs/examples/{path.name}`.\n"
+
+
 def _readable(text: str) -> str:
     """Links of the project's files to pages become links of the site."""
     text = re.sub(r"\[([^]]+)\]\((CITATION\.cff|docs/examples)\)", r"`\2`", text)  # no pages
@@ -148,6 +166,9 @@ def on_files(files: Files, config: Any) -> Files:
     for source, page in PAGES.items():
         text = _readable((ROOT / source).read_text(encoding="utf-8"))
         files.append(File.generated(config, page, content=text))
+    for path in sorted((ROOT / "docs" / "examples").glob("*.ipynb")):
+        page = f"examples/{path.stem}.md"
+        files.append(File.generated(config, page, content=notebook_page(path)))
     for key in API:
         files.append(File.generated(config, f"api/{key}.md", content=api_page(key)))
     return files
