@@ -42,7 +42,7 @@ from prism_meta.data.cache import CachedCase, prepare
 from prism_meta.modalities import subset_name, subsets
 from prism_meta.report.bootstrap import Bootstrap
 from prism_meta.training.build import build_label_set, build_model, build_preprocessing
-from prism_meta.training.one_subset import OneSubsetValidation
+from prism_meta.training.validation.one_subset import OneSubsetValidation
 
 COMMON = (
     "data.spacing=[3, 3, 3]", "data.patch=[48, 48]", "data.batch_size=8", "model.network=unet",
@@ -64,7 +64,7 @@ STARTS: Mapping[str, tuple[tuple[str, ...], int]] = {
     "task_first_order": ((*TASK, "meta.strategy=first_order"), STEPS + 1),
     "task_second_order": ((*TASK, "meta.strategy=second_order"), STEPS + 1),
     # Learned rates are no key of a configuration: the strategy is an object.
-    "task_meta_sgd": (TASK, STEPS + 1),
+    "task_meta_sgd": ((*TASK, "meta.strategy=second_order"), STEPS + 1),
 }
 PROGRESS = Console(stderr=True)
 

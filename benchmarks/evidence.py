@@ -25,6 +25,8 @@ BUDGETS = ("equal gradients", "equal time")
 FOLDS = {"real": 5, "default_real": 5}
 #: With fewer trainings an interval is too narrow to say anything.
 LEAST = 5
+#: Ending of a column -> key of an interval.
+_ENDS = {"": "mean", "_low": "low", "_high": "high"}
 #: Claim of PRISM's description -> rows that test it: study, method, which Dice, and whether the method
 #: should be better than the reference (+1), or worse (-1).
 CLAIMS: Mapping[str, Sequence[tuple[str, str, str, int]]] = {
@@ -130,23 +132,23 @@ def claims() -> str:
 
 
 def adaptation() -> str:
-    """Starts and numbers of support cases: Dice before and after, and how often it became worse."""
-    path = RESULTS / "adaptation.json"
-    found = json.loads(path.read_text(encoding="utf-8"))["summary"] if path.exists() else []
+    """Starts and numbers of support cases: Dice before and after, and how often it became worse.
+
+    The fixed settings beside the default are told of the first start only.
+    """
     lines = []
-    for row in found:
-        change = row["change"]
-        ends = (
-            ""
-            if change["low"] is None
-            else f" ({100 * change['low']:+.1f} to {100 * change['high']:+.1f})"
-        )
-        told = f"{100 * change['mean']:+.1f}" + (f" ({' to '.join(ends)})" if ends else "")
-        lines.append([
-            row["start"], row["group"], str(row["n"]), row["setting"], f"{100 * row['before']:.1f}",
-            f"{100 * row['after']:.1f}", told,
-            f"{100 * row['worse']:.0f} %", f"{100 * row['kept']:.0f} %",
-        ])  # fmt: skip
+    for name in ("adaptation", "adaptation_five"):
+        path = RESULTS / f"{name}.json"
+        found = json.loads(path.read_text(encoding="utf-8"))["summary"] if path.exists() else []
+        for row in found:
+            if row["setting"] != "default" and row["start"] != found[0]["start"]:
+                continue
+            change = {f"change{end}": str(row["change"][key]) for end, key in _ENDS.items()}
+            lines.append([
+                row["start"], row["group"], str(row["n"]), row["setting"], f"{100 * row['before']:.1f}",
+                f"{100 * row['after']:.1f}", _points(change, "change"),
+                f"{100 * row['worse']:.0f} %", f"{100 * row['kept']:.0f} %",
+            ])  # fmt: skip
     head = ["start", "site", "n", "setting", "before", "after", "change", "worse", "kept"]
     return _table(head, lines)
 

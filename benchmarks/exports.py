@@ -28,9 +28,9 @@ from torch import Tensor
 import prism_meta as pm
 from prism_meta.export.preprocessing import PREPROCESSING
 from prism_meta.export.programs import ONNX, PROGRAM, write_onnx, write_program
+from prism_meta.training.folder.weights import save_weights
 from prism_meta.training.networks import build_model
 from prism_meta.training.run import Run
-from prism_meta.training.weights import save_weights
 
 #: Settings of the networks; those of the package have three scales and four channels at the finest.
 SMALL = ("model.width=4", "model.depth=3")

@@ -39,8 +39,8 @@ from rich.table import Table
 
 import prism_meta as pm
 from prism_meta.data.phantom import write_phantoms
-from prism_meta.training.lock import HOLDER
-from prism_meta.training.weights import WEIGHTS
+from prism_meta.training.folder.lock import HOLDER
+from prism_meta.training.folder.weights import WEIGHTS
 
 STEPS, CHECKPOINT_EVERY = 60, 5
 MODALITIES = ("flair", "t1")
@@ -50,8 +50,9 @@ LOOK = 0.0005
 LONGEST = 300
 SETTINGS = (
     f"data.modalities={[*MODALITIES]}", "data.spacing=[4, 4, 4]", "data.patch=[24, 24]", "data.batch_size=1",
-    "data.test_cases=['case_000']", "model.width=2", "model.depth=2", "meta.inner=adamw",
-    "meta.inner_state=carried", "meta.inner_lr=0.001", "objective.weighting=learned",
+    "data.test_cases=['case_000']", "model.width=2", "model.depth=2",
+    "meta.strategy=first_order", "meta.inner=adamw", "meta.inner_state=carried", "meta.inner_lr=0.001",
+    "objective.weighting=learned",
     "fabric.accelerator=cpu", f"training.steps={STEPS}", f"training.checkpoint_every={CHECKPOINT_EVERY}",
 )  # fmt: skip
 

@@ -72,7 +72,7 @@ class Problem:
 
     def time(self, workers: int | str, steps: int) -> tuple[float, float]:
         """Seconds of waiting and of computing per step, without the first step."""
-        from prism_meta.training.loader import load_episodes
+        from prism_meta.training.episodes.loader import load_episodes
 
         if isinstance(workers, int):
             loaded: Iterator[Any] = load_episodes(

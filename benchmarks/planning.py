@@ -56,13 +56,13 @@ from prism_meta.modalities import BRATS
 from prism_meta.records import read_records
 from prism_meta.report import compare
 from prism_meta.training.config import Config, load_config
-from prism_meta.training.memory import step_memory
-from prism_meta.training.plan_result import Plan
-from prism_meta.training.plan_search import drawn_masks, most_shown, preparation
-from prism_meta.training.planning import plan, with_steps
-from prism_meta.training.survey import survey
-from prism_meta.training.survey_result import CaseSurvey, Survey
-from prism_meta.training.trial import trial_step
+from prism_meta.training.planning.plan import plan, with_steps
+from prism_meta.training.planning.result import Plan
+from prism_meta.training.planning.search import drawn_masks, most_shown, preparation
+from prism_meta.training.profiling.memory import step_memory
+from prism_meta.training.profiling.trial import trial_step
+from prism_meta.training.survey.result import CaseSurvey, Survey
+from prism_meta.training.survey.survey import survey
 
 ORDERS = ("first_order", "second_order")
 NETWORKS = {

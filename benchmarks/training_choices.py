@@ -42,8 +42,8 @@ from prism_meta.data.phantom import write_phantoms
 from prism_meta.evaluation.cleaned import CleanedRecords
 from prism_meta.records import Record
 from prism_meta.report import compare, summarize
-from prism_meta.training.cleanup_file import CLEANUP
-from prism_meta.training.ensembles import cleanup_of, ensemble_predictor
+from prism_meta.training.cleanup.file import CLEANUP
+from prism_meta.training.prediction.ensembles import cleanup_of, ensemble_predictor
 from prism_meta.training.run import Run
 
 SETTINGS = ("data.spacing=[2, 2, 2]", "data.patch=[48, 48]", "data.batch_size=8")

@@ -91,8 +91,8 @@ from .records import read_records as read_records
 from .records import write_records as write_records
 from .report import compare as compare
 from .report import summarize as summarize
-from .training.adapt import Adapted as Adapted
-from .training.adapt import adapt as adapt
+from .training.adaptation.adapt import Adapted as Adapted
+from .training.adaptation.adapt import adapt as adapt
 from .training.config import Config as Config
 from .training.config import load_config as load_config
 from .training.fit import fit as fit

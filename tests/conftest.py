@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from prism_meta.errors import ConfigError
 from prism_meta.evaluation import predictor
-from prism_meta.training import plan_search
 from prism_meta.training import train as train_module
 from prism_meta.training.config import Config
-from prism_meta.training.memory import StepMemory
+from prism_meta.training.planning import search as plan_search
+from prism_meta.training.profiling.memory import StepMemory
 
 # The tests are many small operations, which a second thread would only slow down.
 torch.set_num_threads(1)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from prism_meta.training.config import load_config
+from prism_meta.training.folder.weights import save_weights
 from prism_meta.training.networks import build_model
 from prism_meta.training.run import Run
-from prism_meta.training.weights import save_weights
 
 #: Settings of tiny networks, by name.
 NETS: dict[str, tuple[str, ...]] = {

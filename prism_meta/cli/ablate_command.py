@@ -16,7 +16,7 @@ from prism_meta.errors import PrismError, raise_faults
 from prism_meta.report.study.page import COLUMNS, cells, note, write_study_report
 from prism_meta.report.study.statistics import seeds_needed
 from prism_meta.report.study.table import Power, study_table
-from prism_meta.training.facts import command_line
+from prism_meta.training.folder.facts import command_line
 from prism_meta.training.stopping import duration
 from prism_meta.training.study.jobs import Plan
 from prism_meta.training.study.results import Results

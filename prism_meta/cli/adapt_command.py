@@ -12,7 +12,7 @@ from prism_meta.cli.options import RunFolder, Weights
 from prism_meta.cli.output import add_result, is_quiet, note, show
 from prism_meta.cli.usage import path
 from prism_meta.errors import one_line
-from prism_meta.training.adapt import adapt
+from prism_meta.training.adaptation.adapt import adapt
 from prism_meta.training.run import Run
 
 EXAMPLES = (

@@ -11,8 +11,8 @@ from rich.text import Text
 from prism_meta.errors import one_line
 from prism_meta.report.bootstrap import Bootstrap, Interval
 from prism_meta.report.text import format_dice, format_interval
-from prism_meta.training.adaptation_choice import Setting
-from prism_meta.training.adaptation_result import AdaptationFacts
+from prism_meta.training.adaptation.choice import Setting
+from prism_meta.training.adaptation.result import AdaptationFacts
 from prism_meta.training.run import Run
 
 

@@ -13,7 +13,7 @@ from prism_meta.cli.survey_tables import survey_tables
 from prism_meta.cli.usage import path
 from prism_meta.errors import CaseError, raise_faults
 from prism_meta.training.config import load_config
-from prism_meta.training.survey import survey
+from prism_meta.training.survey.survey import survey
 
 EXAMPLES = (
     "[bold]Examples[/bold]  prism-meta cases cases  ·  prism-meta cases cases --fast  ·  "

@@ -9,7 +9,7 @@ from typing import Any
 from prism_meta.errors import PrismError
 from prism_meta.records import Record, read_records
 from prism_meta.report.runs_page import Settings
-from prism_meta.training.facts import changed_keys, read_facts
+from prism_meta.training.folder.facts import changed_keys, read_facts
 
 
 def load_runs(paths: Sequence[Path]) -> dict[str, list[Record]]:

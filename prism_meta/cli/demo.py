@@ -84,11 +84,13 @@ FULL = Demo(
         "data.patch=[48, 48]",
         # Fewer samples in more steps: as many as five minutes on two cores allow.
         "data.batch_size=6",
-        # PRISM's training script uses one Adam for both steps.
+        # As PRISM's training script: two levels, one Adam for both steps, and the last weights.
+        "meta.strategy=first_order",
         "meta.inner=adamw",
         "meta.inner_lr=0.01",
         "meta.inner_state=shared",
         "meta.alpha=1.0",
+        "training.ema=0",
         "training.steps=800",
         "validation.every=400",
         "evaluation.overlap=0.25",

@@ -13,10 +13,10 @@ from prism_meta.cli.output import add_result, bars, note, show
 from prism_meta.cli.usage import path
 from prism_meta.errors import CaseError, raise_faults
 from prism_meta.report.tables import findings_table, policies_table, results_table
-from prism_meta.training.ensembles import CleanupChoice
-from prism_meta.training.facts import command_line
+from prism_meta.training.folder.facts import command_line
+from prism_meta.training.folder.weights import Kind
+from prism_meta.training.prediction.ensembles import CleanupChoice
 from prism_meta.training.run import Run
-from prism_meta.training.weights import Kind
 
 EXAMPLES = (
     "[bold]Examples[/bold]  prism-meta evaluate runs/a  ·  "

@@ -26,12 +26,12 @@ from prism_meta.report.cleaned import CLEANED_RECORDS, Cleaned
 from prism_meta.report.html import REPORT_FILES, write_report
 from prism_meta.report.overlays import OverlayCollector
 from prism_meta.report.worst import WorstCases
-from prism_meta.training.adaptation_result import adaptation_of
-from prism_meta.training.cases import find_configured
+from prism_meta.training.adaptation.result import adaptation_of
 from prism_meta.training.config.meta import MetaConfig
-from prism_meta.training.ensembles import CleanupChoice, cleanup_of, ensemble_predictor
+from prism_meta.training.folder.weights import Kind
+from prism_meta.training.prediction.ensembles import CleanupChoice, cleanup_of, ensemble_predictor
 from prism_meta.training.run import Run
-from prism_meta.training.weights import Kind
+from prism_meta.training.setup.cases import find_configured
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,10 +9,10 @@ from pathlib import Path
 from prism_meta.cli.output import note
 from prism_meta.cli.usage import tell
 from prism_meta.errors import ConfigError, PrismError
-from prism_meta.training.cleanup_file import CLEANUP
+from prism_meta.training.cleanup.file import CLEANUP
 from prism_meta.training.config import Config
-from prism_meta.training.facts import changed_keys
-from prism_meta.training.planning import PLANNED
+from prism_meta.training.folder.facts import changed_keys
+from prism_meta.training.planning.plan import PLANNED
 from prism_meta.training.run import Run
 
 #: Number of folds if neither ``--folds`` nor the configuration says it, as in nnU-Net.

@@ -12,8 +12,8 @@ from prism_meta.cli.completing import complete_key, complete_run
 from prism_meta.cli.usage import path
 from prism_meta.errors import PrismError
 from prism_meta.export.download import SCHEME, download_run
-from prism_meta.training.ensembles import CleanupChoice
-from prism_meta.training.weights import Kind
+from prism_meta.training.folder.weights import Kind
+from prism_meta.training.prediction.ensembles import CleanupChoice
 
 
 def run_path(text: str | Path) -> Path:

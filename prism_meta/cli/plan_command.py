@@ -17,10 +17,10 @@ from prism_meta.cli.usage import path
 from prism_meta.errors import CaseError, ConfigError, OutputError, raise_faults
 from prism_meta.files import write_whole
 from prism_meta.training.config import Config, load_config
-from prism_meta.training.plan_result import Plan
-from prism_meta.training.planning import PLANNED, default_memory, plan
+from prism_meta.training.planning.plan import PLANNED, default_memory, plan
+from prism_meta.training.planning.result import Plan
 from prism_meta.training.stopping import duration
-from prism_meta.training.survey import survey
+from prism_meta.training.survey.survey import survey
 
 EXAMPLES = (
     "[bold]Examples[/bold]  prism-meta plan cases --memory 10GB  ·  prism-meta plan cases --memory 24GB "

@@ -18,8 +18,8 @@ from prism_meta.cli.profile_tables import profile_tables
 from prism_meta.errors import ConfigError, raise_faults
 from prism_meta.modalities import composed, subset
 from prism_meta.modalities import subsets as all_subsets
-from prism_meta.training.profile_prediction import CaseSize
-from prism_meta.training.profiling import profile_run
+from prism_meta.training.profiling.prediction import CaseSize
+from prism_meta.training.profiling.profile import profile_run
 from prism_meta.training.run import Run
 from prism_meta.training.stopping import duration
 

@@ -8,14 +8,14 @@ from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.table import Table
 
-from prism_meta.training.profile_result import (
+from prism_meta.training.profiling.result import (
     PredictionProfile,
     Profile,
     StrategyProfile,
     TrainingProfile,
     Work,
 )
-from prism_meta.training.timing import Seconds
+from prism_meta.training.profiling.timing import Seconds
 
 #: Prefixes for numbers of operations, each 1000 times the one before.
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")

@@ -14,7 +14,7 @@ from prism_meta.cli.output import add_result, show
 from prism_meta.cli.usage import at_least, path
 from prism_meta.report.runs_page import write_runs_page
 from prism_meta.report.several import side_by_side
-from prism_meta.training.facts import command_line
+from prism_meta.training.folder.facts import command_line
 
 EXAMPLES = (
     "[bold]Examples[/bold]  prism-meta report runs/first runs/second  ·  "

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from prism_meta.errors import one_line
 from prism_meta.report.figures.style import HIDDEN, SHOWN
-from prism_meta.training.survey_result import CaseSurvey, Spread, Survey
+from prism_meta.training.survey.result import CaseSurvey, Spread, Survey
 
 #: What could not be read, or was not.
 _NONE = "–"

@@ -118,6 +118,10 @@ def run_train(
 ) -> None:
     """Train on a folder of cases and write a run folder.
 
+    Train with one level: no second level was better at equal time in the studies of this project. Use
+    meta.strategy=first_order to reproduce Meta-Drop, and second_order where a gradient has to pass through
+    the inner steps, e.g. for learned rates.
+
     Ctrl-C or SIGTERM ends the training after the present step and saves it; a second one ends it at once.
     """
     stop = StopRequest(None if time_limit is None else duration(time_limit))

@@ -17,7 +17,7 @@ from prism_meta.errors import OutputError
 from prism_meta.files import cannot_write, sync
 from prism_meta.records import HEADER, Record
 from prism_meta.report.overlays import Overlay
-from prism_meta.training.facts import versions
+from prism_meta.training.folder.facts import versions
 from prism_meta.training.run import Run
 
 if TYPE_CHECKING:

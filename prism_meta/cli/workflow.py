@@ -15,17 +15,17 @@ from prism_meta.evaluation.predictor import Predictor
 from prism_meta.evaluation.saving import region_volumes, save_labels, saved_origin
 from prism_meta.files import atomic, kept_if_used, writable_folder
 from prism_meta.modalities import composed, subset_name
-from prism_meta.training.cases import find_configured
-from prism_meta.training.ensembles import (
+from prism_meta.training.folder.facts import versions
+from prism_meta.training.folder.weights import Kind
+from prism_meta.training.prediction.ensembles import (
     CleanupChoice,
     cleanup_of,
     ensemble_predictor,
     member_predictors,
 )
-from prism_meta.training.expected import Expected
-from prism_meta.training.facts import versions
+from prism_meta.training.prediction.expected import Expected
 from prism_meta.training.run import Run
-from prism_meta.training.weights import Kind
+from prism_meta.training.setup.cases import find_configured
 
 #: Called during a long task with what is done, the total, and a note to show beside the bar.
 Progress = Callable[[int, int, str], None]

@@ -10,7 +10,7 @@ from prism_meta.records import read_records
 from prism_meta.report import Interval, summarize
 from prism_meta.report.html import REPORT_FILES
 from prism_meta.report.text import format_dice, format_ends, format_mm
-from prism_meta.training.adaptation_result import adaptation_of
+from prism_meta.training.adaptation.result import adaptation_of
 from prism_meta.training.build import build_empty_policy, build_label_set
 from prism_meta.training.run import Run
 

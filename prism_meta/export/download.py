@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from prism_meta.errors import PrismError, one_line
-from prism_meta.training.cleanup_file import CLEANUP
-from prism_meta.training.weights import WEIGHTS
+from prism_meta.training.cleanup.file import CLEANUP
+from prism_meta.training.folder.weights import WEIGHTS
 
 #: How an address begins.
 SCHEME = "hf://"

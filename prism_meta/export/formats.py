@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from prism_meta.errors import ConfigError
+from prism_meta.export.bundle import write_bundle
 from prism_meta.export.folders import whole_folder
 from prism_meta.export.hub import NO_LICENCE, write_hub
 from prism_meta.export.programs import write_onnx, write_program
+from prism_meta.training.folder.weights import Kind
 from prism_meta.training.run import Run
-from prism_meta.training.weights import Kind
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ FORMATS: Mapping[str, Format] = {
     "onnx": Format(write_onnx, "model.onnx for ONNX Runtime, with predict.py, which uses it"),
     "program": Format(write_program, "model.pt2 for torch.export.load"),
     "hub": Format(write_hub, "a folder to upload to the Hugging Face hub", has_card=True),
+    "bundle": Format(write_bundle, "a MONAI Bundle for python -m monai.bundle"),
 }
 
 

@@ -13,11 +13,11 @@ from typing import Any
 from prism_meta.errors import ConfigError
 from prism_meta.export.card import model_card
 from prism_meta.files import write_whole
-from prism_meta.training.adaptation_result import adaptation_of
-from prism_meta.training.cleanup_file import CLEANUP, read_cleanup
+from prism_meta.training.adaptation.result import adaptation_of
+from prism_meta.training.cleanup.file import CLEANUP, read_cleanup
 from prism_meta.training.config import Config
+from prism_meta.training.folder.weights import WEIGHTS, Kind
 from prism_meta.training.run import Run
-from prism_meta.training.weights import WEIGHTS, Kind
 
 #: What a card says of the licence unless the user names one: the hub's word for one that it does not know.
 NO_LICENCE = "other"

@@ -21,11 +21,11 @@ from prism_meta.data.restore import _ON_GRID
 from prism_meta.evaluation.cleanup import Cleanup, _least, outer_first, replacement
 from prism_meta.modalities import composed, file_tokens
 from prism_meta.training.build import build_label_set, build_preprocessing
-from prism_meta.training.cleanup_file import read_cleanup
+from prism_meta.training.cleanup.file import read_cleanup
 from prism_meta.training.config.data import DataConfig
-from prism_meta.training.facts import versions
+from prism_meta.training.folder.facts import versions
+from prism_meta.training.folder.weights import Kind
 from prism_meta.training.run import Run
-from prism_meta.training.weights import Kind
 
 #: Name of the file.
 PREPROCESSING = "preprocessing.json"

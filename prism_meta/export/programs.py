@@ -17,8 +17,8 @@ from prism_meta.export.network import GraphNet
 from prism_meta.export.preprocessing import PREPROCESSING, preprocessing_json
 from prism_meta.files import atomic, write_whole
 from prism_meta.modalities import subsets
+from prism_meta.training.folder.weights import Kind
 from prism_meta.training.run import Run
-from prism_meta.training.weights import Kind
 
 #: Names of the files.
 ONNX, PROGRAM, SCRIPT = "model.onnx", "model.pt2", "predict.py"

@@ -57,8 +57,8 @@ from prism_meta.training.config.schema import (
 )
 from prism_meta.training.devices import build_fabric as build_fabric
 from prism_meta.training.networks import build_model as build_model
-from prism_meta.training.outer import Outer, outer_step
-from prism_meta.training.validation import Validation
+from prism_meta.training.outer.optimizer import Outer, outer_step
+from prism_meta.training.validation.validation import Validation
 
 
 @contextmanager

@@ -21,13 +21,13 @@ from prism_meta.data.episodes import Episodes
 from prism_meta.evaluation.windows import patch_of
 from prism_meta.files import writable_folder
 from prism_meta.modalities import Batch
-from prism_meta.training.alignment import COSINE_EVERY
-from prism_meta.training.averaging import AveragedWeights
+from prism_meta.training.folder.weights import save_weights, weights_file
 from prism_meta.training.loggers.following import Loggers
-from prism_meta.training.outer import ALPHA, outer_step
+from prism_meta.training.outer.alignment import COSINE_EVERY
+from prism_meta.training.outer.averaging import AveragedWeights
+from prism_meta.training.outer.optimizer import ALPHA, outer_step
 from prism_meta.training.trainer import Trainer
-from prism_meta.training.validation import Validation
-from prism_meta.training.weights import save_weights, weights_file
+from prism_meta.training.validation.validation import Validation
 
 if TYPE_CHECKING:  # it takes two seconds to import
     from lightning_fabric import Fabric

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from prism_meta.errors import ConfigError
 from prism_meta.training.config import Config
+from prism_meta.training.folder.weights import read_weights
 from prism_meta.training.networks import build_model
 from prism_meta.training.run import Run
-from prism_meta.training.weights import read_weights
 
 #: Names of parameters in one message.
 _SHOWN = 4

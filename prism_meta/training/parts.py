@@ -26,8 +26,8 @@ from prism_meta.training.build import (
 from prism_meta.training.config import Config
 from prism_meta.training.fit import OnStep, fit, inner_steps
 from prism_meta.training.loggers.following import Loggers
-from prism_meta.training.outer import Outer
-from prism_meta.training.validation import Validation
+from prism_meta.training.outer.optimizer import Outer
+from prism_meta.training.validation.validation import Validation
 
 if TYPE_CHECKING:  # it takes two seconds to import
     from lightning_fabric import Fabric

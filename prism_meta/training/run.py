@@ -32,21 +32,27 @@ from prism_meta.data.cases import Case
 from prism_meta.errors import PrismError
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.files import cannot_write, writable_folder, write_whole
-from prism_meta.training import log
 from prism_meta.training.build import build_model, build_predictor
-from prism_meta.training.checkpoint import load_checkpoint
-from prism_meta.training.cleanup_file import CLEANUP, read_cleanup
+from prism_meta.training.cleanup.file import CLEANUP, read_cleanup
 from prism_meta.training.config import Config, load_config
-from prism_meta.training.facts import (
+from prism_meta.training.folder import log
+from prism_meta.training.folder.checkpoint import load_checkpoint
+from prism_meta.training.folder.facts import (
     check_unchanged,
     command_line,
     read_facts,
     read_settings,
     versions,
 )
-from prism_meta.training.lock import LOCK
+from prism_meta.training.folder.lock import LOCK
+from prism_meta.training.folder.weights import (
+    WEIGHTS,
+    Kind,
+    load_weights,
+    weights_file,
+    written_kinds,
+)
 from prism_meta.training.loggers.following import LOGGERS
-from prism_meta.training.weights import WEIGHTS, Kind, load_weights, weights_file, written_kinds
 
 
 @dataclass(frozen=True)

@@ -22,21 +22,21 @@ from prism_meta.evaluation.cleanup import Cleanup
 from prism_meta.evaluation.predictor import Predictor
 from prism_meta.modalities import Batch
 from prism_meta.training.build import build_fabric, build_predictor, build_validation
-from prism_meta.training.cases import load_configured, prepare_configured
-from prism_meta.training.check import check_configuration
-from prism_meta.training.cleanup_choice import choose_cleanup, keep_cleanup
+from prism_meta.training.cleanup.choice import choose_cleanup, keep_cleanup
 from prism_meta.training.config import Config
 from prism_meta.training.fit import OnStep
+from prism_meta.training.folder.places import cache_folder, own_folder
+from prism_meta.training.folder.weights import load_weights, weights_file, written_kinds
 from prism_meta.training.initial import load_initial
 from prism_meta.training.loggers.following import LOGGERS, following
 from prism_meta.training.loggers.kinds import check_loggers
 from prism_meta.training.parts import Own, build_parts, only
-from prism_meta.training.places import cache_folder, own_folder
-from prism_meta.training.processes import Processes
+from prism_meta.training.processes.agreement import Processes
 from prism_meta.training.progress import progress_bars
 from prism_meta.training.run import Run
-from prism_meta.training.splitting import Split, split
-from prism_meta.training.weights import load_weights, weights_file, written_kinds
+from prism_meta.training.setup.cases import load_configured, prepare_configured
+from prism_meta.training.setup.check import check_configuration
+from prism_meta.training.setup.splitting import Split, split
 
 if TYPE_CHECKING:  # it takes two seconds to import
     from lightning_fabric import Fabric

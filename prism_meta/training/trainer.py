@@ -23,21 +23,21 @@ from prism_meta.bilevel.learner import MetaLearner
 from prism_meta.bilevel.strategies import MetaGradient
 from prism_meta.errors import PrismError
 from prism_meta.modalities import Batch
-from prism_meta.training import log
-from prism_meta.training.adaptive import Adaptive
-from prism_meta.training.alignment import Alignment
-from prism_meta.training.averaging import AveragedWeights
-from prism_meta.training.checkpoint import load_checkpoint, save_checkpoint
-from prism_meta.training.communication import mean_meta_gradient
-from prism_meta.training.feedback import Feedback, without_samples
-from prism_meta.training.journal import Journal
-from prism_meta.training.loader import default_workers, load_episodes
+from prism_meta.training.episodes.adaptive import Adaptive
+from prism_meta.training.episodes.feedback import Feedback, without_samples
+from prism_meta.training.episodes.loader import default_workers, load_episodes
+from prism_meta.training.folder import log
+from prism_meta.training.folder.checkpoint import load_checkpoint, save_checkpoint
 from prism_meta.training.loggers.following import Loggers
-from prism_meta.training.processes import Processes
-from prism_meta.training.schedules import go_to
-from prism_meta.training.selection import Selection
+from prism_meta.training.loggers.journal import Journal
+from prism_meta.training.outer.alignment import Alignment
+from prism_meta.training.outer.averaging import AveragedWeights
+from prism_meta.training.outer.schedules import go_to
+from prism_meta.training.processes.agreement import Processes
+from prism_meta.training.processes.communication import mean_meta_gradient
 from prism_meta.training.stopping import TrainingStopped
-from prism_meta.training.validation import Validation
+from prism_meta.training.validation.selection import Selection
+from prism_meta.training.validation.validation import Validation
 
 if TYPE_CHECKING:  # it takes two seconds to import
     from lightning_fabric import Fabric

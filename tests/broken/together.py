@@ -62,19 +62,22 @@ TOGETHER: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("meta_temperature: only meta_loss = soft_worst has one",),
     ),
     "shared state of SGD": (
-        ("meta.inner_state=shared",),
+        ("meta.inner_state=shared", "meta.strategy=first_order"),
         ("inner_state: shared needs inner = adamw",),
     ),
     "shared state without inner steps": (
         ("meta.inner_state=shared", "meta.inner=adamw", "meta.strategy=single_level"),
-        ("inner_state: shared does not go with single_level",),
+        (
+            "inner: single_level takes no inner steps; leave it out",
+            "inner_state: single_level takes no inner steps; leave it out",
+        ),
     ),
     "epsilon without Reptile": (
         ("meta.epsilon=0.5",),
-        ("meta: epsilon: first_order has none; leave it out, or use reptile",),
+        ("meta: epsilon: single_level has none; leave it out, or use reptile",),
     ),
     "parameters of nobody": (
-        ("meta.outer_parameters=fusions.*", "meta.alpha=0"),
+        ("meta.strategy=first_order", "meta.outer_parameters=fusions.*", "meta.alpha=0"),
         ("meta: alpha, outer_parameters: with alpha 0",),
     ),
     "hard masks without all subsets": (

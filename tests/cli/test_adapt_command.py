@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import prism_meta as pm
-from prism_meta.training import adapt as adapt_module
-from prism_meta.training.adaptation_result import adaptation_of
-from prism_meta.training.lock import LOCK
+from prism_meta.training.adaptation import adapt as adapt_module
+from prism_meta.training.adaptation.result import adaptation_of
+from prism_meta.training.folder.lock import LOCK
+from prism_meta.training.folder.weights import save_weights, weights_file
 from prism_meta.training.networks import build_model
-from prism_meta.training.weights import save_weights, weights_file
 
 QUICK = ("--steps", 2, "--lr", 0.01)
 

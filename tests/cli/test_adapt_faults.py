@@ -12,7 +12,7 @@ from test_adapt_command import QUICK, write_run
 
 import prism_meta as pm
 from prism_meta.errors import CaseError, PrismError
-from prism_meta.training import adapt as adapt_module
+from prism_meta.training.adaptation import adapt as adapt_module
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_an_interrupted_call_leaves_no_run_and_can_be_repeated(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"prism_meta.training.adapt.{place}", interrupt)
+        patch.setattr(f"prism_meta.training.adaptation.adapt.{place}", interrupt)
         code, output = run("adapt", source, cases, "--out", out, *options)
     assert code == 128 + signal.SIGINT
     assert "interrupted; no file is half-written, run the same command again" in output

@@ -17,7 +17,7 @@ from prism_meta.cli.unfinished import UNFINISHED
 from prism_meta.data.cases import Case
 from prism_meta.evaluation.cleanup import Cleanup, RegionRule
 from prism_meta.evaluation.predictor import Predictor
-from prism_meta.training.cleanup_file import CLEANUP, Chosen, read_cleanup, write_cleanup
+from prism_meta.training.cleanup.file import CLEANUP, Chosen, read_cleanup, write_cleanup
 
 NAMES = ("p0", "p1", "p2")
 #: A rule that leaves nothing of any prediction.

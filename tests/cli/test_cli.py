@@ -22,7 +22,7 @@ from prism_meta.bilevel.strategies import ALL_STRATEGIES
 from prism_meta.data.cases import Case
 from prism_meta.records import HEADER
 from prism_meta.training import trainer
-from prism_meta.training.facts import command_line
+from prism_meta.training.folder.facts import command_line
 
 VOLUMES = ("data.patch=[16,16,8]",)
 
@@ -120,9 +120,15 @@ def test_volumes_and_another_label_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "meta",
     [
-        ("meta.inner_steps=2",),
-        ("meta.inner=adamw", "meta.inner_state=carried"),
-        ("meta.inner=adamw", "meta.inner_state=shared", "meta.episodes=2"),
+        ("meta.strategy=first_order", "meta.inner_steps=2"),
+        ("meta.strategy=first_order", "meta.inner=adamw", "meta.inner_state=carried"),
+        (
+            "meta.strategy=first_order",
+            "meta.inner=adamw",
+            "meta.inner_state=shared",
+            "meta.episodes=2",
+        ),
+        ("meta.episodes=2",),
         ("meta.strategy=reptile",),
         ("objective.weighting=preference", "objective.preference_rate=0.5"),
         ("objective.weighting=learned", "meta.strategy=second_order"),

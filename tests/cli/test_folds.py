@@ -12,7 +12,7 @@ from commands import errors, run, settings
 
 import prism_meta as pm
 from prism_meta.cli import plan_command, train_command
-from prism_meta.training.cleanup_file import CLEANUP
+from prism_meta.training.cleanup.file import CLEANUP
 from prism_meta.training.config import Config
 
 TWO = settings("training.steps=2")

@@ -16,7 +16,7 @@ from disk import PARTIAL, FullDisk, State, longest_file, read, restore, states_o
 from niftis import write_cases
 
 from prism_meta.training import train as train_module
-from prism_meta.training.lock import HOLDER
+from prism_meta.training.folder.lock import HOLDER
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="file names of this system differ"),
@@ -25,7 +25,8 @@ pytestmark = [
 
 OPTIONS = settings(
     'data.modalities=["flair","t1"]', "training.steps=2", "training.checkpoint_every=1", "data.holdout=1",
-    "meta.inner=adamw", "meta.inner_state=carried", "objective.weighting=learned",
+    "meta.strategy=first_order", "meta.inner=adamw", "meta.inner_state=carried",
+    "objective.weighting=learned",
 )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from niftis import write_case, write_cases
 
 import prism_meta as pm
 from prism_meta.evaluation.predictor import Predictor
-from prism_meta.training.ensembles import ensemble_predictor
+from prism_meta.training.prediction.ensembles import ensemble_predictor
 
 KINDS = ("probabilities", "uncertainty", "disagreement")
 

@@ -9,8 +9,10 @@ import pytest
 from commands import errors, run
 from niftis import write_cases
 
-from prism_meta.training import plan_result, plan_search, planning
 from prism_meta.training.config import load_config
+from prism_meta.training.planning import plan as planning
+from prism_meta.training.planning import result as plan_result
+from prism_meta.training.planning import search as plan_search
 
 pytestmark = pytest.mark.usefixtures("memory_by_voxels")
 

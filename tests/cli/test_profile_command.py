@@ -11,8 +11,8 @@ from commands import errors, run, run_json, settings
 from niftis import write_cases
 
 from prism_meta.bilevel.strategies import ALL_STRATEGIES
-from prism_meta.training import profiling
-from prism_meta.training.profile_size import typical_size
+from prism_meta.training.profiling import profile as profiling
+from prism_meta.training.profiling.size import typical_size
 from prism_meta.training.run import Run
 
 

@@ -28,7 +28,7 @@ from prism_meta.data.subset_masks import OneSubsetMask
 from prism_meta.errors import ConfigError
 from prism_meta.modalities import Batch
 from prism_meta.step_batches import StepBatches
-from prism_meta.training.loader import load_episodes
+from prism_meta.training.episodes.loader import load_episodes
 
 
 def equal(a: tuple[Batch, Batch], b: tuple[Batch, Batch]) -> bool:

@@ -18,9 +18,9 @@ from prism_meta.data.cases import Case
 from prism_meta.data.splits import draw_folds, draw_holdout, read_folds
 from prism_meta.errors import ConfigError
 from prism_meta.training.build import build_episodes, build_fabric
-from prism_meta.training.cases import load_configured, prepare_configured
-from prism_meta.training.processes import Processes
-from prism_meta.training.splitting import split
+from prism_meta.training.processes.agreement import Processes
+from prism_meta.training.setup.cases import load_configured, prepare_configured
+from prism_meta.training.setup.splitting import split
 
 NAMES = ("flair", "t1ce", "t1", "t2")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from prism_meta.cli.train_command import run_train
 
 ROOT = Path(__file__).parents[2]
 EVIDENCE: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks" / "evidence.py"))
@@ -34,6 +37,23 @@ def test_a_verdict_follows_from_the_interval(
 ) -> None:
     row = {"mean_difference_low": str(low), "mean_difference_high": str(high), "seeds": str(seeds)}
     assert EVIDENCE["verdict"](row, "mean", side) == told
+
+
+def test_the_advice_is_the_same_everywhere() -> None:
+    """In the README and in the help of ``train``."""
+    told = {
+        name: " ".join(re.sub(r"[`*\[\]]", "", text).split())
+        for name, text in {
+            "README": (ROOT / "README.md").read_text(encoding="utf-8"),
+            "help": str(run_train.__doc__),
+        }.items()
+    }
+    advice = (
+        "Train with one level: no second level was better at equal time in the studies of this project. Use "
+        "meta.strategy=first_order to reproduce Meta-Drop, and second_order where a gradient has to pass "
+        "through the inner steps, e.g. for learned rates."
+    )
+    assert all(advice in text for text in told.values()), told["help"]
 
 
 def test_the_folds_of_one_seed_are_as_many_trainings() -> None:

@@ -10,7 +10,7 @@ import pytest
 from shaken import NETS, shaken_run
 
 from prism_meta.export.preprocessing import preprocessing
-from prism_meta.training.cases import file_names
+from prism_meta.training.setup.cases import file_names
 
 LGE = ('data.modalities=["lge", "t1", "t1ce"]', 'data.files={ lge = ["*_DE*", "late_*.nii.gz"] }')
 

@@ -20,7 +20,7 @@ from shaken import NETS, shaken_run
 from prism_meta.data.phantom import write_phantoms
 from prism_meta.export.formats import export_run
 from prism_meta.modalities import BRATS
-from prism_meta.training.cases import find_configured
+from prism_meta.training.setup.cases import find_configured
 
 Array = NDArray[Any]
 

@@ -17,9 +17,9 @@ from torch import nn
 
 import prism_meta as pm
 from prism_meta.data.cache import CachedCase, prepare
-from prism_meta.training.adaptation import Adapter, _groups
-from prism_meta.training.adaptation_choice import Setting
-from prism_meta.training.one_subset import OneSubsetValidation
+from prism_meta.training.adaptation.choice import Setting
+from prism_meta.training.adaptation.fine_tuning import Adapter, _groups
+from prism_meta.training.validation.one_subset import OneSubsetValidation
 
 NAMES = ("flair", "t1")
 CONFIG = pm.load_config(

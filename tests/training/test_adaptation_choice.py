@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from prism_meta.training.adaptation_choice import HeldOut, Setting, choose, mean_and_error
+from prism_meta.training.adaptation.choice import HeldOut, Setting, choose, mean_and_error
 
 SHORT, LONG, FAST = Setting(1e-3, 10), Setting(1e-3, 20), Setting(3e-3, 10)
 

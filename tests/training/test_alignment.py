@@ -19,8 +19,8 @@ from prism_meta.bilevel.alignment import cosine, single_level_gradient
 from prism_meta.bilevel.inner import SGD
 from prism_meta.bilevel.learner import MetaLearner
 from prism_meta.bilevel.strategies import FirstOrder, MetaGradient, MetaStrategy, SecondOrder
-from prism_meta.training.alignment import Alignment
 from prism_meta.training.fit import fit
+from prism_meta.training.outer.alignment import Alignment
 
 # ---------------------------------------------------------------------------------- a quadratic problem
 

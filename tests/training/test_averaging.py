@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prism_meta.training.averaging import AveragedWeights
-from prism_meta.training.schedules import factor, scheduled
+from prism_meta.training.outer.averaging import AveragedWeights
+from prism_meta.training.outer.schedules import factor, scheduled
 
 
 def test_the_average_is_that_of_its_recursion() -> None:

@@ -15,11 +15,11 @@ from prism_meta.modalities import Batch
 from prism_meta.networks.fusion import MeanFusion
 from prism_meta.networks.prism import PrismNet
 from prism_meta.networks.wrapped import wrap
-from prism_meta.training import check
 from prism_meta.training.build import build_model, build_objective
-from prism_meta.training.check import check_configuration
 from prism_meta.training.config import Config, load_config
 from prism_meta.training.config.baselines import BASELINES
+from prism_meta.training.setup import check
+from prism_meta.training.setup.check import check_configuration
 from prism_meta.training.shapes import Shapes
 
 GIB = 2**30
@@ -39,10 +39,10 @@ def test_what_can_be_trained_passes(baseline: str, patch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "override",
+    "overrides",
     [
         "objective.weighting=preference",
-        "objective.weighting=learned",
+        "objective.weighting=learned meta.strategy=first_order",
         "objective.prototype=similarity",
         "objective.weighted=true",
         "model.fusion=attention",
@@ -50,8 +50,8 @@ def test_what_can_be_trained_passes(baseline: str, patch: str) -> None:
         "fabric.precision=bf16-mixed",
     ],
 )
-def test_every_objective_and_fusion_passes(override: str) -> None:
-    check_configuration(load_config(overrides=["data.patch=[16, 16]", override]))
+def test_every_objective_and_fusion_passes(overrides: str) -> None:
+    check_configuration(load_config(overrides=["data.patch=[16, 16]", *overrides.split()]))
 
 
 @pytest.mark.parametrize(

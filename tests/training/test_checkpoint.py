@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prism_meta.errors import OutputError, PrismError
-from prism_meta.training.checkpoint import load_checkpoint, previous, save_checkpoint
+from prism_meta.training.folder.checkpoint import load_checkpoint, previous, save_checkpoint
 
 CPU = torch.device("cpu")
 

@@ -20,10 +20,10 @@ import prism_meta as pm
 from prism_meta.data.cache import CachedCase
 from prism_meta.errors import PrismError
 from prism_meta.evaluation.cleanup import Cleanup, RegionRule
-from prism_meta.training.cleanup_choice import CANDIDATES, candidate_dice, choose_cleanup
-from prism_meta.training.cleanup_file import CLEANUP, Chosen, read_cleanup, write_cleanup
-from prism_meta.training.processes import Processes
-from prism_meta.training.validation import Validation
+from prism_meta.training.cleanup.choice import CANDIDATES, candidate_dice, choose_cleanup
+from prism_meta.training.cleanup.file import CLEANUP, Chosen, read_cleanup, write_cleanup
+from prism_meta.training.processes.agreement import Processes
+from prism_meta.training.validation.validation import Validation
 
 WATCHED = pm.load_config(overrides=["validation.cases=1"])
 

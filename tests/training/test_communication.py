@@ -16,7 +16,7 @@ from prism_meta.bilevel.learner import MetaLearner
 from prism_meta.bilevel.strategies import FirstOrder, SecondOrder
 from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights
-from prism_meta.training.communication import mean_over_processes, mean_state
+from prism_meta.training.processes.communication import mean_over_processes, mean_state
 from prism_meta.training.trainer import Trainer
 
 pytestmark = pytest.mark.slow

@@ -13,11 +13,12 @@ from resuming import assert_resumed_equals
 import prism_meta as pm
 from prism_meta.errors import ConfigError
 from prism_meta.training.build import build_model, build_owner, build_strategy
-from prism_meta.training.check import check_configuration
 from prism_meta.training.config import load_config
+from prism_meta.training.setup.check import check_configuration
 
 DIVIDED = (
-    *SMALL, "model.network=conditioned_unet", 'meta.outer_parameters=["*films*", "*code*"]', "meta.alpha=1",
+    *SMALL, "meta.strategy=first_order", "model.network=conditioned_unet",
+    'meta.outer_parameters=["*films*", "*code*"]', "meta.alpha=1",
     "objective.unimodal=false",
 )  # fmt: skip
 
@@ -33,7 +34,7 @@ def test_the_patterns_divide_the_parameters() -> None:
         assert owns(name) is outer
         assert strategy.adapt(name) is not outer  # type: ignore[attr-defined]
     assert build_owner(load_config().meta, model) is None
-    one = load_config(overrides=["meta.outer_parameters=fusions.*"])
+    one = load_config(overrides=["meta.strategy=first_order", "meta.outer_parameters=fusions.*"])
     assert one.meta.outer_parameters == ("fusions.*",)
     owns = build_owner(one.meta, build_model(one))
     assert owns is not None and owns("fusions.0.attention.weight") and not owns("decoder.head.bias")
@@ -67,7 +68,7 @@ def test_a_run_with_divided_parameters_resumes(cases: Path, tmp_path: Path, stat
             "for these; use first_order or second_order, or leave it out",
         ),
         (
-            ["meta.outer_parameters=*films*", "meta.alpha=0"],
+            ["meta.strategy=first_order", "meta.outer_parameters=*films*", "meta.alpha=0"],
             "meta: alpha, outer_parameters: with alpha 0 all parameters but these would never change; "
             "use alpha 1",
         ),
@@ -81,7 +82,8 @@ def test_what_does_not_go_together(overrides: list[str], fault: str) -> None:
 def test_patterns_that_divide_nothing_are_refused_before_anything_is_written(
     cases: Path, tmp_path: Path, pattern: str
 ) -> None:
-    config = load_config(overrides=[*SMALL, f"meta.outer_parameters={pattern}"])
+    own = ("meta.strategy=first_order", f"meta.outer_parameters={pattern}")
+    config = load_config(overrides=[*SMALL, *own])
     total = len(list(build_model(config).parameters()))
     count = total if pattern == "*" else 0
     message = (
@@ -91,5 +93,5 @@ def test_patterns_that_divide_nothing_are_refused_before_anything_is_written(
     )
     assert faults_of(lambda: check_configuration(config), ConfigError) == (message,)
     out = tmp_path / "run"
-    code, output = run("train", cases, "--out", out, *settings(f"meta.outer_parameters={pattern}"))
+    code, output = run("train", cases, "--out", out, *settings(*own))
     assert (code, errors(output)) == (2, [message]) and not out.exists()

@@ -19,8 +19,8 @@ import prism_meta as pm
 from prism_meta.bilevel.strategies import MetaGradient
 from prism_meta.data.cache import CachedCase, prepare
 from prism_meta.errors import ConfigError, PrismError
-from prism_meta.training.feedback import BLOCK, SAMPLES, Feedback
-from prism_meta.training.loader import default_workers, load_episodes
+from prism_meta.training.episodes.feedback import BLOCK, SAMPLES, Feedback
+from prism_meta.training.episodes.loader import default_workers, load_episodes
 
 STEPS = 5 * BLOCK
 
@@ -211,13 +211,17 @@ def test_group_dro_from_the_configuration(cases: Path, tmp_path: Path, strategy:
     assert len(state["train.log_q"].unique()) > 1
 
 
-@pytest.mark.parametrize("strategy", ["reptile", "single_level", "second_order"])
-def test_hard_masks_from_the_configuration(cases: Path, tmp_path: Path, strategy: str) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "steps"), [("reptile", 2), ("single_level", 1), ("second_order", 2)]
+)
+def test_hard_masks_from_the_configuration(
+    cases: Path, tmp_path: Path, strategy: str, steps: int
+) -> None:
     config = pm.load_config(
         overrides=[
             "data.spacing=[1,1,1]", "data.patch=[16,16]", "data.batch_size=2", "model.width=2",
             "model.depth=2", "training.steps=3", "masks.train=hard", "masks.power=2",
-            f"meta.strategy={strategy}", "meta.inner_steps=2",
+            f"meta.strategy={strategy}", f"meta.inner_steps={steps}",
         ]
     )  # fmt: skip
     trained = pm.train(cases, config, out=tmp_path / "run", progress=False)
@@ -276,7 +280,7 @@ def test_task_episodes_from_the_configuration(cases: Path) -> None:
         overrides=[
             "data.spacing=[1,1,1]", "data.patch=[16,16]", "data.batch_size=2", "model.width=2",
             "model.depth=2", "training.steps=2", "episodes.kind=task", "episodes.support=2",
-            "meta.inner_steps=2",
+            "meta.strategy=first_order", "meta.inner_steps=2",
         ]
     )  # fmt: skip
     history = pm.train(cases, config, progress=False).history
@@ -319,7 +323,7 @@ def test_keys_that_would_do_nothing(overrides: list[str], says: str) -> None:
 
 
 def test_pinned_episodes_keep_their_types(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prism_meta.training import loader
+    from prism_meta.training.episodes import loader
 
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
     image, mask = torch.rand(1, 2, 4, 4), torch.ones(1, 2).bool()
@@ -364,7 +368,7 @@ def test_workers_by_default(
     episodes: int,
     expected: int,
 ) -> None:
-    monkeypatch.setattr("prism_meta.training.loader._cores", lambda: cores)
+    monkeypatch.setattr("prism_meta.training.episodes.loader._cores", lambda: cores)
     fabric: Any = SimpleNamespace(
         device=torch.device(device), world_size=processes, strategy=SimpleNamespace(num_nodes=1)
     )

@@ -25,7 +25,7 @@ from prism_meta.networks.wrapped import wrap
 from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights
 from prism_meta.training.fit import fit
-from prism_meta.training.outer import outer_step
+from prism_meta.training.outer.optimizer import outer_step
 
 EPISODES = [
     (prism_batch([[True] * 3], 4, 4, seed=t), prism_batch([[True] * 3], 4, 4, seed=50 + t))

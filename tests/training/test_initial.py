@@ -13,12 +13,12 @@ from torch import nn
 import prism_meta as pm
 from prism_meta.errors import ConfigError, PrismError
 from prism_meta.training.config import Config
+from prism_meta.training.folder.weights import save_weights
 from prism_meta.training.initial import load_initial, settings_of
 from prism_meta.training.networks import build_model
 from prism_meta.training.run import Run
-from prism_meta.training.weights import save_weights
 
-SIZE = ("data.patch=[16, 16]", "data.spacing=[1, 1, 1]")
+SIZE = ("data.patch=[16, 16]", "data.spacing=[1, 1, 1]", "training.ema=0")
 NETWORKS = {
     "region_aware": ("model.width=2", "model.depth=2"),
     "attention": ("model.width=2", "model.depth=2", "model.fusion=attention"),
@@ -171,7 +171,7 @@ def test_a_training_starts_from_a_run(cases: Path, tmp_path: Path) -> None:
     first = tmp_path / "first"
     assert run("train", cases, "--out", first, *settings())[0] == 0
     # An inner and outer rate of nearly 0 leave the weights where they started.
-    still = ("training.lr=1e-12", "meta.alpha=0", "training.steps=1", "training.weight_decay=0")
+    still = ("training.lr=1e-12", "training.steps=1", "training.weight_decay=0")
     options = [part for value in still for part in ("--set", value)]
     second = tmp_path / "second"
     code, output = run(
@@ -214,7 +214,7 @@ def test_a_run_that_has_not_ended_is_refused(cases: Path, tmp_path: Path) -> Non
 def test_a_model_of_ones_own_needs_the_same_modalities(cases: Path, tmp_path: Path) -> None:
     source, old = trained(tmp_path / "run", config(pm.BRATS, *NETWORKS["unet"]))
     own = build_model(config(pm.BRATS, *NETWORKS["unet"]))
-    still = ("training.steps=1", "training.lr=1e-12", "meta.alpha=0", "training.weight_decay=0",
+    still = ("training.steps=1", "training.lr=1e-12", "training.weight_decay=0",
              "data.batch_size=2", f"training.init='{source.folder}'")  # fmt: skip
     pm.train(cases, config(pm.BRATS, *still), model=own, progress=False)
     for name, value in own.state_dict().items():

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 import prism_meta as pm
 from prism_meta.errors import ConfigError
-from prism_meta.training.journal import Journal
 from prism_meta.training.loggers import kinds
 from prism_meta.training.loggers.following import Loggers, following
+from prism_meta.training.loggers.journal import Journal
 from prism_meta.training.loggers.kinds import Kind, Status
 from prism_meta.training.loggers.picture import draw_outlines
 from prism_meta.training.stopping import TrainingStopped

@@ -15,10 +15,13 @@ from torch.utils._pytree import tree_leaves
 from prism_meta.networks.wrapped import wrap
 from prism_meta.training.build import build_model, build_objective, build_strategy
 from prism_meta.training.config import load_config
-from prism_meta.training.memory import step_memory
-from prism_meta.training.trial import random_batch
+from prism_meta.training.profiling.memory import step_memory
+from prism_meta.training.profiling.trial import random_batch
 
-SMALL = ("data.patch=[32, 32]", "data.batch_size=2", "model.width=4", "model.depth=2")
+SMALL = (
+    "data.patch=[32, 32]", "data.batch_size=2", "model.width=4", "model.depth=2",
+    "meta.strategy=first_order", "training.ema=0",
+)  # fmt: skip
 
 
 class Alive(TorchDispatchMode):

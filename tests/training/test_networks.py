@@ -11,10 +11,11 @@ from torch import nn
 
 import prism_meta as pm
 from prism_meta.errors import ConfigError
-from prism_meta.training import plan_search, planning
-from prism_meta.training.check import check_configuration
-from prism_meta.training.memory import step_memory
 from prism_meta.training.networks import build_model
+from prism_meta.training.planning import plan as planning
+from prism_meta.training.planning import search as plan_search
+from prism_meta.training.profiling.memory import step_memory
+from prism_meta.training.setup.check import check_configuration
 
 #: A module of a user's own, in the current folder.
 OWN = """

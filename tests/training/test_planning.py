@@ -13,13 +13,15 @@ from helpers import faults_of
 
 from prism_meta.errors import ConfigError, PrismError
 from prism_meta.modalities import BRATS
-from prism_meta.training import plan_result, plan_search, planning
 from prism_meta.training.config import Config, load_config
-from prism_meta.training.plan_result import OUTSIDE, Plan
-from prism_meta.training.plan_search import drawn_masks, most_shown
-from prism_meta.training.planning import default_memory, plan, with_steps
-from prism_meta.training.survey_result import CaseSurvey, Survey
-from prism_meta.training.trial import seconds_per_step
+from prism_meta.training.planning import plan as planning
+from prism_meta.training.planning import result as plan_result
+from prism_meta.training.planning import search as plan_search
+from prism_meta.training.planning.plan import default_memory, plan, with_steps
+from prism_meta.training.planning.result import OUTSIDE, Plan
+from prism_meta.training.planning.search import drawn_masks, most_shown
+from prism_meta.training.profiling.trial import seconds_per_step
+from prism_meta.training.survey.result import CaseSurvey, Survey
 
 CONFIG = load_config(overrides=["fabric.accelerator=cpu"])
 Grid = tuple[tuple[int, int, int], tuple[float, float, float], int]
@@ -255,7 +257,9 @@ def test_seconds_are_of_real_steps() -> None:
 
 def test_masks_are_those_of_the_episodes() -> None:
     """Without t1 in any case, no episode shows it; K inner steps have K masks."""
-    config = load_config(overrides=["meta.inner_steps=2", "masks.train=static"])
+    config = load_config(
+        overrides=["meta.strategy=first_order", "meta.inner_steps=2", "masks.train=static"]
+    )
     without = tuple(name for name in BRATS if name != "t1")
     masks = most_shown(drawn_masks(config, found(BRAIN, BRAIN, modalities=[without])))
     assert len(masks) == 3

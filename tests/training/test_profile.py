@@ -17,9 +17,9 @@ from prism_meta.networks.prism import PrismNet
 from prism_meta.networks.wrapped import wrap
 from prism_meta.training.build import build_model
 from prism_meta.training.config import load_config
-from prism_meta.training.profile_prediction import CaseSize, call_work, profile_prediction
-from prism_meta.training.profile_result import PredictionProfile
-from prism_meta.training.profile_training import profile_training
+from prism_meta.training.profiling.prediction import CaseSize, call_work, profile_prediction
+from prism_meta.training.profiling.result import PredictionProfile
+from prism_meta.training.profiling.steps import profile_training
 
 CPU = torch.device("cpu")
 ALL = torch.ones(1, 4, dtype=torch.bool)
@@ -46,7 +46,7 @@ def test_flops_of_training_are_the_closed_form(monkeypatch: pytest.MonkeyPatch) 
     """A first-order step: a forward and a backward pass at phi, and at phi~."""
     net, layers = convolutions(2)
     monkeypatch.setattr(
-        "prism_meta.training.memory.build_objective",
+        "prism_meta.training.profiling.memory.build_objective",
         lambda *_: (
             lambda forward, batch: (
                 forward(batch.image, batch.mask, unimodal=False).fused.square().mean()
@@ -164,16 +164,20 @@ def test_the_model_keeps_its_mode_and_its_weights() -> None:
 
 
 def test_a_strategy_that_cannot_train_the_model_has_a_fault() -> None:
-    """An inner state that single-level training does not have; the others are profiled."""
-    config = load_config(overrides=[*SMALL, "meta.inner_state=shared", "meta.inner=adamw"])
+    """An inner state that Reptile does not have; the others are profiled, those without one, too."""
+    shared = ("meta.strategy=first_order", "meta.inner_state=shared", "meta.inner=adamw")
+    config = load_config(overrides=[*SMALL, *shared])
     made = profile_training(
-        config, wrap(convolutions(2)[0]), ["single_level", "first_order"], device=CPU, rounds=2
+        config,
+        wrap(convolutions(2)[0]),
+        ["reptile", "single_level", "first_order"],
+        device=CPU,
+        rounds=2,
     )
-    single, first = made.strategies
-    assert single.fault == (
-        "inner_state: shared does not go with single_level; use fresh or carried"
-    )
-    assert single.step is None and first.fault is None and first.step is not None
+    reptile, *others = made.strategies
+    assert reptile.fault == "inner_state: shared does not go with reptile; use fresh or carried"
+    assert reptile.step is None
+    assert all(each.fault is None and each.step is not None for each in others)
 
 
 def test_several_episodes_cost_as_often() -> None:

@@ -18,7 +18,7 @@ from prism_meta.errors import ConfigError
 from prism_meta.training.build import build_outer, build_strategy
 from prism_meta.training.config import load_config
 from prism_meta.training.fit import fit
-from prism_meta.training.schedules import factor
+from prism_meta.training.outer.schedules import factor
 
 RECIPE = (
     *SMALL, "meta.strategy=reptile", "meta.inner=adamw", "meta.inner_state=carried", "meta.inner_steps=15",
@@ -95,10 +95,10 @@ def test_the_recipe_of_the_configuration_trains_and_resumes(
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        ("meta.epsilon=0.5", "meta: epsilon: first_order has none; leave it out, or use reptile"),
+        ("meta.epsilon=0.5", "meta: epsilon: single_level has none; leave it out, or use reptile"),
         (
             "meta.step_weights=arithmetic",
-            "meta: step_weights: first_order has none; leave it out, or use reptile",
+            "meta: step_weights: single_level has none; leave it out, or use reptile",
         ),
     ],
 )

@@ -10,7 +10,7 @@ from helpers import faults_of
 from prism_meta.data.cases import Case
 from prism_meta.errors import ConfigError
 from prism_meta.training.config import load_config
-from prism_meta.training.splitting import split
+from prism_meta.training.setup.splitting import split
 
 NAME = "Jos\u00e9"
 FORMS = ("NFC", "NFD")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from prism_meta.errors import ConfigError
 from prism_meta.training import run as run_module
 from prism_meta.training import stopping, trainer
-from prism_meta.training.lock import HOLDER, LOCK, locked
+from prism_meta.training.folder.lock import HOLDER, LOCK, locked
 from prism_meta.training.stopping import StopRequest, duration
 
 OPTIONS = settings("training.steps=6", "training.checkpoint_every=4", "training.augment=false")
@@ -243,7 +243,7 @@ def test_processes_that_load_data_do_not_keep_the_lock_of_a_killed_training(tmp_
     code = (
         "import os, signal, sys, time\n"
         "from pathlib import Path\n"
-        "from prism_meta.training.lock import locked\n"
+        "from prism_meta.training.folder.lock import locked\n"
         "with locked(Path(sys.argv[1])):\n"
         "    child = os.fork()\n"
         "    if child == 0:\n"

@@ -15,8 +15,8 @@ from niftis import affine_of, save
 
 from prism_meta.data import cases as data_cases
 from prism_meta.training.config import Config, load_config
-from prism_meta.training.survey import survey
-from prism_meta.training.survey_result import Spread
+from prism_meta.training.survey.result import Spread
+from prism_meta.training.survey.survey import survey
 
 NAMES = ("flair", "t1", "t2")
 SHAPES = ((10, 12, 8), (10, 12, 8), (10, 14, 6))

@@ -193,7 +193,9 @@ def test_an_unknown_strategy_lists_the_known_ones_with_a_guess() -> None:
 
 @pytest.mark.parametrize("kind", ALL_STRATEGIES, ids=lambda kind: kind.name)
 def test_every_strategy_is_built_with_its_options(kind: type[pm.MetaStrategy]) -> None:
-    config = MetaConfig(strategy=kind.name, inner_steps=2, proximal=3.0, cg_steps=4)
+    config = MetaConfig(
+        strategy=kind.name, inner_steps=2 if kind.adapts else 1, proximal=3.0, cg_steps=4
+    )
     built: Any = build_strategy(config, torch.tensor(0.1), weight_decay=0.0)
     assert type(built) is kind
     assert {name: getattr(built, name) for name in kind.options} == {

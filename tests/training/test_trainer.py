@@ -30,9 +30,9 @@ from prism_meta.modalities import Batch
 from prism_meta.objective.prism import PrismObjective
 from prism_meta.objective.weighting import LearnedWeights, RelativePreference, Weighting
 from prism_meta.training.build import build_objective, build_strategy
-from prism_meta.training.communication import mean_meta_gradient
 from prism_meta.training.config.meta import MetaConfig
 from prism_meta.training.config.schema import Config, load_config
+from prism_meta.training.processes.communication import mean_meta_gradient
 from prism_meta.training.trainer import Trainer
 
 MASK = [[True, True, False], [True, False, True], [False, True, True]]
@@ -285,6 +285,7 @@ def test_the_config_builds_what_it_says() -> None:
     assert isinstance(weighting, RelativePreference) and weighting.gamma == 0.3
     torch.testing.assert_close(weighting.factor, torch.tensor([1.25, 2.0, 1.0]))
     overrides = [
+        "meta.strategy=first_order",
         "objective.weighting=learned",
         "objective.beta=[0.1,0.2,0.3]",
         'data.modalities=["a","b","c"]',

@@ -20,12 +20,12 @@ from torch import nn
 import prism_meta as pm
 from prism_meta.data.cache import CachedCase, prepare
 from prism_meta.errors import ConfigError
-from prism_meta.training.processes import Processes
-from prism_meta.training.selection import Best, Selection
-from prism_meta.training.splitting import split
+from prism_meta.training.folder.weights import weights_file
+from prism_meta.training.processes.agreement import Processes
+from prism_meta.training.setup.splitting import split
 from prism_meta.training.stopping import TrainingStopped
-from prism_meta.training.validation import Validation
-from prism_meta.training.weights import weights_file
+from prism_meta.training.validation.selection import Best, Selection
+from prism_meta.training.validation.validation import Validation
 
 WATCHED = ("validation.cases=1", "validation.every=2", "training.ema=0.9")
 
@@ -241,7 +241,7 @@ def test_training_ends_early_and_can_be_extended(root: Path, tmp_path: Path) -> 
     # With a rate of nearly 0 nothing becomes better.
     config = pm.load_config(
         overrides=[*SMALL, "validation.cases=1", "validation.every=1", "validation.patience=2",
-                   "training.steps=9", "training.lr=1e-12", "meta.alpha=0"]
+                   "training.steps=9", "training.lr=1e-12"]
     )  # fmt: skip
     out = tmp_path / "run"
     trained = pm.train(root, config, out=out, progress=False)

@@ -71,10 +71,10 @@ class SingleLevel(FunctionalStrategy):
 class FirstOrder(AdjointStrategy):
     """E3: the gradient of L_meta at phi~, with phi~ taken as a constant.
 
-    Use it first: two units of time at K = 1, and no second derivative is needed. It ignores how phi~
-    depends on phi, an error of order eta_in. Learned hyper-parameters of the inner optimizer and learned
-    weights of the objective (E12, by one forward-mode pass per inner step) do get their gradient. It
-    takes the inner gradients as constants of phi, which is exact at K = 1.
+    The cheapest second level: two units of time at K = 1, and no second derivative is needed. It ignores
+    how phi~ depends on phi, an error of order eta_in. Learned hyper-parameters of the inner optimizer and
+    learned weights of the objective (E12, by one forward-mode pass per inner step) do get their gradient.
+    It takes the inner gradients as constants of phi, which is exact at K = 1.
 
     Args:
         inner: the inner optimizer, e.g. ``SGD(0.05)``.

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from prism_meta.bilevel.strategies import FirstOrder, MetaStrategy
+from prism_meta.bilevel.strategies import MetaStrategy, SingleLevel
 from prism_meta.bilevel.strategies.registry import ALL_STRATEGIES, strategy_named
 from prism_meta.bilevel.strategies.reptile import EPSILON, StepWeights
 from prism_meta.errors import ConfigError, raise_faults
@@ -19,18 +19,28 @@ from prism_meta.training.config.types import (
     Share,
     listed,
 )
-from prism_meta.training.outer import ALPHA
+from prism_meta.training.outer.optimizer import ALPHA
 
 Epsilon = Annotated[float, Field(strict=True, gt=0, le=1)]
 #: A pattern of parameter names, with * and ?.
 Pattern = Annotated[str, Field(strict=True, min_length=1)]
+#: Keys that say nothing to a strategy without inner steps.
+INNER_KEYS = (
+    "inner",
+    "inner_lr",
+    "inner_momentum",
+    "inner_decay",
+    "inner_steps",
+    "inner_state",
+    "alpha",
+)
 
 
 class MetaConfig(Section):
     """The two levels: the strategy, its inner steps, and the pull of E2."""
 
     #: Name of a registered strategy, see ``register_strategy``.
-    strategy: str = FirstOrder.name
+    strategy: str = SingleLevel.name
     inner: Literal["sgd", "adamw"] = "sgd"
     inner_lr: NotNegative = 0.05
     inner_momentum: Share = 0.0
@@ -80,22 +90,28 @@ class MetaConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> MetaConfig:
-        if self.inner_state == "shared" and self.inner != "adamw":
-            raise ValueError(
-                "inner_state: shared needs inner = adamw, the optimizer of the outer step; use it, or "
-                "fresh or carried"
-            )
-        if self.inner_state == "shared" and (not self.kind.adapts or self.prescribes_outer):
-            raise ValueError(
-                f"inner_state: shared does not go with {self.strategy}; use fresh or carried"
-            )
         useless = [
             f"{name}: {self.strategy} has none; leave it out, or use reptile"
             for name in ("epsilon", "step_weights")
             if getattr(self, name) != type(self).model_fields[name].default
             and name not in self.kind.options
         ]
+        useless += [
+            f"{name}: {self.strategy} takes no inner steps; leave it out, or name another strategy, e.g. "
+            "first_order"
+            for name in INNER_KEYS
+            if getattr(self, name) != type(self).model_fields[name].default and not self.kind.adapts
+        ]
         raise_faults(ConfigError, useless)
+        if self.inner_state == "shared" and self.inner != "adamw":
+            raise ValueError(
+                "inner_state: shared needs inner = adamw, the optimizer of the outer step; use it, or "
+                "fresh or carried"
+            )
+        if self.inner_state == "shared" and self.prescribes_outer:
+            raise ValueError(
+                f"inner_state: shared does not go with {self.strategy}; use fresh or carried"
+            )
         divides = self.outer_parameters is not None
         if divides and not (self.kind.adapts and self.kind.learns_from_meta):
             raise ValueError(

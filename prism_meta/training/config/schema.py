@@ -29,7 +29,7 @@ from prism_meta.training.config.types import (
     Repeats,
     Section,
 )
-from prism_meta.training.outer import HYPER_LR
+from prism_meta.training.outer.optimizer import HYPER_LR
 
 Mask = Literal["dynamic", "static", "full", "single", "balanced", "hard", "dro", "one_subset"]
 #: Policies that follow the losses, and the option that only one of them has.

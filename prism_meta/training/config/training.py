@@ -8,20 +8,20 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from prism_meta.errors import ConfigError, raise_faults
 from prism_meta.modalities import composed
-from prism_meta.training.alignment import COSINE_EVERY
 from prism_meta.training.config.types import (
     NotNegative,
     Positive,
     Rate,
     Repeats,
     Section,
+    Select,
     Steps,
     UserPath,
     listed,
 )
-from prism_meta.training.outer import LR, WEIGHT_DECAY
-from prism_meta.training.schedules import Schedule
-from prism_meta.training.validation import Select
+from prism_meta.training.outer.alignment import COSINE_EVERY
+from prism_meta.training.outer.optimizer import LR, WEIGHT_DECAY
+from prism_meta.training.outer.schedules import Schedule
 
 #: Loggers of Lightning, see ``prism_meta.training.loggers``.
 LoggerName = Literal["tensorboard", "mlflow", "wandb"]
@@ -42,7 +42,7 @@ class TrainingConfig(Section):
     #: Run folder with the weights to start from; modalities are matched by name. Defaults to random weights.
     init: UserPath | None = None
     #: Decay of a moving average of the weights, e.g. 0.99; 0 keeps none.
-    ema: Rate = 0.0
+    ema: Rate = 0.99
     augment: bool = True
     checkpoint_every: Steps = 100
     #: Outer steps between measurements of the cosine of the meta-gradient with the single-level one; 0 for

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -22,6 +22,8 @@ Steps = Annotated[int, Field(strict=True, ge=1, le=10**8)]
 Repeats = Annotated[int, Field(strict=True, ge=1, le=10_000)]
 Size = Annotated[int, Field(strict=True, ge=1, le=4096)]
 Class = Annotated[int, Field(strict=True, ge=1, le=2**31 - 1)]
+#: The Dice that decides which weights are the best: the mean over subsets, or that of the worst one.
+Select = Literal["mean", "worst"]
 
 
 def listed(value: object) -> object:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prism_meta.training.facts import flat
+from prism_meta.training.folder.facts import flat
 
 
 def numbers_of(line: Mapping[str, Any]) -> dict[str, float]:

@@ -11,15 +11,15 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from prism_meta.training.build import build_fabric, build_label_set
-from prism_meta.training.cases import prepare_configured
 from prism_meta.training.config import Config
-from prism_meta.training.facts import versions
-from prism_meta.training.memory import step_memory
-from prism_meta.training.processes import Processes
+from prism_meta.training.folder.facts import versions
+from prism_meta.training.processes.agreement import Processes
+from prism_meta.training.profiling.memory import step_memory
+from prism_meta.training.setup.cases import prepare_configured
 from prism_meta.training.study.jobs import Job
 from prism_meta.training.study.results import Result
 from prism_meta.training.train import Trained, train
-from prism_meta.training.validation import Validation
+from prism_meta.training.validation.validation import Validation
 
 if TYPE_CHECKING:  # it takes two seconds to import
     from lightning_fabric import Fabric

@@ -106,7 +106,7 @@ def test_a_method_comes_after_its_condition_and_the_common_settings() -> None:
 def test_the_grid_is_the_product_of_both_searches() -> None:
     study = _study(
         search={"keys": {"training.lr": [1.0, 2.0]}},
-        methods=[{"name": "one", "search": {"meta.inner_lr": [3.0, 4.0]}}, {"name": "two"}],
+        methods=[{"name": "one", "search": {"training.warmup": [3, 4]}}, {"name": "two"}],
     )
     assert len(study.grid(study.methods[0])) == 4 and len(study.grid(study.methods[1])) == 2
     assert _study().grid(study.methods[1]) == []

@@ -1,0 +1,1 @@
+"""Adapting a run to a few labelled cases of a site."""

@@ -1,0 +1,1 @@
+"""The clean-up of labels that a run has: chosen on validation cases, and kept in a file."""

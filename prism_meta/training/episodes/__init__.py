@@ -1,0 +1,1 @@
+"""Episodes in order, loaded ahead, whose masks may follow the losses."""

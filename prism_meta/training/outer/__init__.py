@@ -1,0 +1,1 @@
+"""The outer optimizer, its schedule, and what is measured of its steps."""

@@ -1,0 +1,1 @@
+"""Predictors of several runs, and what to expect of them."""

@@ -1,0 +1,1 @@
+"""Time, memory and FLOPs of predictions and of outer steps."""

@@ -1,0 +1,1 @@
+"""The cases of a training: found, prepared, split and checked."""
