@@ -69,7 +69,7 @@ API = {
         "Predictor predict evaluate Cleanup RegionRule Record read_records write_records summarize compare",
     ),
     "errors": ("Errors", "What is raised for wrong input.", "PrismError ConfigError CaseError"),
-    "integrations": ("Integrations", "learn2learn, higher, and phantoms to try things on.", ""),
+    "integrations": ("Integrations", "Doors to other libraries, and phantoms to try things on.", ""),
 }  # fmt: skip
 #: Objects beyond ``prism_meta.__all__``.
 MORE = {
@@ -78,6 +78,8 @@ MORE = {
         "prism_meta.integrations.learn2learn.PrismLearner",
         "prism_meta.integrations.learn2learn.Learn2LearnStrategy",
         "prism_meta.integrations.higher.HigherStrategy",
+        "prism_meta.integrations.lightning.MetaModule",
+        "prism_meta.integrations.monai.MetaTrainer",
         "prism_meta.data.phantom.write_phantoms",
         "prism_meta.data.phantom.draw_phantom",
     ],
