@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
+from monai.networks.nets import UNet
 
 import prism_meta as pm
 from prism_meta.objective import losses
@@ -117,17 +119,40 @@ def _value(name: str, value: Any) -> str:
     return f"```python\n{name} = {value!r}\n```"
 
 
+def relative_memory() -> dict[str, list[float]]:
+    """Estimated memory of each strategy at K = 1 and 5 beside the model, relative to first order at K = 1."""
+    net = UNet(spatial_dims=2, in_channels=4, out_channels=4, channels=(16, 32, 64), strides=(2, 2))
+    batch = pm.Batch(
+        torch.zeros(4, 4, 64, 64), pm.subsets(4)[:4], torch.zeros(4, 64, 64, dtype=torch.long)
+    )
+    found: dict[str, list[float]] = {}
+    for steps in (1, 5):
+        report = pm.preflight(pm.wrap(net), pm.PrismObjective(unimodal=False), batch, steps=steps)
+        least: dict[str, float] = {}
+        for (
+            name,
+            size,
+        ) in report.memory.items():  # SecondOrder(graph='stored'): of the ways, the least
+            kind = name.partition("(")[0]
+            least[kind] = min(size, least.get(kind, size))
+        for kind, size in least.items():
+            found.setdefault(kind, []).append(size)
+    base = found["FirstOrder"][0]
+    return {kind: [size / base for size in sizes] for kind, sizes in found.items()}
+
+
 def strategies_table() -> str:
     """The registry as a table."""
     lines = [
-        "| class | `meta.strategy` | gradient | time at K = 1 | inner steps | learns weights (E12) |"
+        "| class | `meta.strategy` | gradient | time at K = 1 | memory at K = 1, 5 | learns weights (E12) |",
+        "|---|---|---|---|---|---|",
     ]
-    lines += ["|---|---|---|---|---|---|"]
+    memory = relative_memory()
     for kind in pm.ALL_STRATEGIES:
-        marks = ["yes" if told else "no" for told in (kind.adapts, kind.has_meta_gradient)]
+        sizes = ", ".join(f"{size:.1f}" for size in memory.get(kind.__name__, ()))
         lines.append(
             f"| [`{kind.__name__}`](api/strategies.md#prism_meta.{kind.__name__}) | `{kind.name}` | "
-            f"{kind.equation} | {kind.units} | {marks[0]} | {marks[1]} |"
+            f"{kind.equation} | {kind.units} | {sizes} | {'yes' if kind.has_meta_gradient else 'no'} |"
         )
     return "\n".join(lines)
 
@@ -178,8 +203,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Tables, and links to what is a page of the site."""
-    markdown = markdown.replace("<!-- strategies -->", strategies_table())
-    markdown = markdown.replace("<!-- levels -->", study_table())
+    if "<!-- strategies -->" in markdown:
+        markdown = markdown.replace("<!-- strategies -->", strategies_table())
+    if "<!-- levels -->" in markdown:
+        markdown = markdown.replace("<!-- levels -->", study_table())
     return markdown.replace("](../README.md", "](index.md")
 
 
