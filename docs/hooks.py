@@ -26,6 +26,7 @@ PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "RELEASING.md": "releasing.md",
 }
 #: Page of the API -> its title, what it is about, and its names.
 API = {
