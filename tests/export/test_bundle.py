@@ -283,3 +283,15 @@ def test_a_network_of_your_own_object_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PrismError, match="trained a model of its own"):
         written(own, tmp_path / "bundle")
     assert not list((tmp_path / "bundle").iterdir())
+
+
+def test_the_command_writes_all_of_it_or_nothing(tmp_path: Path) -> None:
+    made = shaken_run(tmp_path / "run", *SMALL)
+    export = ("export", "--format", "bundle", "--out", tmp_path / "bundle")
+    assert run(*export, made.folder) == (0, f"exported to {tmp_path / 'bundle'}\n")
+    assert (tmp_path / "bundle" / MODEL).exists()
+    refused = shaken_run(tmp_path / "refused", *SMALL, 'data.labels={"$lesion" = 1}')
+    before = sorted(tmp_path.iterdir())
+    code, output = run(*export[:-1], tmp_path / "other", refused.folder)
+    assert code == 2 and "the name '$lesion' has another meaning" in output
+    assert sorted(tmp_path.iterdir()) == before
