@@ -123,6 +123,13 @@ def subset_index(mask: Tensor) -> Tensor:
 def subset_name(subset: Tensor | Sequence[bool], modalities: Sequence[str]) -> str:
     """The name of one subset in tables and files.
 
+    Args:
+        subset: bool (M,).
+        modalities: names of the M modalities.
+
+    Returns:
+        The names of those that are in the subset, joined by ``+``.
+
     Example:
         >>> subset_name([True, False, True], ("flair", "t1ce", "t1"))
         'flair+t1'

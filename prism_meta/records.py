@@ -110,6 +110,12 @@ def write_records(path: Path | str, records: Sequence[Record]) -> None:
 def read_records(path: Path | str) -> list[Record]:
     """Read a CSV file that ``write_records`` wrote.
 
+    Args:
+        path: the file.
+
+    Returns:
+        The records in the order of the file.
+
     Raises:
         PrismError: the file cannot be read, or has invalid lines (all of them, with line numbers).
     """

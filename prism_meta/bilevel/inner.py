@@ -38,11 +38,27 @@ class InnerOptimizer(nn.Module, ABC):
 
     @abstractmethod
     def init(self, params: Params) -> State:
-        """The state before the first step."""
+        """The state before the first step.
+
+        Args:
+            params: the parameters that the inner steps move, by name.
+
+        Returns:
+            For each of these names, the tensors of its state.
+        """
 
     @abstractmethod
     def update(self, grads: Params, state: State, params: Params) -> tuple[Params, State]:
-        """One step: new parameters and new state; none of the arguments is changed."""
+        """One step; none of the arguments is changed.
+
+        Args:
+            grads: the gradient of each parameter, by name.
+            state: what ``init``, or the step before, returned.
+            params: the parameters, with the names and shapes of ``grads``.
+
+        Returns:
+            The new parameters and the new state.
+        """
 
     def hyper_parameters(self) -> Params:
         """The learned hyper-parameters, by name."""

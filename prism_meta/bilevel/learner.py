@@ -151,7 +151,15 @@ class MetaLearner:
         self._checked = False
 
     def step(self, train: Any, meta: Any) -> MetaGradient:
-        """One outer step from one episode: ``meta_gradient``, then ``apply``."""
+        """One outer step from one episode: ``meta_gradient``, then ``apply``.
+
+        Args:
+            train: D_train, a batch as the objective expects it, or ``StepBatches``.
+            meta: D_meta, a batch.
+
+        Returns:
+            The result of the strategy, with both losses and the adapted parameters.
+        """
         result = self.meta_gradient(train, meta)
         self.apply(result)
         return result
@@ -167,6 +175,10 @@ class MetaLearner:
 
         The first call also checks, by one more forward pass, that the loss reaches the parameters, and
         only through the model's registered names.
+
+        Args:
+            train: D_train, a batch as the objective expects it, or ``StepBatches``.
+            meta: D_meta, a batch.
 
         Raises:
             HiddenParameterError: it reaches one in another way, or none at all.
@@ -274,7 +286,7 @@ class MetaLearner:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``."""
+        """Continue from ``state_dict`` (``state``)."""
         self._carried = state["carried"]
         if self._inner is not None:
             self._inner.load_state_dict(state["inner"])

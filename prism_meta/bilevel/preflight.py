@@ -109,6 +109,9 @@ def preflight(model: nn.Module, objective: Objective, batch: Any, *, steps: int 
         batch: as large as in training.
         steps: K, the number of inner steps.
 
+    Returns:
+        The findings, worst first, and the memory of each strategy in bytes; ``print`` it.
+
     Raises:
         ValueError: the model cannot be trained, or the loss is not a scalar.
 

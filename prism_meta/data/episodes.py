@@ -80,7 +80,7 @@ class Episodes(DrawnEpisodes):
         return bool(self._followers)
 
     def observe(self, mask: Tensor, losses: Tensor) -> None:
-        """Tell the policies that follow losses those of samples; see ``FollowsLosses``."""
+        """Tell policies that follow losses the ``losses`` (B,) of samples that were shown ``mask`` (B, M)."""
         for policy in self._followers.values():
             policy.observe(mask, losses)
 
@@ -93,7 +93,7 @@ class Episodes(DrawnEpisodes):
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore ``state_dict``."""
+        """Restore ``state_dict`` (``state``)."""
         for name, policy in self._followers.items():
             keys = policy.state_dict()
             policy.load_state_dict({key: state[f"{name}.{key}"] for key in keys})

@@ -137,6 +137,9 @@ class LabelSet:
     def decode(self, classes: Tensor) -> NDArray[Any]:
         """Convert class indices, any shape, to the values of label files.
 
+        Args:
+            classes: class indices, 0 for the background.
+
         Returns:
             int16; int32 if a value of the label set needs it.
         """
@@ -147,7 +150,7 @@ class LabelSet:
         return decoded
 
     def region(self, classes: Tensor, name: str) -> Tensor:
-        """Return where class indices belong to region ``name``: bool, the same shape."""
+        """Return where class indices ``classes`` belong to region ``name``: bool, the same shape."""
         wanted = [self.names.index(n) for n in self.regions[name]]
         return torch.isin(classes, torch.tensor(wanted, device=classes.device, dtype=classes.dtype))
 

@@ -39,6 +39,7 @@ class AnyCase:
     """Base of the policies that accept every case with at least one modality."""
 
     def eligible(self, availability: Tensor) -> Tensor:
+        """Which cases the policy accepts, from ``availability`` (N, M): bool (N,)."""
         return availability.any(1)
 
 

@@ -92,6 +92,17 @@ class OneSubsetMask(AnyCase):
     def walk(
         self, availability: Tensor, start: int, count: int, *, seed: Sequence[int] = (0,)
     ) -> Tensor:
+        """The subsets of batches ``start`` to ``start + count - 1``: each cycle has every subset once.
+
+        Args:
+            availability: bool (N, M) of all cases; subsets that no case has are left out.
+            start: index of the first batch, counted from the beginning of the training.
+            count: number of batches.
+            seed: numbers >= 0 that tell one walk from another.
+
+        Returns:
+            bool (count, M).
+        """
         every = subsets(availability.shape[1])
         there = held(every, availability).any(1).nonzero().flatten()
         size = len(there)
@@ -110,7 +121,17 @@ class OneSubsetMask(AnyCase):
         shown: Tensor,
         generator: Generator | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
-        """Draw the batches; a subset that no case has is replaced by one drawn from those that some has."""
+        """Draw the batches; a subset that no case has is replaced by one drawn from those that some has.
+
+        Args:
+            availability: bool (N, M) of the cases to choose from; no row is empty.
+            batch_size: number B of samples in a batch.
+            shown: the subset of each batch, bool (count, M).
+            generator: source of the draws. Defaults to torch's global one.
+
+        Returns:
+            For each batch the indices of its cases (B,) and its mask, bool (B, M).
+        """
         found = []
         for subset in shown:
             if not held(subset[None], availability).any():

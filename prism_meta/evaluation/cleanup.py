@@ -134,6 +134,9 @@ class Cleanup:
     def common(cleanups: Sequence[Cleanup]) -> Cleanup:
         """What several clean-ups have in common: in each region the weakest of their rules.
 
+        Args:
+            cleanups: at least one clean-up.
+
         Example:
             >>> first = Cleanup({"WT": RegionRule(largest=True, total_ml=2.0)})
             >>> second = Cleanup({"WT": RegionRule(total_ml=0.5), "ET": RegionRule(largest=True)})

@@ -105,7 +105,7 @@ class Fusion(nn.Module, metaclass=ABCMeta):  # higher cannot patch a class that 
         return mixed
 
     def fuse_single(self, features: Tensor) -> Tensor:
-        """Same as ``forward`` for groups of one row (weight 1, variance 0), but cheaper: (P, C, *s)."""
+        """Same as ``forward`` for ``features`` (P, C, *s) in groups of one row, but cheaper: (P, C, *s)."""
         linear = F.conv3d if features.ndim == 5 else F.conv2d
         return linear(features, self.mix.weight[:, : features.shape[1]], self.mix.bias)
 

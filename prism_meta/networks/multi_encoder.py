@@ -46,10 +46,10 @@ class MultiEncoderNet(Protocol):
         """Return anything that the decoders need; image (B, M, *S) is 0 where mask (B, M) hides it."""
 
     def decode_fused(self, encoded: Any, sample: Tensor, mask: Tensor) -> Any:
-        """Logits (N, K, *S) of N rows: row n is sample ``sample[n]`` shown ``mask[n]``, bool (N, M)."""
+        """Logits (N, K, *S) from ``encoded``; row n: ``sample[n]`` shown ``mask[n]``, bool (N, M)."""
 
     def decode_unimodal(self, encoded: Any, sample: Tensor, modality: Tensor) -> Tensor:
-        """Logits (P, K, *S) of E6: row p is modality ``modality[p]`` of sample ``sample[p]``."""
+        """Logits (P, K, *S) of E6 from ``encoded``: row p is ``modality[p]`` of sample ``sample[p]``."""
 
 
 def declaration_fault(net: nn.Module) -> str | None:

@@ -152,7 +152,7 @@ class SegmentationModel(Protocol):
         """
 
     def segment(self, image: Tensor, mask: Tensor) -> Tensor:
-        """The fused logits (B, K, *S) only, for inference."""
+        """The fused logits (B, K, *S) only, from ``image`` (B, M, *S) and ``mask``, bool (B, M)."""
 
     def segment_subsets(self, image: Tensor, subsets: Tensor) -> Tensor:
         """The fused logits for several subsets of one batch, for inference.

@@ -89,6 +89,16 @@ class PrismNet(nn.Module):
             self.to(memory_format=torch.channels_last_3d)
 
     def forward(self, image: Tensor, mask: Tensor, *, unimodal: bool = True) -> Prediction:
+        """Predict a batch.
+
+        Args:
+            image: (B, M, *S). What ``mask`` hides is not used.
+            mask: bool (B, M), the modalities that are shown; each row has at least one True.
+            unimodal: also predict each shown modality by itself (E6, E8, E9). Defaults to True.
+
+        Raises:
+            ValueError: a sample is shown no modality, or a shape does not fit.
+        """
         pairs = self._pairs(image, mask)
         scales = self._encode(image, pairs)
         plan = _DecodingPlan.of(pairs, unimodal=unimodal)
@@ -104,7 +114,7 @@ class PrismNet(nn.Module):
         )
 
     def segment(self, image: Tensor, mask: Tensor) -> Tensor:
-        """The fused logits (B, K, *S) only, for inference."""
+        """The fused logits (B, K, *S) only, from ``image`` (B, M, *S) and ``mask``, bool (B, M)."""
         pairs = self._pairs(image, mask)
         plan = _DecodingPlan.of(pairs, unimodal=False)
         return self._decode(self._encode(image, pairs), plan).logits[plan.sample_row]

@@ -21,7 +21,13 @@ from prism_meta.networks.prediction import DecoderOutput, Prediction, Segmentati
 
 
 class WrappedNet(nn.Module):
-    """A net that maps images to logits, with PrismNet's signature; see ``wrap``."""
+    """A net that maps images to logits, with PrismNet's signature; see ``wrap``, which makes it.
+
+    Args:
+        net: the net; ``state_dict`` is its own.
+        modalities: names of the M modalities.
+        features: layer whose output makes the prototypes (E9). Defaults to the logits.
+    """
 
     def __init__(
         self, net: nn.Module, modalities: Sequence[str], features: str | None = None
@@ -37,6 +43,16 @@ class WrappedNet(nn.Module):
         self.register_load_state_dict_pre_hook(_with_prefix)  # type: ignore[no-untyped-call]
 
     def forward(self, image: Tensor, mask: Tensor, *, unimodal: bool = True) -> Prediction:
+        """Predict a batch.
+
+        Args:
+            image: (B, M, *S). What ``mask`` hides is not used.
+            mask: bool (B, M), the modalities that are shown; each row has at least one True.
+            unimodal: also predict each shown modality by itself (E6, E8, E9). Defaults to True.
+
+        Raises:
+            ValueError: a sample is shown no modality, or a shape does not fit.
+        """
         pairs = self._pairs(image, mask)
         if not unimodal:
             pairs = pairs.empty()
@@ -54,7 +70,7 @@ class WrappedNet(nn.Module):
         return Prediction(branch.select(slice(len(mask))), single, packed, pairs)
 
     def segment(self, image: Tensor, mask: Tensor) -> Tensor:
-        """The fused logits (B, K, *S) only, for inference."""
+        """The fused logits (B, K, *S) only, from ``image`` (B, M, *S) and ``mask``, bool (B, M)."""
         self._pairs(image, mask)
         return self._fused(self._encode(image, mask), mask, size=image.shape[2:])
 

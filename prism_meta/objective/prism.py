@@ -146,7 +146,7 @@ class PrismObjective:
             return self._loss(prediction, batch)
 
     def fused_losses(self, forward: Callable[..., Any], batch: Batch) -> Tensor:
-        """L_fuse of each sample, (B,), without anything else."""
+        """L_fuse (E5) of each sample of ``batch``, (B,); ``forward`` is that of an objective."""
         prediction: Prediction = forward(batch.image, batch.mask, unimodal=False)
         with torch.autocast(batch.image.device.type, enabled=False):
             return self._segmentation(prediction.fused, batch.target, batch.valid)
@@ -207,7 +207,7 @@ class PrismObjective:
         return {name: value for part in self._parts() for name, value in part.state_dict().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from ``state_dict``."""
+        """Continue from ``state_dict`` (``state``)."""
         for part in self._parts():
             part.load_state_dict({name: state[name] for name in part.state_dict()})
 

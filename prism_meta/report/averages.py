@@ -136,6 +136,9 @@ def summarize(
         seed: random seed of the bootstrap.
         resamples: number of resamples, at least 1. Defaults to 2,000, enough for percentiles.
 
+    Returns:
+        The averages per subset, per region and over all, each with its interval.
+
     Raises:
         PrismError: there are no records, one occurs twice, ``subset_order`` lacks a subset, or there are
             no resamples.

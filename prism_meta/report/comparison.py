@@ -87,6 +87,9 @@ def compare(
         resamples: number of resamples, at least 1. Defaults to 10,000.
         names: of both runs; messages use them.
 
+    Returns:
+        The differences per subset, per region and over all, each with its interval.
+
     Raises:
         PrismError: the records do not pair, one occurs twice, or there are none.
 

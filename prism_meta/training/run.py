@@ -219,6 +219,9 @@ class Run:
     def resumed(self, root: Path | None) -> Run:
         """The run as it goes on, with the folder that its cases are in now; what changed is written.
 
+        Args:
+            root: the folder of the cases; None if it is as it was.
+
         Raises:
             PrismError: its checkpoints are damaged, or nothing can be written.
         """

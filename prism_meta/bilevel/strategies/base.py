@@ -61,6 +61,9 @@ class MetaGradient:
         Integer buffers are the first episode's. An optimizer's state of a parameter is the mean over
         the episodes that used it. A parameter is unused if no episode used it.
 
+        Args:
+            results: the result of each episode.
+
         Raises:
             ValueError: there is no episode.
         """
@@ -151,7 +154,12 @@ class MetaStrategy(ABC):
 
     @classmethod
     def memory(cls, sizes: GraphSizes, steps: int) -> dict[str, int]:
-        """Estimated bytes beyond the model at K = ``steps``, for each way to use this class."""
+        """Estimated bytes beyond the model at K = ``steps``, for each way to use this class.
+
+        Args:
+            sizes: bytes of the parameters and of the graph of one evaluation.
+            steps: K, the number of inner steps.
+        """
         return {}
 
     @property
@@ -165,7 +173,12 @@ class MetaStrategy(ABC):
     def outer_optimizer(
         self, params: Sequence[nn.Parameter], total_steps: int
     ) -> tuple[Optimizer, LRScheduler] | None:
-        """The outer optimizer and its schedule if the method prescribes them; alpha is 0 then."""
+        """The outer optimizer and its schedule if the method prescribes them; alpha is 0 then.
+
+        Args:
+            params: the model's parameters.
+            total_steps: number of outer steps of the training.
+        """
         return None
 
     @abstractmethod
@@ -220,7 +233,17 @@ class FunctionalStrategy(MetaStrategy):
     def solve(
         self, model: FunctionalModel, train: StepBatches, meta: Any, state: State | None
     ) -> MetaGradient:
-        """The meta-gradient of one episode; the arguments are those of ``meta_gradient``."""
+        """The meta-gradient of one episode.
+
+        Args:
+            model: the model and the objective as functions of the parameters.
+            train: the batches of the inner steps, ``train.of_step(k)``.
+            meta: D_meta, for ``model.evaluate_meta``.
+            state: the inner optimizer's state to start from; None for a fresh one.
+
+        Returns:
+            Best made by ``pack``.
+        """
 
 
 def pack(

@@ -25,6 +25,12 @@ ALL_STRATEGIES: list[type[MetaStrategy]] = [
 def register_strategy(kind: type[MetaStrategy]) -> type[MetaStrategy]:
     """Add a strategy, so that a configuration can name it; usable as a decorator.
 
+    Args:
+        kind: the class, with a ``name``.
+
+    Returns:
+        The class itself.
+
     Raises:
         ValueError: its name is missing or taken by another class.
 

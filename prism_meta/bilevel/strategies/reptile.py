@@ -142,7 +142,7 @@ class Reptile(AdaptingStrategy):
         start: float = EPSILON[0],
         end: float = EPSILON[1],
     ) -> LinearLR:
-        """Epsilon: the outer rate times a factor that runs linearly from ``start`` to ``end``."""
+        """Epsilon: a factor of ``optimizer``'s rate, from ``start`` to ``end`` over ``total_steps``."""
         return LinearLR(
             optimizer, start_factor=start, end_factor=end, total_iters=max(1, total_steps - 1)
         )

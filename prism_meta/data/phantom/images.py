@@ -59,6 +59,9 @@ def draw_phantom(
         spacing: edge of a voxel, mm. 1 mm takes 8 times as long as 2 mm.
         modalities: some of ``flair``, ``t1ce``, ``t1``, ``t2``. Defaults to all four.
 
+    Returns:
+        The images by modality and the label, each (D, H, W), and the affine.
+
     Raises:
         ConfigError: a modality is unknown, or the volume is too small for the brain.
 

@@ -101,6 +101,9 @@ def adapt(
         objective: needed for a run that trained with an objective of your own.
         progress: show progress bars on standard error.
 
+    Returns:
+        The predictor of the adapted model, and what was found.
+
     Raises:
         PrismError: the run or the cases cannot be used, ``out`` holds a run already, or training diverged.
             Nothing is left in ``out`` then.

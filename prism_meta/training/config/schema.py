@@ -244,6 +244,9 @@ def load_config(
         baseline: name of a baseline, see ``BASELINES``. Settings apply in order: baseline, file,
             overrides.
 
+    Returns:
+        The configuration, with defaults for all other keys.
+
     Raises:
         ConfigError: all faults together, each with its key.
     """

@@ -71,6 +71,12 @@ def fast_derivatives(arguments: Any, least: int = 0) -> AbstractContextManager[A
 def use_fast_derivatives(enabled: bool) -> Iterator[None]:
     """Switch these derivatives on or off within the context. They are on by default.
 
+    Args:
+        enabled: whether to use them.
+
+    Yields:
+        None.
+
     Example:
         >>> with use_fast_derivatives(False):
         ...     isinstance(fast_derivatives(torch.zeros(10**6)), nullcontext)
