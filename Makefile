@@ -5,7 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN := .venv/bin
 
-.PHONY: demo quick-demo quick-study test slow-test lint environments clean
+.PHONY: demo quick-demo quick-study docs test slow-test lint environments clean
 
 # The stamp is written last, so an interrupted installation is repeated.
 .venv/installed: pyproject.toml
@@ -34,6 +34,10 @@ quick-demo: .venv/installed
 quick-study: .venv/installed
 	rm -rf quick-study
 	$(BIN)/prism-meta ablate benchmarks/ablation/quick.toml --out quick-study
+
+# The site of the documentation, which opens from its folder.
+docs: .venv/learn2learn
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: .venv/learn2learn
 	$(BIN)/pytest -n auto -m "not slow"
