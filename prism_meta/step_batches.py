@@ -8,8 +8,7 @@ from typing import Any
 class StepBatches(tuple[Any, ...]):
     """Train batches for the inner steps: step k gets batch k modulo their number.
 
-    Args:
-        iterable: the batches, in the order of the steps.
+    It is made from any iterable of batches, in the order of the steps.
 
     Example:
         >>> StepBatches([1, 2]).of_step(2)

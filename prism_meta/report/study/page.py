@@ -114,9 +114,10 @@ def note(power: Power, reference: str) -> str:
     """What the columns mean."""
     return (
         f"Differences are paired with {reference}: same seeds, same test cases. Intervals are 95% "
-        f"percentiles of {RESAMPLES} bootstrap draws of cases and seeds, with one seed of cases only. "
-        "The worst subset is that of each seed. d is the mean difference over its standard deviation over seeds, and p is from a paired "
-        "t-test over seeds, corrected by Holm for all methods of the table. Seeds needed: to find a "
+        f"percentiles of {RESAMPLES} bootstrap draws of cases and seeds, with one seed of cases only. The "
+        "worst subset is that of each seed. d is the mean difference over its standard deviation over seeds, "
+        "and p is from a paired t-test over seeds, corrected by Holm for all methods of the table. Seeds "
+        "needed: to find a "
         f"difference of {100 * power.effect:g} points with power {power.power:g} at level {power.level:g}. "
         "Gradients are those of the objective on a batch, where a product with second derivatives counts as "
         "two. Time is that of training, relative to the reference. Memory of a step is predicted. With fewer "
