@@ -25,8 +25,8 @@ QUICK = ("--steps", 2, "--lr", 0.01)
 
 
 def write_run(folder: Path, *overrides: str, **facts: Any) -> Path:
-    """A run that has ended with random weights."""
-    config = pm.load_config(overrides=[*SMALL, *overrides])
+    """A run that has ended with random weights, without an average of them."""
+    config = pm.load_config(overrides=[*SMALL, "training.ema=0", *overrides])
     source = pm.Run.create(folder, config, root=None, train=[], test=[], **facts)
     torch.manual_seed(1)
     for kind in source.kinds:

@@ -53,7 +53,7 @@ def test_settings_that_differ(tmp_path: Path) -> None:
     c = run_folder(tmp_path / "c", "training.steps=7")
     steps = str(load_config().training.steps)
     expected = {
-        "meta.strategy": ["first_order", "reptile", "first_order"],
+        "meta.strategy": ["single_level", "reptile", "single_level"],
         "training.steps": [steps, steps, "7"],
     }
     assert differing_settings([a, b, c]) == expected

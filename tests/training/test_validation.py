@@ -273,7 +273,7 @@ def test_the_commands_use_the_best_weights_unless_told(root: Path, tmp_path: Pat
     code, output = run("evaluate", out)
     assert code == 2 and errors(output)[0].startswith(f"{out}: the training has not ended")
     plain = tmp_path / "plain"
-    assert run("train", root, "--out", plain, *settings("data.holdout=1"))[0] == 0
+    assert run("train", root, "--out", plain, *settings("data.holdout=1", "training.ema=0"))[0] == 0
     code, output = run("evaluate", plain, "--weights", "best")
     assert code == 2 and errors(output) == [
         f"{plain}: was trained without validation.cases, and has no best weights; use last"
