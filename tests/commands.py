@@ -11,7 +11,7 @@ from prism_meta.cli.commands import app
 
 SMALL = (
     "data.spacing=[1,1,1]", "data.patch=[16,16]", "data.batch_size=2", "model.width=2",
-    "model.depth=2", "training.steps=4",
+    "model.depth=2", "training.steps=4", "training.ema=0",
 )  # fmt: skip
 
 

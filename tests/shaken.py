@@ -29,7 +29,7 @@ NETS: dict[str, tuple[str, ...]] = {
 def shaken_run(folder: Path, *settings: str, seed: int = 0) -> Run:
     """A run whose weights are far from those that a network starts with, so that parts at 0 matter."""
     torch.manual_seed(seed)
-    config = load_config(overrides=settings)
+    config = load_config(overrides=["training.ema=0", *settings])
     model = build_model(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -59,6 +59,10 @@ REPORTING: dict[str, tuple[Callable[[Path, Path, Path], list[object]], set[str]]
     "predict": (lambda run, cases, out: [run, cases, out / "labels"], {"labels", "table"}),
     "compare": (lambda run, cases, out: [run, run], {"reference", "averages", "changes"}),
     "report": (lambda run, cases, out: [run, run, "--out", out / "runs.html"], {"page"}),
+    "export": (
+        lambda run, cases, out: [run, "--out", out / "hub", "--format", "hub"],
+        {"out", "formats"},
+    ),
     "doctor": (lambda run, cases, out: [], {"version", "machine", "packages", "self_test"}),
 }
 
