@@ -39,7 +39,7 @@ def written_kinds(config: Config) -> tuple[Kind, ...]:
     Example:
         >>> from prism_meta.training.config import load_config
         >>> written_kinds(load_config(overrides=["validation.cases=2"]))
-        ('best', 'last')
+        ('best', 'ema', 'last')
     """
     best: tuple[Kind, ...] = ("best",) if config.validation.is_on else ()
     averaged: tuple[Kind, ...] = ("ema",) if config.training.ema else ()
