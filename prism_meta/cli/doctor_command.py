@@ -30,11 +30,7 @@ def run_doctor() -> None:
     show(
         _machine_table(here),
         _package_table(asked),
-        *(
-            f"{package.name} is not installed, and optional: {package.install}"
-            for package in asked
-            if package.version is None and package.extra
-        ),
+        *_left_out(asked),
         "",
         _test_table(tested),
     )
@@ -49,6 +45,15 @@ def run_doctor() -> None:
         faults=found,
     )
     raise_faults(PrismError, found)
+
+
+def _left_out(asked: Sequence[Package]) -> list[str]:
+    """A line for each command that installs optional packages."""
+    names: dict[str, list[str]] = {}
+    for package in asked:
+        if package.version is None and package.extra:
+            names.setdefault(package.install, []).append(package.name)
+    return [f"optional, and not installed: {', '.join(n)}; run {c}" for c, n in names.items()]
 
 
 def _machine_table(facts: Mapping[str, Any]) -> Table:

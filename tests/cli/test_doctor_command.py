@@ -55,6 +55,18 @@ def test_a_wrong_second_order_gradient_is_found(monkeypatch: pytest.MonkeyPatch)
     )
 
 
+def test_each_command_that_installs_optional_packages_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor_command, "self_test", lambda: [])
+    missing = [Package(name, "", None, False, "loggers") for name in ("wandb", "tensorboard")]
+    monkeypatch.setattr(doctor_command, "packages", lambda: missing)
+    code, output = run("doctor")
+    assert code == 0
+    line = "optional, and not installed: wandb, tensorboard; run pip install 'prism-meta[loggers]'"
+    assert output.count("optional, and not installed") == 1 and line in output
+
+
 def test_a_package_that_is_too_old_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_command, "self_test", lambda: [])
     version = metadata.version
