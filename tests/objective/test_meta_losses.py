@@ -176,10 +176,11 @@ def test_bad_numbers_are_refused(make: Any, name: str) -> None:
 
 
 def test_the_config_builds_it() -> None:
-    overrides = ["objective.meta_loss=soft_worst", "objective.meta_temperature=0.4"]
+    two_levels = "meta.strategy=first_order"
+    overrides = [two_levels, "objective.meta_loss=soft_worst", "objective.meta_temperature=0.4"]
     built = build_objective(load_config(overrides=overrides).objective, [0.0] * 4).meta_loss
     assert isinstance(built, SoftWorst) and built.temperature == 0.4
-    overrides = ["objective.meta_loss=ranking", "objective.ranking_weight=3.0"]
+    overrides = [two_levels, "objective.meta_loss=ranking", "objective.ranking_weight=3.0"]
     built = build_objective(load_config(overrides=overrides).objective, [0.0] * 4).meta_loss
     assert isinstance(built, Ranking) and built.weight == 3
     assert build_objective(load_config().objective, [0.0] * 4).meta_loss is None

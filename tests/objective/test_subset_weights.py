@@ -179,8 +179,9 @@ def test_the_config_refuses_strategies_that_cannot_learn_them(strategy: str) -> 
 
 def test_a_run_learns_them_logs_them_and_resumes(cases: Path, tmp_path: Path) -> None:
     config = load_config(
-        overrides=[*SMALL, "objective.subset_weights=learned", "objective.meta_loss=soft_worst",
-                   "objective.unimodal=false", "training.checkpoint_every=1"]
+        overrides=[*SMALL, "meta.strategy=first_order", "objective.subset_weights=learned",
+                   "objective.meta_loss=soft_worst", "objective.unimodal=false",
+                   "training.checkpoint_every=1"]
     )  # fmt: skip
     assert build_objective(config.objective, [0.0] * 4).subset_weights is not None
     whole = pm.train(cases, config, out=tmp_path / "whole", progress=False)
