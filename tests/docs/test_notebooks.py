@@ -35,7 +35,9 @@ def test_saved_output_is_complete_and_names_no_machine(path: Path) -> None:
 
 @pytest.mark.slow
 @each_notebook
-def test_a_notebook_runs(path: Path) -> None:
+def test_a_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Kernels that share the cores with other tests are faster with one thread each.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     pytest.importorskip("nbclient", reason="pip install 'prism-meta[test]'")
     pytest.importorskip("ipykernel", reason="pip install 'prism-meta[test]'")
     execute: Any = runpy.run_path(str(DOCS / "run_notebooks.py"))["execute"]
