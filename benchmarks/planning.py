@@ -87,7 +87,7 @@ COMPLETE = Survey(
 
 
 def overrides(network: str, order: str, seed: int) -> list[str]:
-    return [*NETWORKS[network], f"meta.strategy={order}", f"seed={seed}"]
+    return [*NETWORKS[network], f"meta.strategy={order}", "training.ema=0", f"seed={seed}"]
 
 
 def job(setting: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +161,7 @@ def of_trainings(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for order in ORDERS:
             base = load_config(
                 overrides=[
-                    f"meta.strategy={order}", f"data.holdout={arguments.holdout}",
+                    f"meta.strategy={order}", "training.ema=0", f"data.holdout={arguments.holdout}",
                     f"seed={arguments.seed}", f"data.cache='{cache}'",
                 ]
             )  # fmt: skip

@@ -75,6 +75,8 @@ def config_of(setting: Setting) -> pm.Config:
             f"data.spacing=[{SPACING}, {SPACING}, {SPACING}]",
             "data.patch=[32, 32]",
             "data.batch_size=8",
+            "meta.strategy=first_order",
+            "training.ema=0",
             f"training.steps={setting.steps}",
             f"seed={setting.seed}",
             "fabric.accelerator=cpu",

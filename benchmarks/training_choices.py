@@ -60,6 +60,8 @@ def train(
             *arguments.set,
             f"data.cache='{out.parent / 'cache'}'",
             f"seed={arguments.seed}",
+            "meta.strategy=first_order",
+            "training.ema=0",
             f"training.steps={arguments.steps}",
             *overrides,
         ]
