@@ -20,7 +20,7 @@ class LazyCommand(TyperCommand):
 
     Args:
         name: of the command.
-        summary: the first line of its docstring, for the list of commands.
+        summary: what the list of commands says of it, like the first line of its docstring.
     """
 
     def __init__(self, name: str, summary: str) -> None:

@@ -26,7 +26,7 @@ class Format:
             common, apart from ``preprocessing.json``, which is the same in all, so that one folder can hold
             several.
         title: what it is, for help.
-        has_card: whether ``write`` takes a ``licence``, for a model card.
+        has_card: whether the format has a model card. Then ``write`` takes the ``licence`` that the card names.
     """
 
     write: Callable[..., None]
@@ -57,7 +57,7 @@ def export_run(
         out: folder, new or empty.
         formats: names from ``FORMATS``.
         weights: see ``Run.existing_weights``.
-        licence: of the weights, for the model card of the hub.
+        licence: the licence of the weights, which the model card names.
 
     Raises:
         ConfigError: there is no format of a name.
