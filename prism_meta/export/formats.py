@@ -26,7 +26,7 @@ class Format:
             common, apart from ``preprocessing.json``, which is the same in all, so that one folder can hold
             several.
         title: what it is, for help.
-        has_card: whether the format has a model card. Then ``write`` takes the ``licence`` that the card names.
+        has_card: whether the format has a model card. ``write`` then takes the ``licence`` that it names.
     """
 
     write: Callable[..., None]
